@@ -1,0 +1,392 @@
+"""The seam to ComfyUI: the only file that imports comfy or folder_paths.
+
+It turns ComfyUI's MODEL, CLIP and VAE into a private model to train on and a task for the
+trainer, applies LoRAs as model patches, and resolves every path a user names.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import comfy.latent_formats
+import comfy.lora
+import comfy.lora_convert
+import comfy.model_base
+import comfy.model_management
+import comfy.sd
+import comfy.supported_models
+import comfy.taesd.taesd
+import comfy.utils
+import folder_paths
+import torch
+from comfy.ldm.modules.attention import CrossAttention, attention_pytorch
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor, nn
+
+from .config import TrainConfig
+from .dataset import Photo, Sample, crop
+from .denoising import DenoisingTask, output_scale
+from .network import AdaptiveRankNetwork, find_targets, fingerprint
+from .objective import CrossAttentionEntropy
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class HostError(ValueError):
+    """An input from ComfyUI cannot be used; the message names it and what to connect instead."""
+
+
+@dataclass(frozen=True)
+class TrainingSetup:
+    """Everything a training job needs, none of it shared with the user's own model."""
+
+    network: AdaptiveRankNetwork
+    task: DenoisingTask
+    entropy: CrossAttentionEntropy
+    base_hash: str
+
+
+def check_model(model: ModelPatcher) -> None:
+    """Raises HostError unless ``model`` is of the SDXL family and predicts noise or v."""
+    base = model.model
+    kind = type(base).__name__
+    if not isinstance(base, comfy.model_base.SDXL):
+        raise HostError(
+            f"model is of the {kind} family; LoRA² trains SDXL and its relatives (KOALA, SSD-1B, "
+            "Vega). Load an SDXL checkpoint."
+        )
+    if base.concat_keys or base.model_config.unet_config.get("in_channels") != 4:
+        raise HostError("model is an inpainting or edit variant; load the plain SDXL checkpoint.")
+    output_scale(base.model_type.name, torch.ones(1))  # raises for other predictions
+
+
+def prepare_training(
+    model: ModelPatcher, clip: Any, vae: Any, photos: Sequence[Photo], config: TrainConfig
+) -> TrainingSetup:
+    """Encode the photos and captions, copy the model and put adapters on the copy.
+
+    May be called under inference mode, as nodes are. Raises HostError for a model, CLIP or VAE
+    that does not fit, and ValueError for settings that do not fit the model.
+    """
+    check_model(model)
+    with torch.inference_mode():
+        encoded = encode_samples(model, clip, vae, photos, config.resolution)
+    with torch.inference_mode(False):
+        # A tensor made in inference mode cannot take part in a backward pass; its clone can.
+        samples = [Sample(s.latent.clone(), s.context.clone(), s.vector.clone()) for s in encoded]
+        private = private_copy(model, config.precision)
+        base_hash = fingerprint(private.diffusion_model)
+        targets = find_targets(private.diffusion_model, config.targets)
+        network = AdaptiveRankNetwork(private.diffusion_model, targets, config.rank, config.seed)
+        layers = [m for n, m in private.diffusion_model.named_modules() if n.endswith(".attn2")]
+        cross = CrossAttentionEntropy([m for m in layers if isinstance(m, CrossAttention)])
+        # The default on the CPU splits the attention into chunks, slow to differentiate.
+        options = {"optimized_attention_override": _plain_attention}
+        task = DenoisingTask(private, samples, options)
+        return TrainingSetup(network, task, cross, base_hash)
+
+
+def private_copy(model: ModelPatcher, precision: str = "auto") -> comfy.model_base.BaseModel:
+    """A frozen copy of the model as ``model`` would sample it, patches included.
+
+    Everything is a copy that training may touch; config and small helpers are shared. ComfyUI
+    does not know the copy, so neither a prompt nor its memory management can move or patch it.
+    """
+    base = model.model
+    if getattr(base.model_config, "scaled_fp8", None) or base.model_config.layer_quant_config:
+        raise HostError("model is quantized with scales; load it with weight_dtype 'default'.")
+    # While a patched clone of this model is resident the weights are that clone's.
+    comfy.model_management.load_models_gpu([model], force_full_load=True)
+    private = base.__class__.__new__(base.__class__)
+    private.__dict__ = dict(base.__dict__)
+    # copy.deepcopy of the whole BaseModel fails from ComfyUI 0.8.0 on, of these two it works.
+    private._modules = dict(base._modules)
+    private._modules["diffusion_model"] = copy.deepcopy(base.diffusion_model)
+    sampling = copy.deepcopy(model.get_model_object("model_sampling"))
+    private._modules["model_sampling"] = sampling
+    private.current_patcher = None  # type: ignore[assignment]
+    dtype = _DTYPES.get(precision) or base.manual_cast_dtype or base.get_dtype()
+    private.diffusion_model.to(model.load_device, dtype).eval().requires_grad_(False)
+    private.diffusion_model.dtype = dtype
+    private.manual_cast_dtype = None
+    sampling.to(model.load_device)
+    return private
+
+
+def encode_samples(
+    model: ModelPatcher, clip: Any, vae: Any, photos: Sequence[Photo], resolution: int
+) -> list[Sample]:
+    """Latents, text embeddings and size conditioning of all photos, on the CPU.
+
+    Each caption is encoded once. Raises HostError when ``clip`` or ``vae`` is of another family.
+    """
+    base = model.model
+    texts = {text: _encode_text(base, clip, text) for text in {p.caption for p in photos}}
+    samples = []
+    for photo in photos:
+        cut = crop(photo, resolution)
+        context, pooled = texts[photo.caption]
+        vector: Any = base.encode_adm(
+            pooled_output=pooled,
+            width=cut.original_size[0],
+            height=cut.original_size[1],
+            crop_w=cut.offset[0],
+            crop_h=cut.offset[1],
+            target_width=resolution,
+            target_height=resolution,
+        )
+        samples.append(Sample(_encode_image(base, vae, cut.pixels), context, _plain(vector)[0]))
+    return samples
+
+
+def apply_state(
+    model: ModelPatcher,
+    clip: Any | None,
+    state: Mapping[str, Tensor],
+    strength_model: float,
+    strength_clip: float,
+    source: str,
+) -> tuple[ModelPatcher, Any | None]:
+    """Clones of ``model`` and ``clip`` with a LoRA as patches, as the stock loader makes them.
+
+    Every layer may have its own rank. Raises HostError, naming ``source``, when the LoRA fits no
+    layer of the model or was made for layers of another shape.
+    """
+    keys = comfy.lora.model_lora_keys_unet(model.model, {})
+    if clip is not None:
+        keys = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, keys)
+    patches = comfy.lora.load_lora(comfy.lora_convert.convert_lora(dict(state)), keys, False)
+    if not patches:
+        raise HostError(
+            f"{source} fits no layer of the connected model ({type(model.model).__name__}); it "
+            "was trained for another architecture. Choose a LoRA for this model."
+        )
+    shapes = {key: weight.shape for key, weight in model.model.state_dict().items()}
+    for key, patch in patches.items():
+        _check_shape(key, patch, shapes.get(key), source)
+    new_model = model.clone()
+    applied = set(new_model.add_patches(patches, strength_model))
+    new_clip = None if clip is None else clip.clone()
+    if new_clip is not None:
+        applied |= set(new_clip.add_patches(patches, strength_clip))
+    left = len(patches) - len(applied)
+    if left:
+        logging.warning("LoRA²: %s: %d of %d layers were not used.", source, left, len(patches))
+    return new_model, new_clip
+
+
+def lora_key_map(model: comfy.model_base.BaseModel) -> dict[str, str]:
+    """ComfyUI's own map from LoRA keys to weights that exist in ``model``."""
+    keys = comfy.lora.model_lora_keys_unet(model, {})
+    weights = model.state_dict().keys()
+    return {key: weight for key, weight in keys.items() if weight in weights}
+
+
+# --- running beside ComfyUI ------------------------------------------------------------------
+
+_guarded = threading.local()
+_guard_lock = threading.Lock()
+_guard_users = 0
+_ask_comfy: Callable[[], None] = comfy.model_management.throw_exception_if_processing_interrupted
+
+
+@contextmanager
+def deaf_to_cancel() -> Iterator[None]:
+    """In this thread ComfyUI's Cancel is neither obeyed nor used up, while the block runs.
+
+    Cancel is one global flag that every operation checks and the first reader consumes: without
+    this a training thread steals a prompt's Cancel and dies of it. Other threads see no change.
+    """
+    global _guard_users, _ask_comfy
+    management = comfy.model_management
+    with _guard_lock:
+        if _guard_users == 0:
+            _ask_comfy = management.throw_exception_if_processing_interrupted
+            management.throw_exception_if_processing_interrupted = _ask_unless_deaf
+        _guard_users += 1
+    _guarded.deaf = True
+    try:
+        yield
+    finally:
+        _guarded.deaf = False
+        with _guard_lock:
+            _guard_users -= 1
+            if _guard_users == 0:
+                management.throw_exception_if_processing_interrupted = _ask_comfy
+
+
+def _ask_unless_deaf() -> None:
+    if not getattr(_guarded, "deaf", False):
+        _ask_comfy()
+
+
+def raise_if_cancelled() -> None:
+    """Raises ComfyUI's own interruption when the running prompt was cancelled."""
+    comfy.model_management.throw_exception_if_processing_interrupted()
+
+
+CancelledError = comfy.model_management.InterruptProcessingException
+
+
+def progress_bar(total: int) -> Callable[[int], None]:
+    """ComfyUI's progress bar of the node that runs now; call it with the steps done."""
+    return partial(_update_bar, comfy.utils.ProgressBar(total))
+
+
+def _update_bar(bar: comfy.utils.ProgressBar, done: int) -> None:
+    bar.update_absolute(done)
+
+
+# --- models and paths -------------------------------------------------------------------------
+
+
+def build_sdxl(
+    unet_config: dict[str, Any],
+    text_configs: dict[str, Any],
+    fill: Callable[[nn.Module, int], None],
+    seed: int,
+) -> tuple[ModelPatcher, Any]:
+    """MODEL and CLIP of SDXL's real classes in any size, their weights set by ``fill``."""
+    config = comfy.supported_models.SDXL(unet_config)
+    config.set_inference_dtype(torch.float32, None)
+    device = comfy.model_management.get_torch_device()
+    offload = comfy.model_management.unet_offload_device()
+    base = config.get_model({}, "", offload)
+    fill(base.diffusion_model, seed)
+    target = config.clip_target()
+    clip = comfy.sd.CLIP(target, model_options={**text_configs, "dtype": torch.float32})
+    fill(clip.cond_stage_model, seed + 1)
+    return ModelPatcher(base, load_device=device, offload_device=offload), clip
+
+
+def build_autoencoder(fill: Callable[[dict[str, Tensor], float], dict[str, Tensor]]) -> Any:
+    """A VAE of the TAESD architecture with the weights that ``fill`` gives."""
+    scale = comfy.latent_formats.SDXL().scale_factor
+    state = fill(comfy.taesd.taesd.TAESD(latent_channels=4).state_dict(), scale)
+    return comfy.sd.VAE(sd=state)
+
+
+def lora_names() -> list[str]:
+    """LoRA files that ComfyUI lists, relative to its loras folders; safetensors only."""
+    names = folder_paths.get_filename_list("loras")
+    return [name for name in names if name.endswith(".safetensors")]
+
+
+def lora_path(name: str) -> Path:
+    """The file of a listed LoRA. Raises HostError when ``name`` is not in a loras folder."""
+    path = folder_paths.get_full_path("loras", name)
+    if path is None:
+        raise HostError(f"lora_name {name!r} is not in a loras folder; choose one from the list.")
+    return Path(path)
+
+
+def new_lora_path(file_name: str) -> Path:
+    """A path under output/loras that does not exist yet, from the name a user typed.
+
+    ``file_name`` may hold subfolders and ComfyUI's %date% marks. Raises HostError for a name
+    that leaves the folder.
+    """
+    clean = file_name.strip().removesuffix(".safetensors")
+    parts = Path(clean.replace("\\", "/")).parts
+    if (
+        not clean
+        or ".." in parts
+        or Path(clean).is_absolute()
+        or any(c in clean for c in '<>:"|?*\0')
+    ):
+        raise HostError(
+            f"file_name is {file_name!r}; it must be a plain name or a subfolder and a name, such "
+            "as 'cats/sks_cat', and stays within output/loras."
+        )
+    root = Path(folder_paths.get_output_directory()).resolve() / "loras"
+    folder, name, counter, _, _ = folder_paths.get_save_image_path(clean, str(root))
+    return Path(folder) / f"{name}_{counter:05}_.safetensors"
+
+
+def dataset_folders() -> list[str]:
+    """Subfolders of ComfyUI's input folder, for a list to choose from."""
+    return sorted(folder_paths.get_input_subfolders())
+
+
+def dataset_folder(name: str) -> Path:
+    """The folder that ``name`` means: below input/, or an absolute path that ComfyUI may read.
+
+    Allowed are the input, output and temp folders and any folder registered under the name
+    ``lora2_datasets`` in extra_model_paths.yaml. Raises HostError for anything else.
+    """
+    root = Path(folder_paths.get_input_directory())
+    registered = folder_paths.folder_names_and_paths.get("lora2_datasets", ([], set()))[0]
+    outputs = (folder_paths.get_output_directory(), folder_paths.get_temp_directory())
+    allowed = [root, *map(Path, outputs), *map(Path, registered)]
+    path = (root / name).resolve()  # an absolute name replaces the root
+    if not any(path.is_relative_to(folder.resolve()) for folder in allowed):
+        raise HostError(
+            f"folder {name!r} is outside ComfyUI's folders; put the images under input/, or list "
+            "their folder as lora2_datasets in extra_model_paths.yaml."
+        )
+    if not path.is_dir():
+        raise HostError(f"folder {name!r} does not exist under {root}; check the name.")
+    return path
+
+
+# --- helpers ----------------------------------------------------------------------------------
+
+
+def _plain_attention(_function: object, *args: Any, **kwargs: Any) -> Tensor:
+    return attention_pytorch(*args, **kwargs)
+
+
+def _encode_text(base: comfy.model_base.BaseModel, clip: Any, text: str) -> tuple[Tensor, Tensor]:
+    context, pooled = clip.encode_from_tokens(clip.tokenize(text), return_pooled=True)
+    config = base.model_config.unet_config
+    widths = context.shape[-1], 0 if pooled is None else pooled.shape[-1]
+    wanted = config["context_dim"], config["adm_in_channels"] - 1536
+    if pooled is None or widths != wanted:
+        raise HostError(
+            f"clip gives text embeddings of width {widths[0]} and {widths[1]} where the model "
+            f"takes {wanted[0]} and {wanted[1]}; connect the CLIP of the same checkpoint."
+        )
+    return _plain(context)[0], _plain(pooled)
+
+
+def _encode_image(base: comfy.model_base.BaseModel, vae: Any, pixels: Tensor) -> Tensor:
+    latent = vae.encode(pixels[None])
+    if latent.ndim != 4 or latent.shape[1] != 4:
+        raise HostError(
+            f"vae gives latents of shape {tuple(latent.shape)} where SDXL takes 4 channels; "
+            "connect the VAE of the same checkpoint."
+        )
+    scaled = base.process_latent_in(_plain(latent))[0]
+    if not scaled.isfinite().all():
+        raise HostError(
+            "vae gave latents that are not finite; SDXL's own VAE overflows in fp16: start ComfyUI "
+            "with --fp32-vae or load the fp16-fix VAE."
+        )
+    return scaled
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.float().cpu()
+
+
+def _check_shape(key: str, patch: Any, shape: torch.Size | None, source: str) -> None:
+    weights = getattr(patch, "weights", None)
+    if shape is None or weights is None or getattr(patch, "name", "") != "lora":
+        return  # text encoders, and other kinds of patch, are ComfyUI's business
+    up, down, _, middle, _, reshape = weights
+    if middle is not None or reshape is not None:
+        return
+    if (up.shape[0], down[0].numel()) != (shape[0], shape[1:].numel()):
+        raise HostError(
+            f"{source} was trained for another architecture: {key} is "
+            f"{shape[0]}×{shape[1:].numel()} in the model and {up.shape[0]}×{down[0].numel()} in "
+            "the file. Choose a LoRA for this model."
+        )

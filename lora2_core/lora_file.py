@@ -1,0 +1,348 @@
+"""LoRA files: write, read, cut, and look inside without loading.
+
+One safetensors file that every stock loader reads: kohya keys, Λ folded into the two matrices,
+``alpha`` equal to the rank so that the loader's scale is 1, each component at its own rank, and
+columns in order of importance. What is ours stands in the metadata under ``lora2.``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import struct
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from .network import Component
+
+FORMAT_VERSION = "1"
+UNET_PREFIX = "lora_unet_"
+_DOWN, _UP, _ALPHA = ".lora_down.weight", ".lora_up.weight", ".alpha"
+# A component whose fp16 ΔW would be off by more than this is kept in fp32.
+_HALF_ERROR = 5e-4
+_MAX_HEADER = 100 << 20  # the limit of the safetensors format itself
+_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
+
+
+class LoRAFileError(ValueError):
+    """A file cannot be read or written; the message names the file, the cause and the fix."""
+
+
+@dataclass(frozen=True)
+class ComponentInfo:
+    """What a file's header says about one component."""
+
+    key: str  # kohya key without suffix, "lora_unet_input_blocks_4_1_…_attn1_to_q"
+    rank: int  # columns stored; 0 when the component was left out
+    in_features: int
+    out_features: int
+    nu: float | None  # None in files that LoRA² did not train
+    nbytes: int  # of both tensors
+
+
+@dataclass(frozen=True)
+class LoRAFile:
+    """A file in memory: tensors by key as stored, and the metadata."""
+
+    state: dict[str, Tensor]
+    metadata: dict[str, str]
+
+
+def kohya_key(name: str) -> str:
+    """``input_blocks.4.1…attn1.to_q`` → ``lora_unet_input_blocks_4_1_…_attn1_to_q``."""
+    return UNET_PREFIX + name.replace(".", "_")
+
+
+def fold(component: Component) -> tuple[Tensor, Tensor]:
+    """(down, up) with ΔW = up · down, the columns of both sides at equal norm.
+
+    √Λ goes into each side (eq. 10); the norms are then balanced column by column, because an
+    early B near 1e-6 beside an A near 1 would lose its digits in fp16.
+    """
+    root = component.importance.sqrt()  # (rank,)
+    down = component.lora_down.flatten(1) * root[:, None]  # (rank, in)
+    up = component.lora_up.flatten(1) * root  # (out, rank)
+    down_norm, up_norm = down.norm(dim=1), up.norm(dim=0)
+    usable = (down_norm > 0) & (up_norm > 0)
+    balance = torch.where(usable, (up_norm / down_norm.clamp(min=1e-38)).sqrt(), 1.0)
+    balance = balance.clamp(1e-18, 1e18)
+    down, up = down * balance[:, None], up / balance
+    return down.view_as(component.lora_down), up.view_as(component.lora_up)
+
+
+def to_state(components: Sequence[Component]) -> dict[str, Tensor]:
+    """The tensors of a file: fp16 (fp32 where fp16 would show), zero components left out.
+
+    Raises LoRAFileError if a weight is not finite.
+    """
+    state: dict[str, Tensor] = {}
+    for component in components:
+        down, up = fold(component)
+        exact = up.flatten(1) @ down.flatten(1)  # (out, in)
+        if not exact.isfinite().all():
+            raise LoRAFileError(
+                f"{component.name} holds values that are not finite, so nothing was written; "
+                "train again with a lower learning_rate."
+            )
+        if not exact.any():
+            continue
+        down, up = _narrowed(down, up, exact)
+        key = kohya_key(component.name)
+        state[key + _DOWN], state[key + _UP] = down.contiguous(), up.contiguous()
+        state[key + _ALPHA] = torch.tensor(float(down.shape[0]))
+    return state
+
+
+def truncate(state: Mapping[str, Tensor], max_rank: int) -> dict[str, Tensor]:
+    """A valid smaller LoRA: every component cut to its first ``max_rank`` columns.
+
+    Columns lie in order of importance, so the tail is what matters least. The loader's scale
+    alpha/rank is kept.
+    """
+    if max_rank < 1:
+        raise ValueError(f"max_rank is {max_rank}; a LoRA has at least rank 1.")
+    out: dict[str, Tensor] = dict(state)
+    for key in component_keys(state):
+        down, up = state[key + _DOWN], state[key + _UP]
+        rank = min(max_rank, down.shape[0])
+        out[key + _DOWN] = down[:rank].contiguous()
+        out[key + _UP] = up[:, :rank].contiguous()
+        if key + _ALPHA in state:
+            out[key + _ALPHA] = state[key + _ALPHA] * (rank / down.shape[0])
+    return out
+
+
+def component_keys(keys: Mapping[str, Any]) -> list[str]:
+    """Keys of the components in a state or header, without suffix."""
+    return [key[: -len(_DOWN)] for key in keys if key.endswith(_DOWN)]
+
+
+def save(path: Path, components: Sequence[Component], metadata: Mapping[str, str]) -> Path:
+    """Write a LoRA² file: to a temporary file beside ``path``, then renamed over it.
+
+    The same components and metadata always give the same bytes. Raises LoRAFileError when there
+    is nothing to write or the disk is full; an existing file then stays as it was.
+    """
+    state = to_state(components)
+    if not state:
+        raise LoRAFileError(
+            f"{path.name} was not written: no component has learnt anything yet. Train for more "
+            "steps or with a higher learning_rate."
+        )
+    entries = {
+        kohya_key(c.name): {
+            "nu": c.nu,
+            "rank": int(c.importance.numel()),
+            "in": math.prod(c.lora_down.shape[1:]),
+            "out": c.lora_up.shape[0],
+        }
+        for c in components
+    }
+    full = {
+        **metadata,
+        "lora2.format_version": FORMAT_VERSION,
+        "lora2.components": json.dumps(entries, sort_keys=True),
+    }
+    write_atomically(path, encode(state, full))
+    return path
+
+
+def encode(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """The bytes of a safetensors file, its metadata in sorted order and with its hashes.
+
+    The library writes metadata in the random order of its hash map; the header is rewritten
+    so that equal runs give equal files. ``sshs_model_hash`` is the SHA-256 of what follows the
+    header, ``sshs_legacy_hash`` the first 8 digits of that of the 64 KiB from byte 1,048,576.
+    """
+    raw = safetensors.torch.save(dict(state))
+    header, data = _split(raw)
+    tensors = json.loads(header)
+    full = {
+        **metadata,
+        "sshs_model_hash": hashlib.sha256(data).hexdigest(),
+        "modelspec.hash_sha256": "0x" + hashlib.sha256(data).hexdigest(),
+        "sshs_legacy_hash": hashlib.sha256(raw[0x100000:0x110000]).hexdigest()[:8],
+    }
+    text = json.dumps({"__metadata__": dict(sorted(full.items())), **tensors}).encode()
+    text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """``data`` in ``path``, whole or not at all. Raises LoRAFileError on a full or closed disk."""
+    temporary: str | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide the file from other users
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        raise LoRAFileError(
+            f"{path} could not be written ({error.strerror or error}); it needs "
+            f"{len(data) / 1e6:.1f} MB. Free some space or choose another output folder."
+        ) from error
+
+
+def check_writable(path: Path, nbytes: int) -> None:
+    """Before training: can ``nbytes`` be written to ``path``? Raises LoRAFileError if not."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            free = shutil.disk_usage(path.parent).free
+    except OSError as error:
+        raise LoRAFileError(
+            f"{path.parent} cannot be written to ({error.strerror or error}); make it writable or "
+            "choose another output folder."
+        ) from error
+    if free < nbytes:
+        raise LoRAFileError(
+            f"The disk of {path.parent} is full: the LoRA needs {nbytes / 1e6:.1f} MB and "
+            f"{free / 1e6:.1f} MB are free. Free some space first."
+        )
+
+
+def headline(metadata: Mapping[str, str]) -> str:
+    """One line about a file, from its metadata; empty when it says nothing."""
+    ours = "lora2.format_version" in metadata
+    parts = [
+        f"LoRA² {metadata['lora2.mode']} mode" if ours and "lora2.mode" in metadata else "",
+        f"{metadata['ss_steps']} steps" if metadata.get("ss_steps") else "",
+        f'"{metadata["modelspec.trigger_phrase"]}"'
+        if metadata.get("modelspec.trigger_phrase")
+        else "",
+    ]
+    return " · ".join(part for part in parts if part)
+
+
+def load(path: Path) -> LoRAFile:
+    """Tensors and metadata of a LoRA file. Raises LoRAFileError for anything unreadable."""
+    header = _read_header(path)
+    try:
+        state = safetensors.torch.load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise LoRAFileError(
+            f"{path} cannot be read: {error}. Download or train it again."
+        ) from error
+    return LoRAFile(state, _metadata(header))
+
+
+def inspect(path: Path) -> tuple[list[ComponentInfo], dict[str, str]]:
+    """Components and metadata from the header alone; no tensor is read.
+
+    Components that training left out as zero are listed with rank 0. Raises LoRAFileError when
+    the file is missing, cut short, no safetensors file or no LoRA in kohya form.
+    """
+    header = _read_header(path)
+    metadata = _metadata(header)
+    trained = _trained_components(metadata)
+    infos = [_info(header, key, trained.get(key)) for key in component_keys(header)]
+    if not infos:
+        raise LoRAFileError(
+            f"{path} holds no LoRA in kohya form (no key ends in {_DOWN}); "
+            "choose a LoRA file, not a checkpoint."
+        )
+    order = {key: position for position, key in enumerate(trained)}
+    present = {info.key for info in infos}
+    infos += [
+        ComponentInfo(key, 0, int(entry["in"]), int(entry["out"]), float(entry["nu"]), 0)
+        for key, entry in trained.items()
+        if key not in present
+    ]
+    infos.sort(key=lambda info: order.get(info.key, len(order)))
+    return infos, metadata
+
+
+def component_infos(components: Sequence[Component]) -> list[ComponentInfo]:
+    """The same description for components in memory, sizes as the fp16 file would have."""
+    return [
+        ComponentInfo(
+            key=kohya_key(c.name),
+            rank=int(c.importance.numel()) if c.lora_up.any() else 0,
+            in_features=math.prod(c.lora_down.shape[1:]),
+            out_features=c.lora_up.shape[0],
+            nu=c.nu,
+            nbytes=2 * (c.lora_down.numel() + c.lora_up.numel()) if c.lora_up.any() else 0,
+        )
+        for c in components
+    ]
+
+
+def _narrowed(down: Tensor, up: Tensor, exact: Tensor) -> tuple[Tensor, Tensor]:
+    half = down.half(), up.half()
+    product = half[1].float().flatten(1) @ half[0].float().flatten(1)
+    error = (product - exact).norm() / exact.norm()
+    return half if error <= _HALF_ERROR else (down, up)
+
+
+def _split(raw: bytes) -> tuple[bytes, bytes]:
+    (length,) = struct.unpack("<Q", raw[:8])
+    return raw[8 : 8 + length], raw[8 + length :]
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise LoRAFileError(f"{path} does not exist; choose a file from the loras folder.")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else _MAX_HEADER + 1
+        text = file.read(length) if length <= _MAX_HEADER else b""
+    try:
+        header = json.loads(text)
+        end = max(
+            (entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"),
+            default=0,
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise LoRAFileError(
+            f"{path} is not a safetensors file; only .safetensors LoRAs are read "
+            "(pickled .pt and .ckpt files can run code)."
+        ) from error
+    if 8 + length + end != size:
+        raise LoRAFileError(
+            f"{path} is cut short: {size} bytes where its header announces {8 + length + end}. "
+            "Download or copy it again."
+        )
+    return header
+
+
+def _metadata(header: Mapping[str, Any]) -> dict[str, str]:
+    return {str(key): str(value) for key, value in (header.get("__metadata__") or {}).items()}
+
+
+def _trained_components(metadata: Mapping[str, str]) -> dict[str, Any]:
+    try:
+        return dict(json.loads(metadata.get("lora2.components", "{}")))
+    except ValueError:
+        return {}  # somebody else wrote into our metadata; the tensors still tell the ranks
+
+
+def _info(header: Mapping[str, Any], key: str, trained: Mapping[str, Any] | None) -> ComponentInfo:
+    down, up = header[key + _DOWN], header.get(key + _UP)
+    if up is None:
+        raise LoRAFileError(f"{key} has a lora_down but no lora_up; the file is damaged.")
+    shape = down["shape"]
+    counts = math.prod(shape), math.prod(up["shape"])
+    nbytes = sum(
+        count * _ITEM_BYTES.get(entry["dtype"], 4)
+        for count, entry in zip(counts, (down, up), strict=True)
+    )
+    nu = float(trained["nu"]) if trained else None
+    return ComponentInfo(key, shape[0], math.prod(shape[1:]), up["shape"][0], nu, nbytes)

@@ -1,0 +1,23 @@
+"""What the node files share: the category, the LORA2 socket, advanced inputs, pictures."""
+
+import numpy as np
+import torch
+from comfy_api.latest import io
+from PIL import Image
+
+CATEGORY = "LoRA²"
+
+# The value is a lora2_core.jobs.TrainedLoRA.
+LoRA2Socket = io.Custom("LORA2")
+
+
+def advanced(widget: io.WidgetInput) -> io.WidgetInput:
+    """Mark a widget as advanced; ComfyUI versions that know no such thing show it as usual."""
+    widget.extra_dict = {**(widget.extra_dict or {}), "advanced": True}
+    return widget
+
+
+def to_image(picture: Image.Image) -> torch.Tensor:
+    """A ComfyUI IMAGE, (1, height, width, 3), from a PIL picture."""
+    pixels = np.asarray(picture.convert("RGB"), dtype=np.float32) / 255.0
+    return torch.from_numpy(pixels)[None]

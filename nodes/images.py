@@ -1,0 +1,83 @@
+"""Load images from a folder, with captions."""
+
+from pathlib import Path
+
+from comfy_api.latest import io
+
+from ..lora2_core import comfy_host, dataset
+from .common import CATEGORY, advanced
+
+_EXAMPLES = Path(__file__).parent.parent / "examples"
+_EXAMPLE_MARK = "example: "
+
+
+class LoRA2ImageFolder(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LoRA2ImageFolder",
+            display_name="Load images from a folder",
+            category=CATEGORY,
+            description=(
+                "All images of a folder, each at its own size, and their captions: the text "
+                "file of the image's name (cat.png, cat.txt), empty where there is none."
+            ),
+            inputs=[
+                io.Combo.Input(
+                    "folder",
+                    options=_choices(),
+                    tooltip=(
+                        "A folder below ComfyUI's input folder, or an example that comes with the "
+                        "pack. Copy your photos to input/my_subject and press R to see it here."
+                    ),
+                ),
+                advanced(
+                    io.String.Input(
+                        "path",
+                        default="",
+                        optional=True,
+                        tooltip=(
+                            "Instead of the list: an absolute path, or one below input/. ComfyUI's "
+                            "own folders are allowed, and those listed as lora2_datasets in "
+                            "extra_model_paths.yaml."
+                        ),
+                    )
+                ),
+            ],
+            outputs=[
+                io.Image.Output(
+                    display_name="images",
+                    is_output_list=True,
+                    tooltip="One image per file, in the order of the file names.",
+                ),
+                io.String.Output(
+                    display_name="captions",
+                    is_output_list=True,
+                    tooltip="One caption per image; empty captions fall back to the prompt.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, folder: str, path: str = "") -> str:
+        """Changes when a file of the folder does, so that ComfyUI reads it again."""
+        try:
+            files = sorted(_resolve(folder, path).iterdir())
+            return repr([(file.name, file.stat().st_mtime_ns) for file in files])
+        except (OSError, ValueError):
+            return ""  # execute says what is wrong
+
+    @classmethod
+    def execute(cls, folder: str, path: str = "") -> io.NodeOutput:
+        return io.NodeOutput(*dataset.load_folder(_resolve(folder, path)))
+
+
+def _choices() -> list[str]:
+    examples = sorted(p.name for p in _EXAMPLES.iterdir() if p.is_dir())
+    return [_EXAMPLE_MARK + name for name in examples] + comfy_host.dataset_folders()
+
+
+def _resolve(folder: str, path: str) -> Path:
+    if not path.strip() and folder.startswith(_EXAMPLE_MARK) and folder in _choices():
+        return _EXAMPLES / folder.removeprefix(_EXAMPLE_MARK)
+    return comfy_host.dataset_folder(path.strip() or folder)
