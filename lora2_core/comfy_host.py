@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from .config import TrainConfig
 from .dataset import Photo, Sample, crop
 from .denoising import DenoisingTask, output_scale
+from .lora_file import component_keys
 from .network import AdaptiveRankNetwork, find_targets, fingerprint
 from .objective import CrossAttentionEntropy
 
@@ -177,9 +178,14 @@ def apply_state(
     new_clip = None if clip is None else clip.clone()
     if new_clip is not None:
         applied |= set(new_clip.add_patches(patches, strength_clip))
-    left = len(patches) - len(applied)
-    if left:
-        logging.warning("LoRA²: %s: %d of %d layers were not used.", source, left, len(patches))
+    unused = len(component_keys(state)) - len(applied)
+    if unused > 0:
+        logging.warning(
+            "LoRA²: %s: %d of its components belong to no layer of the connected model%s.",
+            source,
+            unused,
+            "" if clip is not None else " (those of the text encoders need clip connected)",
+        )
     return new_model, new_clip
 
 

@@ -104,6 +104,13 @@ class TrainingJob:
                 traceback.clear_frames(self.progress.error.__traceback__)
 
     def _train(self) -> None:
+        logging.info(
+            "LoRA²: training %d components for %d steps (%s mode) towards %s.",
+            len(self.network.targets),
+            self.config.steps,
+            self.config.rank.mode,
+            self.path.name,
+        )
         try:
             steps = train(self.network, self.task, self.config, self.entropy, self._stop.is_set)
             for event in steps:
@@ -132,9 +139,12 @@ class TrainingJob:
             base_hash=self.base_hash,
             ranks=[int(c.importance.numel()) for c in components],
             losses=[event.loss for event in events],
+            probes=[event.probe for event in events if event.probe is not None],
             title=self.path.stem,
         )
         lora_file.save(self.path, components, text)
+        size = self.path.stat().st_size / 1e6
+        logging.info("LoRA²: wrote %s, %.2f MB, after %d steps.", self.path, size, len(events))
         self.result = TrainedLoRA(
             path=self.path,
             file=lora_file.load(self.path),

@@ -22,24 +22,36 @@ def describe(
     base_hash: str,
     ranks: Sequence[int],
     losses: Sequence[float],
+    probes: Sequence[float],
     title: str,
 ) -> dict[str, str]:
-    """Everything a loader, a manager or a person may want to know of a trained file."""
+    """Everything a loader, a manager or a person may want to know of a trained file.
+
+    ``losses``: one a step; ``probes``: the loss on fixed noise and timesteps, in order.
+    """
     return {
-        **_ours(config, base_hash, ranks, losses),
+        **_ours(config, base_hash, ranks, losses, probes),
         **_kohya(config, captions, base_hash, title, len(losses)),
         **_model_spec(config, captions, title),
     }
 
 
+def _first_and_last(values: Sequence[float]) -> list[float]:
+    """Medians of the first and of the last fifth; single steps are too noisy to compare."""
+    fifth = max(1, len(values) // 5)
+    return [statistics.median(values[:fifth]), statistics.median(values[-fifth:])]
+
+
 def _ours(
-    config: TrainConfig, base_hash: str, ranks: Sequence[int], losses: Sequence[float]
+    config: TrainConfig,
+    base_hash: str,
+    ranks: Sequence[int],
+    losses: Sequence[float],
+    probes: Sequence[float],
 ) -> dict[str, str]:
-    fifth = max(1, len(losses) // 5)
-    summary = {
-        "first": statistics.median(losses[:fifth]),
-        "last": statistics.median(losses[-fifth:]),
-    }
+    summary = {"training": _first_and_last(losses)}
+    if probes:
+        summary["fixed_noise"] = _first_and_last(probes)
     return {
         "lora2.mode": config.rank.mode,
         "lora2.quantile": str(config.rank.quantile),

@@ -83,10 +83,13 @@ class LoRA2Train(io.ComfyNode):
 def _wait_for(job: TrainingJob) -> TrainedLoRA:
     """Show progress until the job ends; Cancel stops it after its current step and saves."""
     bar = comfy_host.progress_bar(job.config.steps)
+    shown = 0
     job.start()
     try:
         while not job.wait(_POLL_SECONDS):
-            bar(job.progress.step)
+            if job.progress.step != shown:
+                shown = job.progress.step
+                bar(shown)
             comfy_host.raise_if_cancelled()
     except BaseException:
         job.stop()
