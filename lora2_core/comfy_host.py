@@ -38,6 +38,7 @@ from .lora_file import component_keys
 from .network import AdaptiveRankNetwork, find_targets, fingerprint
 from .objective import CrossAttentionEntropy
 
+_QUANTIZED = ("scale_weight", "weight_scale", "scaled_fp8")  # weights that need a scale beside
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -102,7 +103,7 @@ def private_copy(model: ModelPatcher, precision: str = "auto") -> comfy.model_ba
     does not know the copy, so neither a prompt nor its memory management can move or patch it.
     """
     base = model.model
-    if getattr(base.model_config, "scaled_fp8", None) or base.model_config.layer_quant_config:
+    if any(name.endswith(_QUANTIZED) for name in base.state_dict()):
         raise HostError("model is quantized with scales; load it with weight_dtype 'default'.")
     # While a patched clone of this model is resident the weights are that clone's.
     comfy.model_management.load_models_gpu([model], force_full_load=True)
