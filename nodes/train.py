@@ -177,6 +177,17 @@ def _settings() -> list[io.WidgetInput]:
                 "formula of arXiv 2603.21884 to the letter; files come out several times larger."
             ),
         ),
+        *_budget(),
+        io.String.Input(
+            "file_name",
+            default="lora2/subject",
+            tooltip="Name below output/loras; a number is added, nothing is ever overwritten.",
+        ),
+    ]
+
+
+def _budget() -> list[io.WidgetInput]:
+    return [
         io.Float.Input(
             "target_rank",
             default=0.0,
@@ -195,11 +206,6 @@ def _settings() -> list[io.WidgetInput]:
             max=100_000.0,
             step=1.0,
             tooltip="Aim at a file of about this size instead of a mean rank. 0 is off.",
-        ),
-        io.String.Input(
-            "file_name",
-            default="lora2/subject",
-            tooltip="Name below output/loras; a number is added, nothing is ever overwritten.",
         ),
     ]
 
@@ -239,6 +245,12 @@ def _advanced_settings() -> list[io.WidgetInput]:
             control_after_generate=False,
             tooltip="The same seed and settings give the same file on the same machine.",
         ),
+        *_expert_settings(),
+    ]
+
+
+def _expert_settings() -> list[io.WidgetInput]:
+    return [
         io.Combo.Input(
             "precision",
             options=list(PRECISIONS),

@@ -162,6 +162,7 @@ class Environment:
                 text=True,
                 encoding="utf-8",
                 errors="replace",
+                close_fds=False,  # hands down the lock, see `locked`
             ) as process,
         ):
             for line in process.stdout or ():
@@ -183,12 +184,17 @@ class Finished:
 
 @contextlib.contextmanager
 def locked(file: Path) -> Iterator[None]:
-    """Let one process at a time in; the lock dies with the process."""
+    """Let one process at a time in; the lock dies with the process.
+
+    The commands that it runs hold the lock too, where the system lets them: a pip that outlives
+    a killed set-up must not meet the next one.
+    """
     with file.open("a+") as handle:
         if not _try_lock(handle):
             say("Another set-up of this folder is running; waiting for it ...")
             while not _try_lock(handle):
                 time.sleep(0.5)
+        os.set_inheritable(handle.fileno(), True)
         yield
 
 

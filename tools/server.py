@@ -1,7 +1,9 @@
 """Boot a real ComfyUI server in a folder of its own, talk to it, and leave nothing behind.
 
-with Server(runtime, folder) as server:
-    history = server.run(workflow, on_progress=print)
+    with Server(runtime, folder) as server:
+        history = server.run(workflow, on_progress=print)
+
+To be run by the runtime's own interpreter (`Runtime.python`), which has `aiohttp`.
 """
 
 from __future__ import annotations

@@ -36,8 +36,7 @@ def run_step(name: str, command: list[str], runtime: Runtime) -> bool:
     print(_coloured(f"== {name}", BOLD), flush=True)
     variables = os.environ | {"LORA2_COMFYUI": str(runtime.path)}
     if name == "pyright":
-        # The types of the ComfyUI in use, wherever it lies. The tests must not see it here:
-        # they put it on the path themselves.
+        # For a ComfyUI elsewhere than in .comfyui/. The tests put it on their path themselves.
         variables["PYTHONPATH"] = str(runtime.path)
     started = time.monotonic()
     passed = subprocess.run(command, cwd=ROOT, env=variables, check=False).returncode == 0

@@ -350,7 +350,7 @@ def test_long_text_is_cut_to_fit(text, width):
 
 
 def test_text_keeps_to_the_glyphs_of_the_bundled_font():
-    assert canvas.drawable("LoRA² – é × 犬") == "LoRA² - e x ?"  # noqa: RUF001
+    assert canvas.drawable("LoRA² – é × 犬") == "LoRA² - e x ?"
 
 
 # --- figures and table ---------------------------------------------------------------------
