@@ -12,7 +12,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,19 +106,20 @@ def private_copy(model: ModelPatcher, precision: str = "auto") -> comfy.model_ba
         raise HostError("model is quantized with scales; load it with weight_dtype 'default'.")
     # While a patched clone of this model is resident the weights are that clone's.
     comfy.model_management.load_models_gpu([model], force_full_load=True)
+    dtype = _DTYPES.get(precision) or base.manual_cast_dtype or base.get_dtype()
     private = base.__class__.__new__(base.__class__)
     private.__dict__ = dict(base.__dict__)
     # copy.deepcopy of the whole BaseModel fails from ComfyUI 0.8.0 on, of these two it works.
     private._modules = dict(base._modules)
-    private._modules["diffusion_model"] = copy.deepcopy(base.diffusion_model)
+    private._modules["diffusion_model"] = _copy_frozen(base.diffusion_model, dtype)
     sampling = copy.deepcopy(model.get_model_object("model_sampling"))
-    private._modules["model_sampling"] = sampling
+    private._modules["model_sampling"] = sampling.to(model.load_device)
     private.current_patcher = None  # type: ignore[assignment]
-    dtype = _DTYPES.get(precision) or base.manual_cast_dtype or base.get_dtype()
-    private.diffusion_model.to(model.load_device, dtype).eval().requires_grad_(False)
-    private.diffusion_model.dtype = dtype
     private.manual_cast_dtype = None
-    sampling.to(model.load_device)
+    if model.load_device.type != "cpu":
+        # Only the copy is needed from here on: the model itself, CLIP and VAE leave the GPU.
+        comfy.model_management.unload_all_models()
+    private.diffusion_model.to(model.load_device)
     return private
 
 
@@ -245,14 +245,7 @@ CancelledError = comfy.model_management.InterruptProcessingException
 
 def progress_bar(total: int) -> Callable[[int], None]:
     """ComfyUI's progress bar of the node that runs now; call it with the steps done."""
-    return partial(_update_bar, comfy.utils.ProgressBar(total))
-
-
-def _update_bar(bar: comfy.utils.ProgressBar, done: int) -> None:
-    bar.update_absolute(done)
-
-
-# --- models and paths -------------------------------------------------------------------------
+    return comfy.utils.ProgressBar(total).update_absolute
 
 
 def build_sdxl(
@@ -344,7 +337,15 @@ def dataset_folder(name: str) -> Path:
     return path
 
 
-# --- helpers ----------------------------------------------------------------------------------
+def _copy_frozen(module: Any, dtype: torch.dtype) -> Any:
+    """A copy in RAM with its own weights, cast to ``dtype``: no second model on the GPU."""
+    weights = {
+        id(p): nn.Parameter(p.detach().to("cpu", dtype, copy=True), requires_grad=False)
+        for p in module.parameters()
+    }
+    copied = copy.deepcopy(module, weights).eval()
+    copied.dtype = dtype
+    return copied
 
 
 def _plain_attention(_function: object, *args: Any, **kwargs: Any) -> Tensor:
