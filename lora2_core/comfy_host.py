@@ -1,7 +1,7 @@
 """The seam to ComfyUI: the only file that imports comfy or folder_paths.
 
-It turns ComfyUI's MODEL, CLIP and VAE into a private model to train on and a task for the
-trainer, applies LoRAs as model patches, and resolves every path a user names.
+It turns MODEL, CLIP and VAE into a private model and a task for the trainer, applies LoRAs as
+model patches, and resolves every path a user names.
 """
 
 from __future__ import annotations
@@ -294,14 +294,9 @@ def new_lora_path(file_name: str) -> Path:
     ``file_name`` may hold subfolders and ComfyUI's %date% marks. Raises HostError for a name
     that leaves the folder.
     """
-    clean = file_name.strip().removesuffix(".safetensors")
-    parts = Path(clean.replace("\\", "/")).parts
-    if (
-        not clean
-        or ".." in parts
-        or Path(clean).is_absolute()
-        or any(c in clean for c in '<>:"|?*\0')
-    ):
+    clean = file_name.strip().removesuffix(".safetensors").replace("\\", "/")
+    leaves = clean.startswith("/") or ".." in clean.split("/")
+    if leaves or not clean.strip("/. ") or any(c in clean for c in '<>:"|?*\0'):
         raise HostError(
             f"file_name is {file_name!r}; it must be a plain name or a subfolder and a name, such "
             "as 'cats/sks_cat', and stays within output/loras."
@@ -348,7 +343,7 @@ def _copy_frozen(module: Any, dtype: torch.dtype) -> Any:
     return copied
 
 
-def _plain_attention(_function: object, *args: Any, **kwargs: Any) -> Tensor:
+def _plain_attention(_chosen: object, *args: Any, **kwargs: Any) -> Tensor:
     return attention_pytorch(*args, **kwargs)
 
 
