@@ -219,11 +219,12 @@ def deaf_to_cancel() -> Iterator[None]:
             _ask_comfy = management.throw_exception_if_processing_interrupted
             management.throw_exception_if_processing_interrupted = _ask_unless_deaf
         _guard_users += 1
+    outer = getattr(_guarded, "deaf", False)
     _guarded.deaf = True
     try:
         yield
     finally:
-        _guarded.deaf = False
+        _guarded.deaf = outer
         with _guard_lock:
             _guard_users -= 1
             if _guard_users == 0:
@@ -295,11 +296,13 @@ def new_lora_path(file_name: str) -> Path:
     that leaves the folder.
     """
     clean = file_name.strip().removesuffix(".safetensors").replace("\\", "/")
+    name = clean.rpartition("/")[2]
     leaves = clean.startswith("/") or ".." in clean.split("/")
-    if leaves or not clean.strip("/. ") or any(c in clean for c in '<>:"|?*\0'):
+    unfit = not 0 < len(name.strip(". ").encode()) <= 200 or any(c in clean for c in '<>:"|?*\0')
+    if leaves or unfit:
         raise HostError(
-            f"file_name is {file_name!r}; it must be a plain name or a subfolder and a name, such "
-            "as 'cats/sks_cat', and stays within output/loras."
+            f"file_name is {file_name[:60]!r}; it must be a plain name or a subfolder and a name, "
+            "such as 'cats/sks_cat', of at most 200 bytes, and stays within output/loras."
         )
     root = Path(folder_paths.get_output_directory()).resolve() / "loras"
     folder, name, counter, _, _ = folder_paths.get_save_image_path(clean, str(root))

@@ -76,6 +76,11 @@ class RankConfig:
         }
         return cls(**{**literal, **changes})
 
+    @classmethod
+    def for_mode(cls, mode: str, **changes: Any) -> RankConfig:
+        """The defaults of a mode given by its name; an unknown one is rejected."""
+        return cls.paper(**changes) if mode == "paper" else cls.balanced(mode=mode, **changes)
+
     @property
     def rank_limit(self) -> int:
         """Largest rank of any component; each is also held to its own min(in, out)."""

@@ -110,7 +110,6 @@ def _config(one: dict[str, Any]) -> TrainConfig:
         ranks["target_megabytes"] = one["target_megabytes"]
     if one["max_rank"]:
         ranks["max_rank"] = one["max_rank"]
-    make = RankConfig.paper if one["mode"] == "paper" else RankConfig.balanced
     return TrainConfig(
         steps=one["steps"],
         learning_rate=one["learning_rate"],
@@ -120,7 +119,7 @@ def _config(one: dict[str, Any]) -> TrainConfig:
         precision=one["precision"],
         entropy_weight=one["entropy_weight"],
         targets=one["targets"],
-        rank=make(**ranks),
+        rank=RankConfig.for_mode(one["mode"], **ranks),
     )
 
 
