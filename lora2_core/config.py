@@ -31,8 +31,9 @@ class Prior:
     std: float = 1.0  # σ > 0
 
     def __post_init__(self) -> None:
-        _check("prior weight", self.weight, self.weight >= 0, "0 or more", "0 switches it off")
-        _check("prior std", self.std, self.std > 0, "above 0", "the paper's notation is σ")
+        _check("prior weight", self.weight, 0, math.inf, "0 switches it off")
+        _check("prior mean", self.mean, -math.inf, math.inf, "the paper's μ, 0 for A and B")
+        _check("prior std", self.std, 1e-12, math.inf, "the paper's σ")
 
 
 @dataclass(frozen=True)
@@ -92,27 +93,23 @@ class RankConfig:
         _choice("mode", self.mode, MODES)
         _choice("growth", self.growth, ("zero", "random"))
         _choice("start", self.start, ("target", "maximum"))
-        _check("quantile", self.quantile, 0 < self.quantile < 1, "between 0 and 1", "use 0.9")
+        _check("quantile", self.quantile, 1e-6, 1 - 1e-6, "the paper uses 0.9")
         if self.max_rank is not None:
             _whole("max_rank", self.max_rank, 1, 4096, "the paper uses 512")
-        _check(
-            "target_rank",
-            self.target_rank,
-            0 < self.target_rank <= self.rank_limit,
-            f"above 0 and at most max_rank ({self.rank_limit})",
-            "lower target_rank or raise max_rank",
-        )
-        if self.target_megabytes is not None:
-            size = self.target_megabytes
-            _check("target_megabytes", size, size > 0, "above 0", "4 gives a file of 4 MB")
-        rate = self.rank_learning_rate
-        _check("rank_learning_rate", rate, 0 < rate <= 1, "above 0, at most 1", "use 0.02")
-        _check("rank_weight", self.rank_weight, self.rank_weight >= 0, "0 or more", "use 0.005")
-        gain = self.controller_gain
-        _check("controller_gain", gain, 0 <= gain <= 1000, "from 0 to 1000", "use 15")
-        share = self.freeze_fraction
-        _check("freeze_fraction", share, 0 <= share < 1, "from 0 to below 1", "use 0.2")
-        _check("growth_std", self.growth_std, self.growth_std >= 0, "0 or more", "use 0.02")
+        if self.target_megabytes is None:
+            limit = self.rank_limit
+            fix = f"at most max_rank ({limit}), so lower it or raise max_rank"
+            _check("target_rank", self.target_rank, 1, limit, fix)
+        else:
+            _check("target_megabytes", self.target_megabytes, 1e-3, 1e6, "4 gives 4 MB")
+        _check("rank_learning_rate", self.rank_learning_rate, 1e-9, 1, "use 0.02")
+        _check("rank_weight", self.rank_weight, 0, 1e9, "use 0.005")
+        _check("controller_gain", self.controller_gain, 0, 1000, "use 15, or 0 to hold κ")
+        _check("freeze_fraction", self.freeze_fraction, 0, 0.99, "use 0.2")
+        _check("growth_std", self.growth_std, 0, 1e3, "use 0.02")
+        _is_a("hysteresis", self.hysteresis, bool)
+        _is_a("nu_prior", self.nu_prior, Prior)
+        _is_a("weight_prior", self.weight_prior, Prior)
 
 
 @dataclass(frozen=True)
@@ -132,34 +129,47 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _whole("steps", self.steps, 1, 1_000_000, "the paper uses 500")
-        rate = self.learning_rate
-        _check("learning_rate", rate, 0 < rate <= 1, "above 0, at most 1", "use 0.0001")
+        _check("learning_rate", self.learning_rate, 1e-9, 1, "use 0.0001")
         _whole("batch_size", self.batch_size, 1, 256, "the paper uses 1")
         _whole("resolution", self.resolution, 64, 4096, "SDXL is at home at 1024")
-        multiple = self.resolution % 32 == 0
-        nearest = max(64, round(self.resolution / 32) * 32)
-        _check("resolution", self.resolution, multiple, "a multiple of 32", f"use {nearest}")
-        _whole("seed", self.seed, 0, 2**63 - 1, "any number gives a valid run")
+        if self.resolution % 32:
+            nearest = max(64, round(self.resolution / 32) * 32)
+            raise ConfigError(
+                f"resolution is {self.resolution}; it must be a multiple of 32: use {nearest}."
+            )
+        _whole("seed", self.seed, 0, 2**63 - 1, "any number in it gives a valid run")
         _choice("precision", self.precision, PRECISIONS)
-        weight = self.entropy_weight
-        _check("entropy_weight", weight, weight >= 0, "0 or more", "the paper uses 0.0001")
+        _check("entropy_weight", self.entropy_weight, 0, 1e6, "the paper uses 0.0001")
         _whole("probes", self.probes, 0, 10_000, "25 is enough for a curve")
+        if not isinstance(self.targets, str) or not self.targets.strip():
+            raise ConfigError(f"targets is {self.targets!r}; it must be text: use 'attention'.")
+        _is_a("rank", self.rank, RankConfig)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for a file's metadata."""
         return dataclasses.asdict(self)
 
 
-def _check(name: str, value: float, ok: bool, valid: str, fix: str) -> None:
-    if not (isinstance(value, (int, float)) and math.isfinite(value) and ok):
-        raise ConfigError(f"{name} is {value}; it must be {valid}: {fix}.")
+def _check(name: str, value: object, low: float, high: float, fix: str) -> None:
+    """A finite number from ``low`` to ``high``, both included."""
+    number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+    if not (math.isfinite(number) and low <= number <= high):
+        upper = f"to {high:g}" if math.isfinite(high) else "or more"
+        raise ConfigError(f"{name} is {value!r}; it must be a number from {low:g} {upper}: {fix}.")
 
 
-def _whole(name: str, value: int, low: int, high: int, fix: str) -> None:
+def _whole(name: str, value: object, low: int, high: int, fix: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ConfigError(f"{name} is {value}; it must be a whole number {low} to {high}: {fix}.")
+        raise ConfigError(
+            f"{name} is {value!r}; it must be a whole number from {low} to {high}: {fix}."
+        )
 
 
-def _choice(name: str, value: str, valid: tuple[str, ...]) -> None:
+def _choice(name: str, value: object, valid: tuple[str, ...]) -> None:
     if value not in valid:
         raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(valid)}.")
+
+
+def _is_a(name: str, value: object, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise ConfigError(f"{name} is {value!r}; it must be a {kind.__name__}: leave it out.")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 SMALLEST_SIDE = 64  # px; below that a photo holds nothing to learn from
@@ -59,7 +59,7 @@ def check_photos(
         raise DatasetError("images is empty; connect at least one photo of the subject.")
     for number, frame in enumerate(frames, 1):
         _check_frame(frame, number)
-    texts = [text.strip() for text in captions or [] if text is not None]
+    texts = [(text or "").strip() for text in captions or []]
     if len(texts) in (0, 1):
         texts = (texts or [""]) * len(frames)
     if len(texts) != len(frames):
@@ -147,11 +147,18 @@ def _read_image(path: Path) -> Tensor:
     try:
         with Image.open(path) as image:
             # Phones store the rotation beside the pixels; transparency becomes white.
-            upright = ImageOps.exif_transpose(image).convert("RGBA")
-    except (OSError, UnidentifiedImageError) as error:
+            upright = _eight_bit(ImageOps.exif_transpose(image)).convert("RGBA")
+    except Exception as error:  # Pillow's decoders raise anything on damaged files
         raise DatasetError(f"{path.name} is not a readable image ({error}); remove it.") from error
     flat = Image.new("RGBA", upright.size, "white")
     return _to_tensor(Image.alpha_composite(flat, upright).convert("RGB"))
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """16-bit grey scaled to 8 bits; Pillow's own conversion clips it to white."""
+    if not image.mode.startswith("I"):
+        return image
+    return Image.fromarray((np.asarray(image, dtype=np.float64) / 257).round().astype(np.uint8))
 
 
 def _read_caption(path: Path) -> str:

@@ -112,9 +112,8 @@ class AdaptiveLoRAConv2d(AdaptiveLoRA):
 
     def delta(self, x: Tensor) -> Tensor:
         down = self.lora_down.to(x.dtype).view(-1, *self.kernel)  # (rank, in, kh, kw)
-        hidden = F.conv2d(
-            x, down, None, self.base.stride, self.base.padding, self.base.dilation
-        )  # (batch, rank, h, w)
+        # The layer's own way to convolve: its stride and padding, circular padding included.
+        hidden = self.base._conv_forward(x, down, None)  # (batch, rank, h, w)
         hidden = hidden * self.importance.to(x.dtype).view(-1, 1, 1)
         return F.conv2d(hidden, self.lora_up.to(x.dtype)[:, :, None, None])
 

@@ -29,9 +29,9 @@ from .network import Component
 FORMAT_VERSION = "1"
 UNET_PREFIX = "lora_unet_"
 _DOWN, _UP, _ALPHA = ".lora_down.weight", ".lora_up.weight", ".alpha"
+_MID = ".lora_mid.weight"  # a third factor that some convolution LoRAs of others have
 # A component whose fp16 ΔW would be off by more than this is kept in fp32.
 _HALF_ERROR = 5e-4
-_MAX_HEADER = 100 << 20  # the limit of the safetensors format itself
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 
 
@@ -118,6 +118,8 @@ def truncate(state: Mapping[str, Tensor], max_rank: int) -> dict[str, Tensor]:
         rank = min(max_rank, down.shape[0])
         out[key + _DOWN] = down[:rank].contiguous()
         out[key + _UP] = up[:, :rank].contiguous()
+        if key + _MID in state:
+            out[key + _MID] = state[key + _MID][:rank, :rank].contiguous()
         if key + _ALPHA in state:
             out[key + _ALPHA] = state[key + _ALPHA] * (rank / down.shape[0])
     return out
@@ -152,7 +154,7 @@ def save(path: Path, components: Sequence[Component], metadata: Mapping[str, str
     full = {
         **metadata,
         "lora2.format_version": FORMAT_VERSION,
-        "lora2.components": json.dumps(entries, sort_keys=True),
+        "lora2.components": json.dumps(entries),  # in forward order
     }
     write_atomically(path, encode(state, full))
     return path
@@ -163,10 +165,12 @@ def encode(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
 
     The library writes metadata in the random order of its hash map; the header is rewritten
     so that equal runs give equal files. ``sshs_model_hash`` is the SHA-256 of what follows the
-    header, ``sshs_legacy_hash`` the first 8 digits of that of the 64 KiB from byte 1,048,576.
+    header. ``sshs_legacy_hash`` is, as kohya takes it, the first 8 digits of the SHA-256 of 64 KiB
+    from byte 1,048,576 of the file with its ``ss_*`` metadata alone.
     """
-    raw = safetensors.torch.save(dict(state))
-    header, data = _split(raw)
+    header, data = _split(safetensors.torch.save(dict(state)))
+    kohya = {name: text for name, text in metadata.items() if name.startswith("ss_")}
+    raw = safetensors.torch.save(dict(state), kohya)
     tensors = json.loads(header)
     full = {
         **metadata,
@@ -233,14 +237,11 @@ def headline(metadata: Mapping[str, str]) -> str:
 
 def load(path: Path) -> LoRAFile:
     """Tensors and metadata of a LoRA file. Raises LoRAFileError for anything unreadable."""
-    header = _read_header(path)
+    _, metadata = _read_header(path)
     try:
-        state = safetensors.torch.load_file(path)
+        return LoRAFile(safetensors.torch.load_file(path), metadata)
     except (OSError, safetensors.SafetensorError) as error:
-        raise LoRAFileError(
-            f"{path} cannot be read: {error}. Download or train it again."
-        ) from error
-    return LoRAFile(state, _metadata(header))
+        raise _unreadable(path, error) from error
 
 
 def inspect(path: Path) -> tuple[list[ComponentInfo], dict[str, str]]:
@@ -249,22 +250,21 @@ def inspect(path: Path) -> tuple[list[ComponentInfo], dict[str, str]]:
     Components that training left out as zero are listed with rank 0. Raises LoRAFileError when
     the file is missing, cut short, no safetensors file or no LoRA in kohya form.
     """
-    header = _read_header(path)
-    metadata = _metadata(header)
+    entries, metadata = _read_header(path)
     trained = _trained_components(metadata)
-    infos = [_info(header, key, trained.get(key)) for key in component_keys(header)]
+    infos = [_info(path, entries, key, trained.get(key)) for key in component_keys(entries)]
     if not infos:
         raise LoRAFileError(
             f"{path} holds no LoRA in kohya form (no key ends in {_DOWN}); "
             "choose a LoRA file, not a checkpoint."
         )
-    order = {key: position for position, key in enumerate(trained)}
     present = {info.key for info in infos}
     infos += [
-        ComponentInfo(key, 0, int(entry["in"]), int(entry["out"]), float(entry["nu"]), 0)
+        ComponentInfo(key, 0, entry["in"], entry["out"], entry["nu"], 0)
         for key, entry in trained.items()
         if key not in present
     ]
+    order = {key: position for position, key in enumerate(trained)}
     infos.sort(key=lambda info: order.get(info.key, len(order)))
     return infos, metadata
 
@@ -296,53 +296,74 @@ def _split(raw: bytes) -> tuple[bytes, bytes]:
     return raw[8 : 8 + length], raw[8 + length :]
 
 
-def _read_header(path: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Entry:
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * _ITEM_BYTES.get(self.dtype, 4)
+
+
+def _read_header(path: Path) -> tuple[dict[str, _Entry], dict[str, str]]:
+    """Shapes and types of all tensors, and the metadata; the library checks the header."""
     if not path.is_file():
         raise LoRAFileError(f"{path} does not exist; choose a file from the loras folder.")
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else _MAX_HEADER + 1
-        text = file.read(length) if length <= _MAX_HEADER else b""
     try:
-        header = json.loads(text)
-        end = max(
-            (entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"),
-            default=0,
-        )
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise LoRAFileError(
-            f"{path} is not a safetensors file; only .safetensors LoRAs are read "
-            "(pickled .pt and .ckpt files can run code)."
-        ) from error
-    if 8 + length + end != size:
-        raise LoRAFileError(
-            f"{path} is cut short: {size} bytes where its header announces {8 + length + end}. "
-            "Download or copy it again."
-        )
-    return header
+        with safetensors.safe_open(path, "pt") as file:
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            entries = {
+                key: _Entry(tuple(part.get_shape()), part.get_dtype())
+                for key, part in slices.items()
+            }
+            return entries, dict(file.metadata() or {})
+    except (OSError, safetensors.SafetensorError) as error:
+        raise _unreadable(path, error) from error
 
 
-def _metadata(header: Mapping[str, Any]) -> dict[str, str]:
-    return {str(key): str(value) for key, value in (header.get("__metadata__") or {}).items()}
+def _unreadable(path: Path, error: Exception) -> LoRAFileError:
+    try:
+        with path.open("rb") as file:
+            starts_right = file.read(9)[8:] == b"{"
+    except OSError as refused:
+        return LoRAFileError(f"{path} cannot be read: {refused.strerror}. Check its permissions.")
+    reason = str(error).splitlines()[0]
+    if starts_right and ("not fully covered" in reason or "invalid header length" in reason):
+        return LoRAFileError(
+            f"{path} is cut short: its safetensors header announces another size than its "
+            f"{path.stat().st_size} bytes. Download or copy it again."
+        )
+    return LoRAFileError(
+        f"{path} is not a safetensors file ({reason}); only .safetensors LoRAs are read (pickled "
+        ".pt and .ckpt files can run code)."
+    )
 
 
 def _trained_components(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Our own list of components; empty when somebody else wrote into our metadata, since the
+    tensors still tell the ranks."""
     try:
-        return dict(json.loads(metadata.get("lora2.components", "{}")))
-    except ValueError:
-        return {}  # somebody else wrote into our metadata; the tensors still tell the ranks
+        listed = json.loads(metadata.get("lora2.components", "{}"))
+        return {
+            str(key): {"nu": float(e["nu"]), "in": int(e["in"]), "out": int(e["out"])}
+            for key, e in listed.items()
+        }
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return {}
 
 
-def _info(header: Mapping[str, Any], key: str, trained: Mapping[str, Any] | None) -> ComponentInfo:
-    down, up = header[key + _DOWN], header.get(key + _UP)
-    if up is None:
-        raise LoRAFileError(f"{key} has a lora_down but no lora_up; the file is damaged.")
-    shape = down["shape"]
-    counts = math.prod(shape), math.prod(up["shape"])
-    nbytes = sum(
-        count * _ITEM_BYTES.get(entry["dtype"], 4)
-        for count, entry in zip(counts, (down, up), strict=True)
+def _info(
+    path: Path, entries: Mapping[str, _Entry], key: str, trained: Mapping[str, Any] | None
+) -> ComponentInfo:
+    down, up = entries[key + _DOWN], entries.get(key + _UP)
+    if up is None or not down.shape or not up.shape:
+        raise LoRAFileError(f"{path} is damaged: {key} has a lora_down without its lora_up.")
+    return ComponentInfo(
+        key=key,
+        rank=down.shape[0],
+        in_features=math.prod(down.shape[1:]),
+        out_features=up.shape[0],
+        nu=trained["nu"] if trained else None,
+        nbytes=down.nbytes + up.nbytes,
     )
-    nu = float(trained["nu"]) if trained else None
-    return ComponentInfo(key, shape[0], math.prod(shape[1:]), up["shape"][0], nu, nbytes)

@@ -158,17 +158,19 @@ class AdaptiveRankNetwork(nn.Module):
         for layer in self.layers:
             layer.enabled = enabled
 
-    def mean_expected_rank(self, nu: Tensor) -> float:
-        """Budget-weighted mean of the rank before rounding, within each component's bounds."""
-        rank = adaptive_rank.expected_rank(nu, self.config.quantile)
-        rank = torch.minimum(rank, self.max_ranks.to(rank)).clamp(min=1)
-        weight = self.rank_weight.to(rank)
-        return float((weight * rank).sum() / weight.sum())
+    def mean_rank(self) -> float:
+        """Mean of the ranks in use, weighted as the budget is."""
+        weight = self.rank_weight.cpu()
+        return float((weight * torch.tensor(self.ranks)).sum() / weight.sum())
 
     def expected_bytes(self) -> int:
-        """Size of the fp16 file if the mean rank meets its target, without its header."""
-        cost = sum(target.parameters_per_rank for target in self.targets)
-        return int(2 * cost * self.target_rank)
+        """Size of the fp16 file to expect, without its header: at the target, or, where the
+        target is a pull and not a budget, as large as now."""
+        costs = [target.parameters_per_rank for target in self.targets]
+        ranks = [self.target_rank] * len(costs)
+        if self.config.mode == "paper":
+            ranks = [float(rank) for rank in self.ranks]
+        return int(2 * sum(cost * rank for cost, rank in zip(costs, ranks, strict=True)))
 
     @torch.no_grad()
     def clamp_nu(self) -> None:

@@ -44,7 +44,8 @@ class RankControl:
         return self.kappa * size * budget
 
     def observe(self, loss: float, mean_rank: float) -> None:
-        """Take in a finished step: its loss and the mean rank before rounding."""
+        """Take in a finished step: its loss and the mean of the ranks in use, which are what the
+        file will hold (ν rounds up to them, so steering by ν would overshoot)."""
         old = self.loss_mean
         self.loss_mean = loss if old is None else _LOSS_MEMORY * old + (1 - _LOSS_MEMORY) * loss
         if self.gain == 0 or self.config.rank_weight == 0:

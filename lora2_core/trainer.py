@@ -24,7 +24,11 @@ from .optimizers import make_adam
 from .rank_control import RankControl
 
 _PROBE_DRAWS = 8  # images, noises and timesteps on which the comparable loss is measured
+_NOISE_SEED = 0x5EED
 _PROBE_SEED = 0x10A2  # the same for every run, so that runs can be compared with each other
+
+
+_TERMS = ("loss", "attention entropy", "rank term", "total loss", "gradient")
 
 
 class TrainingError(RuntimeError):
@@ -98,7 +102,8 @@ class _Trainer:
         # fp16 gradients of a small loss underflow; the scaler is a no-op for the rest.
         device = network.log_nu.device.type
         self.scaler = torch.amp.GradScaler(device, enabled=config.precision == "fp16")
-        self.generator = torch.Generator().manual_seed(config.seed)
+        # Not the seed itself: the adapters were drawn from that, number for number.
+        self.generator = torch.Generator().manual_seed(config.seed ^ _NOISE_SEED)
         probe_generator = torch.Generator().manual_seed(_PROBE_SEED)
         self.probe_every = math.ceil(config.steps / config.probes) if config.probes else 0
         self.probes = (
@@ -107,6 +112,7 @@ class _Trainer:
 
     def run(self, stop: Callable[[], bool]) -> Iterator[StepEvent]:
         steps = self.config.steps
+        self.network.log_nu.requires_grad_(True)  # an earlier run may have frozen it
         freeze_from = steps - int(steps * self.config.rank.freeze_fraction)
         for step in range(1, steps + 1):
             if stop():
@@ -118,16 +124,16 @@ class _Trainer:
 
     def _step(self, step: int) -> StepEvent:
         started = time.perf_counter()
-        terms = self._backward()
-        nu, values = self._read(terms, step)
+        nu, values = self._read(self._backward(), step)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         learning_ranks = self.network.log_nu.requires_grad
         if learning_ranks:
             self.network.clamp_nu()
-            self.control.observe(values[0], self.network.mean_expected_rank(nu))
         resized = self.network.resize(nu, self.optimizer) if learning_ranks else 0
+        if learning_ranks:
+            self.control.observe(values[0], self.network.mean_rank())
         ranks = tuple(self.network.ranks)
         return StepEvent(
             step=step,
@@ -143,7 +149,7 @@ class _Trainer:
         )
 
     def _backward(self) -> list[Tensor]:
-        """One forward and backward pass; returns [loss, entropy, rank term], on the device."""
+        """One forward and backward pass; returns what _TERMS names, on the device."""
         self.network.refresh_importance()
         batch = self.task.draw(self.generator, self.config.batch_size)
         with self.entropy.collecting() if self.entropy else nullcontext():
@@ -153,7 +159,15 @@ class _Trainer:
         rank_term = self.control.term(loss)
         total = loss + self.config.entropy_weight * entropy + rank_term + self._priors()
         self.scaler.scale(total).backward()
-        return [loss.detach(), entropy.detach(), rank_term.detach()]
+        terms = [loss, entropy, rank_term, total, self._gradient_size(total)]
+        return [term.detach().float() for term in terms]
+
+    def _gradient_size(self, total: Tensor) -> Tensor:
+        """Norm of all gradients; 0 in fp16, where the scaler itself skips an infinite one."""
+        if self.scaler.is_enabled():
+            return torch.zeros_like(total)
+        parameters = [*self.network.weights(), self.network.log_nu]
+        return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
     def _priors(self) -> Tensor | float:
         """The two regularizers of eq. 9; 0 as long as both weights are 0."""
@@ -169,15 +183,16 @@ class _Trainer:
         return total
 
     def _read(self, terms: list[Tensor], step: int) -> tuple[Tensor, list[float]]:
-        """ν and the loss terms on the host: the one synchronisation of a step."""
+        """ν and the terms on the host: the one synchronisation of a step."""
         packed = torch.cat([torch.stack(terms), self.network.log_nu.detach()]).cpu()
         values = packed[: len(terms)].tolist()
-        if not all(math.isfinite(value) for value in values):
-            raise TrainingError(
-                f"The loss became {values[0]} at step {step}; nothing of that step was kept. Lower "
-                f"learning_rate (now {self.config.learning_rate:g}) or set precision to fp32 or "
-                f"bf16 (now {self.config.precision})."
-            )
+        for name, value in zip(_TERMS, values, strict=True):
+            if not math.isfinite(value):
+                raise TrainingError(
+                    f"The {name} became {value} at step {step}; nothing of that step was kept. "
+                    f"Lower learning_rate (now {self.config.learning_rate:g}) or set precision to "
+                    f"fp32 or bf16 (now {self.config.precision})."
+                )
         return packed[len(terms) :].exp(), values
 
     @torch.no_grad()

@@ -1,0 +1,291 @@
+"""Photos and captions: what is refused, what is cropped how, and in which order they come."""
+
+from __future__ import annotations
+
+import io
+import random
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lora2_pack.lora2_core import dataset
+from lora2_pack.lora2_core.dataset import DatasetError, Photo
+from lora2_pack.tests.core import toy
+from PIL import Image
+
+torch.set_num_threads(1)
+
+PROMPT = "a photo of sks cat"
+
+
+def images(count: int, height: int = 64, width: int = 80, channels: int = 3) -> torch.Tensor:
+    return toy.noise(count, height, width, channels).sigmoid()
+
+
+def spoiled(value: float) -> torch.Tensor:
+    batch = images(3)
+    batch[1, 5, 7, 0] = value
+    return batch
+
+
+# --- what is refused --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("batches", "captions", "prompt", "text"),
+    [
+        ([], None, PROMPT, "images is empty"),
+        ([images(0)], None, PROMPT, "images is empty"),
+        ([images(1), spoiled(np.nan)], None, PROMPT, "images: number 3 .*not numbers"),
+        ([spoiled(np.inf)], None, PROMPT, "images: number 2 .*not numbers"),
+        ([images(2), images(1, 63, 900)], None, PROMPT, "number 3 is 900×63 px.*at least 64"),
+        ([images(1, 900, 63)], None, PROMPT, "number 1 is 63×900 px.*larger photo"),
+        ([images(3)], ["a", "b"], PROMPT, "captions has 2 entries for 3 images"),
+        ([images(1)], ["a", "b"], PROMPT, "captions has 2 entries for 1 images"),
+        ([images(2)], None, "  ", "instance_prompt is empty"),
+        ([images(2)], ["a", " "], "", "instance_prompt is empty"),
+        ([images(2)], [""], "\n", "instance_prompt is empty"),
+        ([images(1)[0]], None, PROMPT, r"images holds \(64, 80, 3\)"),
+        ([images(1, channels=1)], None, PROMPT, r"images holds \(1, 64, 80, 1\)"),
+        (["cat.png"], None, PROMPT, "images holds str"),
+    ],
+)
+def test_bad_photos_and_captions_are_named(batches, captions, prompt, text) -> None:
+    with pytest.raises(DatasetError, match=text) as caught:
+        dataset.check_photos(batches, captions, prompt)
+    assert str(caught.value).endswith(".")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_smallest_photo_is_taken() -> None:
+    (photo,) = dataset.check_photos([images(1, 64, 64)], None, PROMPT)
+    assert photo.pixels.shape == (64, 64, 3)
+
+
+@pytest.mark.parametrize(
+    ("captions", "expected"),
+    [
+        (None, [PROMPT] * 3),
+        ([], [PROMPT] * 3),
+        (["one"], ["one"] * 3),
+        (["a", " b\n", "c"], ["a", "b", "c"]),
+        (["a", "", "c"], ["a", PROMPT, "c"]),
+    ],
+)
+def test_captions_find_their_photos(captions, expected) -> None:
+    photos = dataset.check_photos([images(2), images(1, 90, 70)], captions, f" {PROMPT} ")
+    assert [photo.caption for photo in photos] == expected
+    assert [tuple(photo.pixels.shape) for photo in photos] == [(64, 80, 3)] * 2 + [(90, 70, 3)]
+
+
+def test_a_missing_caption_takes_the_prompt() -> None:
+    photos = dataset.check_photos([images(2)], [None, "b"], PROMPT)  # type: ignore[list-item]
+    assert [photo.caption for photo in photos] == [PROMPT, "b"]
+
+
+def test_pixels_come_out_as_three_channels_between_zero_and_one() -> None:
+    batch = images(1, channels=4).half()
+    batch[0, 0, 0, 0], batch[0, 0, 1, 1] = -0.5, 1.5
+    (photo,) = dataset.check_photos([batch], None, PROMPT)
+    assert photo.pixels.dtype == torch.float32
+    expected = batch[0, ..., :3].float()
+    expected[0, 0, 0], expected[0, 1, 1] = 0, 1
+    assert torch.equal(photo.pixels, expected)
+
+
+# --- crops ------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    height=st.integers(64, 300),
+    width=st.integers(64, 300),
+    resolution=st.sampled_from((64, 96, 128, 256)),
+)
+def test_a_crop_is_the_centre_at_the_resolution(height: int, width: int, resolution: int) -> None:
+    cut = dataset.crop(Photo(torch.zeros(height, width, 3), ""), resolution)
+    assert cut.pixels.shape == (resolution, resolution, 3)
+    assert cut.pixels.dtype == torch.float32
+    assert cut.original_size == (width, height)
+    short = min(height, width)
+    for offset, side in zip(cut.offset, (width, height), strict=True):
+        # The resized photo is side·resolution/short px long, to the pixel.
+        assert abs(offset - (side * resolution / short - resolution) / 2) <= 1
+        assert offset == 0 if side == short else offset >= 0
+
+
+@pytest.mark.parametrize(("height", "width", "axis"), [(96, 288, 1), (288, 96, 0)])
+def test_a_crop_keeps_the_aspect_and_the_place(height: int, width: int, axis: int) -> None:
+    """A photo whose brightness is its position: what is where can be read from the crop."""
+    ramp = torch.linspace(0, 1, 288)
+    pixels = ramp.view(-1, 1, 1) if axis == 0 else ramp.view(1, -1, 1)
+    cut = dataset.crop(Photo(pixels.expand(height, width, 3), ""), 64)
+    line = cut.pixels[..., 0].mean(1 - axis)
+    expected = ((torch.arange(64) + 64.5) * 1.5 - 0.5) / 287  # centres of 64 of 192 pixels
+    torch.testing.assert_close(line, expected, rtol=0, atol=0.01)
+    assert cut.offset == ((64, 0) if axis == 1 else (0, 64))
+
+
+def test_a_crop_of_the_right_size_is_the_photo() -> None:
+    pixels = (images(1, 64, 64)[0] * 255).round() / 255
+    cut = dataset.crop(Photo(pixels, ""), 64)
+    torch.testing.assert_close(cut.pixels, pixels, rtol=0, atol=1e-6)
+    assert cut.offset == (0, 0)
+
+
+# --- folders ----------------------------------------------------------------------------------
+
+
+def picture(size: tuple[int, int] = (70, 66), seed: int = 0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    return Image.fromarray(pixels)
+
+
+def test_a_folder_comes_in_the_order_of_its_names_with_captions(tmp_path: Path) -> None:
+    for seed, name in enumerate(("b.PNG", "a.png", "c.d.webp", "e.bmp")):
+        picture(seed=seed).save(tmp_path / name, lossless=True)
+    (tmp_path / "a.txt").write_bytes("\ufeffa cat, Zoë\r\n".encode())
+    (tmp_path / "c.d.txt").write_text("with a dot\n")
+    (tmp_path / "notes.txt").write_text("belongs to nothing")
+    (tmp_path / "sub").mkdir()
+    loaded, captions = dataset.load_folder(tmp_path)
+    assert captions == ["a cat, Zoë", "", "with a dot", ""]
+    for image, seed in zip(loaded, (1, 0, 2, 3), strict=True):
+        expected = torch.from_numpy(np.asarray(picture(seed=seed), np.float32) / 255)
+        torch.testing.assert_close(image, expected[None])
+
+
+def test_the_rotation_of_a_phone_is_undone(tmp_path: Path) -> None:
+    upright = Image.new("RGB", (120, 80), "red")
+    upright.paste("blue", (0, 0, 60, 80))  # blue on the left
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown rotated by 90° clockwise
+    turned = upright.transpose(Image.Transpose.ROTATE_90)
+    turned.save(tmp_path / "x.jpg", exif=exif, quality=95)
+    ((image,), _) = dataset.load_folder(tmp_path)
+    assert image.shape == (1, 80, 120, 3)
+    assert image[0, 40, 20, 2] > 0.9 > 0.1 > image[0, 40, 20, 0]
+    assert image[0, 40, 100, 0] > 0.9
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparency_becomes_white(mode: str, tmp_path: Path) -> None:
+    clear = Image.new("RGBA", (70, 70), (0, 0, 0, 0))
+    clear.paste((0, 0, 0, 128), (0, 0, 35, 70))
+    clear.convert(mode).save(tmp_path / "x.png")
+    ((image,), _) = dataset.load_folder(tmp_path)
+    assert image.shape == (1, 70, 70, 3)
+    assert (image[0, :, 40:] == 1).all()
+    if mode != "P":
+        assert float(image[0, 10, 10, 0]) == pytest.approx(127 / 255, abs=1 / 255)
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "CMYK", "P"])
+def test_other_kinds_of_image_are_read(mode: str, tmp_path: Path) -> None:
+    source = picture().convert(mode)
+    source.save(tmp_path / "x.bmp", "TIFF")
+    ((image,), _) = dataset.load_folder(tmp_path)
+    expected = torch.from_numpy(np.asarray(source.convert("RGB"), np.float32) / 255)
+    torch.testing.assert_close(image[0], expected, rtol=0, atol=1.5 / 255)
+
+
+def test_sixteen_bits_keep_their_brightness(tmp_path: Path) -> None:
+    grey = np.full((70, 70), 0x8000, np.uint16)
+    Image.fromarray(grey).save(tmp_path / "x.png")
+    ((image,), _) = dataset.load_folder(tmp_path)
+    assert float(image.mean()) == pytest.approx(0.5, abs=0.01)
+
+
+def test_a_folder_without_images_is_named(tmp_path: Path) -> None:
+    (tmp_path / "cat.txt").write_text("a cat")
+    with pytest.raises(DatasetError, match=f"'{tmp_path.name}' holds no image; put png, jpg"):
+        dataset.load_folder(tmp_path)
+
+
+def broken(kind: str) -> bytes:
+    buffer = io.BytesIO()
+    picture().save(buffer, "JPEG" if kind == "half" else "PNG")
+    data = bytearray(buffer.getvalue())
+    if kind == "chunk":
+        data[33:37] = b"\0\0\1\0"  # a length of the pixel data that leads into its middle
+    return {"half": bytes(data[: len(data) // 2]), "empty": b"", "text": b"hello"}.get(
+        kind, bytes(data)
+    )
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "half",
+        "empty",
+        "text",
+        pytest.param(
+            "chunk",
+        ),
+    ],
+)
+def test_a_broken_image_is_named(kind: str, tmp_path: Path) -> None:
+    picture().save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(broken(kind))
+    with pytest.raises(DatasetError, match=r"b\.png is not a readable image .*remove it"):
+        dataset.load_folder(tmp_path)
+
+
+def test_a_gigantic_image_is_named(tmp_path: Path) -> None:
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "b.png")
+    with pytest.raises(DatasetError, match=r"b\.png"):
+        dataset.load_folder(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".webp", ".bmp"])
+def test_no_damage_escapes_as_another_error(suffix: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000_000)  # keeps damaged sizes affordable
+    buffer, chance = io.BytesIO(), random.Random(0)
+    picture().save(buffer, suffix.lstrip(".").upper(), exif=Image.Exif())
+    for _ in range(600):
+        data = bytearray(buffer.getvalue())
+        data[chance.randrange(100)] = chance.randrange(256)
+        (tmp_path / f"x{suffix}").write_bytes(data)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                dataset.load_folder(tmp_path)
+            except DatasetError as error:
+                assert f"x{suffix}" in str(error)
+
+
+def test_a_caption_that_is_no_text_is_named(tmp_path: Path) -> None:
+    picture().save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00\xd8")
+    with pytest.raises(DatasetError, match=r"a\.txt is not readable UTF-8"):
+        dataset.load_folder(tmp_path)
+
+
+# --- order ------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=50)
+@given(count=st.integers(1, 9), sizes=st.lists(st.integers(1, 7), min_size=1, max_size=12))
+def test_every_image_comes_once_an_epoch(count: int, sizes: list[int]) -> None:
+    order, generator = dataset.SampleOrder(count), torch.Generator().manual_seed(0)
+    drawn = [index for size in sizes for index in order.draw(generator, size)]
+    assert len(drawn) == sum(sizes)
+    for start in range(0, len(drawn), count):
+        epoch = drawn[start : start + count]
+        assert max(Counter(epoch).values()) == 1
+        assert set(epoch) <= set(range(count))
+
+
+def test_epochs_are_shuffled_anew_and_by_the_seed() -> None:
+    def epochs(seed: int) -> list[list[int]]:
+        order, generator = dataset.SampleOrder(8), torch.Generator().manual_seed(seed)
+        return [order.draw(generator, 8) for _ in range(3)]
+
+    first = epochs(1)
+    assert first == epochs(1) != epochs(2)
+    assert len({tuple(epoch) for epoch in first}) == 3
