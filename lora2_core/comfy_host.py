@@ -181,12 +181,8 @@ def apply_state(
         applied |= set(new_clip.add_patches(patches, strength_clip))
     unused = len(component_keys(state)) - len(applied)
     if unused > 0:
-        logging.warning(
-            "LoRA²: %s: %d of its components belong to no layer of the connected model%s.",
-            source,
-            unused,
-            "" if clip is not None else " (those of the text encoders need clip connected)",
-        )
+        hint = "" if clip is not None else " (those of the text encoders need clip connected)"
+        logging.warning("LoRA²: %s: %d components fit no layer%s.", source, unused, hint)
     return new_model, new_clip
 
 
@@ -283,17 +279,22 @@ def lora_names() -> list[str]:
 
 def lora_path(name: str) -> Path:
     """The file of a listed LoRA. Raises HostError when ``name`` is not in a loras folder."""
+    if path := folder_paths.get_full_path("loras", name):
+        return Path(path)
+    raise HostError(f"lora_name {name!r} is not in a loras folder; choose one from the list.")
+
+
+def lora_fingerprint(name: str) -> str:
+    """Changes when the file does, so that ComfyUI reads it again; empty when it is not there."""
     path = folder_paths.get_full_path("loras", name)
-    if path is None:
-        raise HostError(f"lora_name {name!r} is not in a loras folder; choose one from the list.")
-    return Path(path)
+    return str(Path(path).stat().st_mtime_ns) if path else ""
 
 
 def new_lora_path(file_name: str) -> Path:
     """A path under output/loras that does not exist yet, from the name a user typed.
 
-    ``file_name`` may hold subfolders and ComfyUI's %date% marks. Raises HostError for a name
-    that leaves the folder.
+    ``file_name`` may hold subfolders and marks like %year%. Raises HostError for a name that
+    leaves the folder.
     """
     clean = file_name.strip().removesuffix(".safetensors").replace("\\", "/")
     name = clean.rpartition("/")[2]

@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..lora2_core import comfy_host, dataset
 from .common import CATEGORY, advanced
 
-_EXAMPLES = Path(__file__).parent.parent / "examples"
+_PHOTOS = Path(__file__).parent.parent / "photos"
 _EXAMPLE_MARK = "example: "
 
 
@@ -73,11 +73,11 @@ class LoRA2ImageFolder(io.ComfyNode):
 
 
 def _choices() -> list[str]:
-    examples = sorted(p.name for p in _EXAMPLES.iterdir() if p.is_dir())
+    examples = sorted(p.name for p in _PHOTOS.iterdir() if p.is_dir())
     return [_EXAMPLE_MARK + name for name in examples] + comfy_host.dataset_folders()
 
 
 def _resolve(folder: str, path: str) -> Path:
     if not path.strip() and folder.startswith(_EXAMPLE_MARK) and folder in _choices():
-        return _EXAMPLES / folder.removeprefix(_EXAMPLE_MARK)
+        return _PHOTOS / folder.removeprefix(_EXAMPLE_MARK)
     return comfy_host.dataset_folder(path.strip() or folder)

@@ -42,6 +42,10 @@ class LoRA2InspectRanks(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, lora_name: str, **_others: object) -> str:
+        return comfy_host.lora_fingerprint(lora_name)
+
+    @classmethod
     def execute(cls, lora_name: str, lora2: TrainedLoRA | None = None) -> io.NodeOutput:
         if lora_name != _FROM_SOCKET:
             path = comfy_host.lora_path(lora_name)

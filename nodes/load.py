@@ -40,10 +40,7 @@ class LoRA2Load(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, lora_name: str, **_others: object) -> str:
-        try:
-            return str(comfy_host.lora_path(lora_name).stat().st_mtime_ns)
-        except (OSError, ValueError):
-            return ""  # execute says what is wrong
+        return comfy_host.lora_fingerprint(lora_name)
 
     @classmethod
     def execute(

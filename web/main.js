@@ -1,13 +1,16 @@
-// Shows the text output of LoRA² nodes inside the node. Pictures are shown by ComfyUI itself.
+// Shows the text output of LoRA² nodes inside the node, and small numbers as they are.
+// Pictures are shown by ComfyUI itself.
 import { app } from "../../scripts/app.js";
-import { ComfyWidgets } from "../../scripts/widgets.js";
 
 const TEXT_NODES = new Set(["LoRA2InspectRanks"]);
 const WIDGET = "lora2_text";
+const MIN_HEIGHT = 220;
 
 app.registerExtension({
   name: "comfyui-lora2.text",
   nodeCreated(node) {
+    if (!node.comfyClass?.startsWith("LoRA2")) return;
+    showSmallNumbers(node);
     if (!TEXT_NODES.has(node.comfyClass)) return;
     const previous = node.onExecuted;
     node.onExecuted = function (output) {
@@ -18,25 +21,53 @@ app.registerExtension({
   },
 });
 
+// Nodes 2.0 rounds every number to three decimals, in the field and in the value that is typed:
+// a learning rate of 0.00005 would become 0 and then the smallest or largest allowed.
+function showSmallNumbers(node) {
+  for (const widget of node.widgets ?? []) {
+    if (widget.options?.precision > 3) widget.options.maxFractionDigits = widget.options.precision;
+  }
+}
+
 function showText(node, text) {
   const widget = node.widgets?.find((w) => w.name === WIDGET) ?? createTextWidget(node);
-  widget.value = text;
+  widget.element.firstChild.textContent = text;
   app.canvas?.setDirty(true, true);
 }
 
 function createTextWidget(node) {
-  const { widget } = ComfyWidgets.STRING(node, WIDGET, ["STRING", { multiline: true }], app);
+  // The text lies absolutely in its frame: in Nodes 2.0 a node grows with what it contains, and
+  // this one should scroll instead.
+  const frame = document.createElement("div");
+  Object.assign(frame.style, {
+    position: "relative",
+    height: "100%",
+    minHeight: `${MIN_HEIGHT}px`,
+  });
+  const text = frame.appendChild(document.createElement("pre"));
+  text.tabIndex = 0; // to scroll with the keyboard
+  text.setAttribute("role", "region");
+  text.setAttribute("aria-label", "Ranks of this LoRA");
+  Object.assign(text.style, {
+    position: "absolute",
+    inset: "0",
+    margin: "0",
+    padding: "6px 8px",
+    overflow: "auto",
+    font: "11px/1.35 ui-monospace, Menlo, Consolas, monospace",
+    color: "var(--input-text)",
+    background: "var(--comfy-input-bg)",
+    borderRadius: "6px",
+    userSelect: "text",
+  });
   // What the node last found out is not a setting: it belongs neither into a saved graph nor
   // into a prompt.
+  const widget = node.addDOMWidget(WIDGET, "lora2_text", frame, {
+    serialize: false,
+    getMinHeight: () => MIN_HEIGHT,
+  });
   widget.serialize = false;
-  widget.options.serialize = false;
-  const box = widget.inputEl ?? widget.element;
-  if (box) {
-    box.readOnly = true;
-    box.setAttribute("aria-label", "Ranks of this LoRA");
-    Object.assign(box.style, { fontFamily: "monospace", fontSize: "10px", whiteSpace: "pre" });
-  }
   const [width, height] = node.computeSize();
-  node.setSize([Math.max(node.size[0], width, 520), Math.max(node.size[1], height + 240)]);
+  node.setSize([Math.max(node.size[0], width, 520), Math.max(node.size[1], height)]);
   return widget;
 }

@@ -1,0 +1,57 @@
+"""The demo model in this process, and what the host tests ask of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.model_base
+import comfy.model_management
+import torch
+from lora2_pack.lora2_core import comfy_host, demo_model
+from lora2_pack.lora2_core.config import RankConfig, TrainConfig
+from lora2_pack.lora2_core.dataset import Photo
+from torch import Tensor
+
+
+def build(seed: int = 0) -> tuple[Any, Any, Any]:
+    """MODEL, CLIP and VAE of the demo."""
+    with torch.inference_mode():
+        model, clip = comfy_host.build_sdxl(
+            demo_model.UNET_CONFIG, demo_model.text_configs(), demo_model.fill_seeded, seed
+        )
+        return model, clip, comfy_host.build_autoencoder(demo_model.fill_autoencoder)
+
+
+def weights(model: Any) -> dict[str, Tensor]:
+    """Every weight of a MODEL as it would sample now, cloned."""
+    comfy.model_management.load_models_gpu([model], force_full_load=True)
+    return {name: value.clone() for name, value in model.model.state_dict().items()}
+
+
+def photos(count: int = 3) -> list[Photo]:
+    """Photos of nothing, always the same."""
+    generator = torch.Generator().manual_seed(7)
+    return [
+        Photo(torch.rand(80 + 8 * n, 96, 3, generator=generator), f"a photo of sks cat {n}")
+        for n in range(count)
+    ]
+
+
+def settings(**changes: Any) -> TrainConfig:
+    """A training of a second or two."""
+    rank = RankConfig.balanced(target_rank=2.0, max_rank=8)
+    small = {"steps": 3, "resolution": 64, "learning_rate": 1e-2, "probes": 1, "rank": rank}
+    return TrainConfig(**{**small, **changes})
+
+
+def sample(base: comfy.model_base.BaseModel) -> Tensor:
+    """One pass of the model on a fixed input."""
+    generator = torch.Generator().manual_seed(3)
+    config = base.model_config.unet_config
+    with torch.no_grad():
+        return base.apply_model(
+            torch.randn(1, 4, 8, 8, generator=generator),
+            torch.tensor([2.0]),
+            c_crossattn=torch.randn(1, 77, config["context_dim"], generator=generator),
+            y=torch.randn(1, config["adm_in_channels"], generator=generator),
+        )
