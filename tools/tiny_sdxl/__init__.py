@@ -1,0 +1,1 @@
+"""A tiny SDXL that is trained from scratch on drawn scenes, for demo, tests and benchmarks."""

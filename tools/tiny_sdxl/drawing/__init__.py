@@ -1,0 +1,1 @@
+"""The drawings: pen, patterns, things and places."""
