@@ -7,10 +7,9 @@ model patches, and resolves every path a user names.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import comfy.lora
 import comfy.lora_convert
 import comfy.model_base
 import comfy.model_management
+import comfy.model_sampling
 import comfy.sd
 import comfy.supported_models
 import comfy.taesd.taesd
@@ -32,10 +32,11 @@ from torch import Tensor, nn
 
 from .config import TrainConfig
 from .dataset import Photo, Sample, crop
-from .denoising import DenoisingTask, output_scale
+from .denoising import DenoisingTask
 from .lora_file import component_keys
 from .network import AdaptiveRankNetwork, find_targets, fingerprint
 from .objective import CrossAttentionEntropy
+from .thread_guard import ThreadGuard
 
 _QUANTIZED = ("scale_weight", "weight_scale", "scaled_fp8")  # weights that need a scale beside
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -49,6 +50,7 @@ class HostError(ValueError):
 class TrainingSetup:
     """Everything a training job needs, none of it shared with the user's own model."""
 
+    config: TrainConfig  # as asked, with the precision that ``auto`` came to
     network: AdaptiveRankNetwork
     task: DenoisingTask
     entropy: CrossAttentionEntropy
@@ -66,7 +68,22 @@ def check_model(model: ModelPatcher) -> None:
         )
     if base.concat_keys or base.model_config.unet_config.get("in_channels") != 4:
         raise HostError("model is an inpainting or edit variant; load the plain SDXL checkpoint.")
-    output_scale(base.model_type.name, torch.ones(1))  # raises for other predictions
+    prediction_of(model)
+
+
+def prediction_of(model: ModelPatcher) -> str:
+    """``EPS`` or ``V_PREDICTION``, as the model is sampled: a node may have changed its sampling.
+
+    Raises HostError for anything else.
+    """
+    sampling = type(model.get_model_object("model_sampling"))
+    for kind in (comfy.model_sampling.EPS, comfy.model_sampling.V_PREDICTION):
+        if getattr(sampling, "calculate_denoised", None) is kind.calculate_denoised:
+            return kind.__name__
+    raise HostError(
+        "model is sampled neither as noise (EPS) nor as v (V_PREDICTION) prediction; load another "
+        "SDXL checkpoint, without LCM or other changes of its sampling."
+    )
 
 
 def prepare_training(
@@ -91,12 +108,14 @@ def prepare_training(
         cross = CrossAttentionEntropy([m for m in layers if isinstance(m, CrossAttention)])
         # The default on the CPU splits the attention into chunks, slow to differentiate.
         options = {"optimized_attention_override": _plain_attention}
-        task = DenoisingTask(private, samples, options)
-        return TrainingSetup(network, task, cross, base_hash)
+        task = DenoisingTask(private, samples, options, prediction_of(model))
+        used = {dtype: name for name, dtype in _DTYPES.items()}[private.diffusion_model.dtype]
+        resolved = dataclasses.replace(config, precision=used)
+        return TrainingSetup(resolved, network, task, cross, base_hash)
 
 
 def private_copy(model: ModelPatcher, precision: str = "auto") -> comfy.model_base.BaseModel:
-    """A frozen copy of the model as ``model`` would sample it, patches included.
+    """A frozen copy of the model with its weight and object patches, not its attention patches.
 
     Everything is a copy that training may touch; config and small helpers are shared. ComfyUI
     does not know the copy, so neither a prompt nor its memory management can move or patch it.
@@ -106,7 +125,7 @@ def private_copy(model: ModelPatcher, precision: str = "auto") -> comfy.model_ba
         raise HostError("model is quantized with scales; load it with weight_dtype 'default'.")
     # While a patched clone of this model is resident the weights are that clone's.
     comfy.model_management.load_models_gpu([model], force_full_load=True)
-    dtype = _DTYPES.get(precision) or base.manual_cast_dtype or base.get_dtype()
+    dtype = _DTYPES.get(precision) or _training_dtype(model)
     private = base.__class__.__new__(base.__class__)
     private.__dict__ = dict(base.__dict__)
     # copy.deepcopy of the whole BaseModel fails from ComfyUI 0.8.0 on, of these two it works.
@@ -117,7 +136,8 @@ def private_copy(model: ModelPatcher, precision: str = "auto") -> comfy.model_ba
     private.current_patcher = None  # type: ignore[assignment]
     private.manual_cast_dtype = None
     if model.load_device.type != "cpu":
-        # Only the copy is needed from here on: the model itself, CLIP and VAE leave the GPU.
+        # Only the copy is needed from here on: the model itself, CLIP and VAE leave the GPU
+        # (unless ComfyUI was told to keep everything there).
         comfy.model_management.unload_all_models()
     private.diffusion_model.to(model.load_device)
     return private
@@ -186,58 +206,16 @@ def apply_state(
     return new_model, new_clip
 
 
-def lora_key_map(model: comfy.model_base.BaseModel) -> dict[str, str]:
-    """ComfyUI's own map from LoRA keys to weights that exist in ``model``."""
-    keys = comfy.lora.model_lora_keys_unet(model, {})
-    weights = model.state_dict().keys()
-    return {key: weight for key, weight in keys.items() if weight in weights}
-
-
-# --- running beside ComfyUI ------------------------------------------------------------------
-
-_guarded = threading.local()
-_guard_lock = threading.Lock()
-_guard_users = 0
-_ask_comfy: Callable[[], None] = comfy.model_management.throw_exception_if_processing_interrupted
-
-
-@contextmanager
-def deaf_to_cancel() -> Iterator[None]:
-    """In this thread ComfyUI's Cancel is neither obeyed nor used up, while the block runs.
-
-    Cancel is one global flag that every operation checks and the first reader consumes: without
-    this a training thread steals a prompt's Cancel and dies of it. Other threads see no change.
-    """
-    global _guard_users, _ask_comfy
-    management = comfy.model_management
-    with _guard_lock:
-        if _guard_users == 0:
-            _ask_comfy = management.throw_exception_if_processing_interrupted
-            management.throw_exception_if_processing_interrupted = _ask_unless_deaf
-        _guard_users += 1
-    outer = getattr(_guarded, "deaf", False)
-    _guarded.deaf = True
-    try:
-        yield
-    finally:
-        _guarded.deaf = outer
-        with _guard_lock:
-            _guard_users -= 1
-            if _guard_users == 0:
-                management.throw_exception_if_processing_interrupted = _ask_comfy
-
-
-def _ask_unless_deaf() -> None:
-    if not getattr(_guarded, "deaf", False):
-        _ask_comfy()
+# Cancel is one global flag that every operation checks and the first reader consumes: a training
+# thread would steal a prompt's Cancel and die of it. Entered there, this makes it deaf to the flag.
+deaf_to_cancel = ThreadGuard(
+    comfy.model_management, "throw_exception_if_processing_interrupted"
+).silenced
 
 
 def raise_if_cancelled() -> None:
     """Raises ComfyUI's own interruption when the running prompt was cancelled."""
     comfy.model_management.throw_exception_if_processing_interrupted()
-
-
-CancelledError = comfy.model_management.InterruptProcessingException
 
 
 def progress_bar(total: int) -> Callable[[int], None]:
@@ -334,6 +312,15 @@ def dataset_folder(name: str) -> Path:
     if not path.is_dir():
         raise HostError(f"folder {name!r} does not exist under {root}; check the name.")
     return path
+
+
+def _training_dtype(model: ModelPatcher) -> torch.dtype:
+    """What ComfyUI computes in, but bf16 instead of fp16 where the card can: gradients of the
+    attention entropy are far below fp16's smallest number."""
+    dtype = model.model.manual_cast_dtype or model.model.get_dtype()
+    if dtype == torch.float16 and comfy.model_management.should_use_bf16(model.load_device):
+        return torch.bfloat16
+    return dtype if dtype in _DTYPES.values() else torch.bfloat16  # fp8 has no arithmetic
 
 
 def _copy_frozen(module: Any, dtype: torch.dtype) -> Any:

@@ -35,11 +35,14 @@ class DenoisingTask:
     """Draws images, noise and timesteps, and asks the model about them.
 
     ``model``: a private copy of ComfyUI's BaseModel, which takes noised latents and returns its
-    estimate of the clean ones. ``options``: its transformer options.
+    estimate of the clean ones. ``options``: its transformer options. ``prediction``: what its
+    network puts out, see :func:`output_scale`.
     """
 
-    def __init__(self, model: Any, samples: Sequence[Sample], options: dict[str, Any]):
-        self.model, self.options = model, options
+    def __init__(
+        self, model: Any, samples: Sequence[Sample], options: dict[str, Any], prediction: str
+    ):
+        self.model, self.options, self.prediction = model, options, prediction
         self.order = SampleOrder(len(samples))
         self.sigmas: Tensor = model.model_sampling.sigmas.float().cpu()  # (timesteps,) rising
         device = self.device = next(model.diffusion_model.parameters()).device
@@ -67,12 +70,14 @@ class DenoisingTask:
         return [self._batch(*part, generator) for part in parts]
 
     def predict(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """What the network puts out for the batch, and what it should; (batch, c, h, w).
+        """Two tensors whose difference is that of the network's output and the truth.
 
-        For a model that predicts noise these are ε̂ and ε of eq. 11: (x − x̂₀)/σ and (x − x₀)/σ.
+        (batch, c, h, w) each. For a model that predicts noise they are ε̂ and ε of eq. 11:
+        (x − x̂₀)/σ and (x − x₀)/σ.
         """
-        index, sigma, noise = (tensor.to(self.device) for tensor in batch)
+        index, sigma, noise = batch
         numbers = index.tolist()
+        sigma, noise = sigma.to(self.device), noise.to(self.device)
         latent = torch.stack([self.latents[i] for i in numbers])
         noised = self.model.model_sampling.noise_scaling(sigma, noise, latent, False)
         denoised = self.model.apply_model(
@@ -82,7 +87,7 @@ class DenoisingTask:
             y=torch.stack([self.vectors[i] for i in numbers]),
             transformer_options=dict(self.options),  # the model writes into it
         )
-        scale = output_scale(self.model.model_type.name, sigma)
+        scale = output_scale(self.prediction, sigma)
         return (noised - denoised) * scale, (noised - latent) * scale
 
     def _batch(self, index: Tensor, step: Tensor, generator: torch.Generator) -> Batch:

@@ -116,7 +116,10 @@ class TrainingJob:
             for event in steps:
                 self.progress.events.append(event)
                 self.progress.step = event.step
-        except Exception:
+        except Exception as error:
+            # Its frames hold the last step's graph: after running out of memory that must go
+            # before anything can be saved.
+            traceback.clear_frames(error.__traceback__)
             self._save_after_error()
             raise
         if self.progress.events:
@@ -127,8 +130,8 @@ class TrainingJob:
             return
         try:
             self._save()
-        except lora_file.LoRAFileError as error:
-            logging.warning("LoRA²: after the failure nothing could be saved: %s", error)
+        except Exception as error:  # the first error is the one to tell
+            logging.error("LoRA²: after the failure nothing could be saved: %s", error)
 
     def _save(self) -> None:
         components = self.network.components()

@@ -31,7 +31,7 @@ def describe(
     """
     return {
         **_ours(config, base_hash, ranks, losses, probes),
-        **_kohya(config, captions, base_hash, title, len(losses)),
+        **_kohya(config, captions, title, len(losses)),
         **_model_spec(config, captions, title),
     }
 
@@ -64,9 +64,7 @@ def _ours(
     }
 
 
-def _kohya(
-    config: TrainConfig, captions: Sequence[str], base_hash: str, title: str, steps: int
-) -> dict[str, str]:
+def _kohya(config: TrainConfig, captions: Sequence[str], title: str, steps: int) -> dict[str, str]:
     tags = Counter(tag.strip() for text in captions for tag in text.split(",") if tag.strip())
     frequency = {f"1_{title}": dict(sorted(tags.items()))}
     return {
@@ -87,7 +85,6 @@ def _kohya(
         "ss_resolution": f"({config.resolution}, {config.resolution})",
         "ss_batch_size_per_device": str(config.batch_size),
         "ss_num_train_images": str(len(captions)),
-        "ss_sd_model_hash": base_hash,
         "ss_tag_frequency": json.dumps(frequency, sort_keys=True),
     }
 

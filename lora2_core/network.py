@@ -114,6 +114,7 @@ class AdaptiveRankNetwork(nn.Module):
             self._check_target()
         layers = [model.get_submodule(target.name) for target in self.targets]
         self._device = next(layers[0].parameters()).device
+        self._weights: list[float] = self.rank_weight.tolist()
         self.rank_weight = self.rank_weight.to(self._device)
         nu = self._start_nu()
         ranks = adaptive_rank.effective_rank(nu, config.quantile, self.max_ranks)
@@ -160,8 +161,8 @@ class AdaptiveRankNetwork(nn.Module):
 
     def mean_rank(self) -> float:
         """Mean of the ranks in use, weighted as the budget is."""
-        weight = self.rank_weight.cpu()
-        return float((weight * torch.tensor(self.ranks)).sum() / weight.sum())
+        weighted = sum(w * r for w, r in zip(self._weights, self.ranks, strict=True))
+        return weighted / sum(self._weights)
 
     def expected_bytes(self) -> int:
         """Size of the fp16 file to expect, without its header: at the target, or, where the
@@ -315,10 +316,10 @@ def _component(target: Target, layer: AdaptiveLoRA, nu: float) -> Component:
 
 
 def fingerprint(module: nn.Module) -> str:
-    """SHA-256 over names, shapes and a sample of every weight: tells base models apart.
+    """SHA-256 over names, shapes and a sample of every weight.
 
-    A thousand values a tensor, so that SDXL takes well under a second; not a file's hash, which
-    a MODEL no longer knows.
+    A thousand values a tensor, so that SDXL takes well under a second. Not a file's hash, which a
+    MODEL no longer knows, and another one for the same model in another precision.
     """
     digest = hashlib.sha256()
     for name, weight in module.state_dict().items():

@@ -76,6 +76,8 @@ def train(
 ) -> Iterator[StepEvent]:
     """Train ``network`` in place, one event a step, until done or ``stop()`` is true.
 
+    ``config.precision`` must name what the task computes in: fp16 needs its loss scaled.
+
     Raises TrainingError when the loss is not finite, before that step changes any weight.
     """
     trainer = _Trainer(network, task, config, entropy)
@@ -93,6 +95,7 @@ class _Trainer:
         self.network, self.task, self.config = network, task, config
         self.entropy = entropy if config.entropy_weight > 0 else None
         self.control = RankControl(network, config.steps)
+        self.ranks = tuple(network.ranks)  # made anew only when they change: events keep it
         self.optimizer = make_adam(
             network.weights(),
             config.learning_rate,
@@ -134,15 +137,16 @@ class _Trainer:
         resized = self.network.resize(nu, self.optimizer) if learning_ranks else 0
         if learning_ranks:
             self.control.observe(values[0], self.network.mean_rank())
-        ranks = tuple(self.network.ranks)
+        if resized:
+            self.ranks = tuple(self.network.ranks)
         return StepEvent(
             step=step,
             steps=self.config.steps,
             loss=values[0],
             entropy=values[1],
             rank_term=values[2],
-            mean_rank=statistics.fmean(ranks),
-            ranks=ranks,
+            mean_rank=statistics.fmean(self.ranks),
+            ranks=self.ranks,
             resized=resized,
             seconds=time.perf_counter() - started,
             probe=self._probe(step),
@@ -167,7 +171,7 @@ class _Trainer:
         if self.scaler.is_enabled():
             return torch.zeros_like(total)
         parameters = [*self.network.weights(), self.network.log_nu]
-        return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        return torch.nn.utils.clip_grad_norm_(parameters, math.inf)  # measures, clips nothing
 
     def _priors(self) -> Tensor | float:
         """The two regularizers of eq. 9; 0 as long as both weights are 0."""

@@ -18,8 +18,8 @@ class LoRA2InspectRanks(io.ComfyNode):
             category=CATEGORY,
             description=(
                 "Shows the rank of every layer of a LoRA: a map by block and projection, a "
-                "histogram and the figures. Works on LoRA² files and on plain LoRAs; reads only "
-                "the header."
+                "histogram and the figures. Works on LoRA² files and on plain LoRAs in kohya form; "
+                "reads only the header."
             ),
             inputs=[
                 io.Combo.Input(

@@ -1,5 +1,6 @@
 """Train LoRA² on images."""
 
+import logging
 from typing import Any
 
 from comfy_api.latest import io, ui
@@ -51,7 +52,7 @@ class LoRA2Train(io.ComfyNode):
             setup.network,
             setup.task,
             setup.entropy,
-            config,
+            setup.config,
             path,
             captions=tuple(photo.caption for photo in photos),
             base_hash=setup.base_hash,
@@ -94,6 +95,8 @@ def _wait_for(job: TrainingJob) -> TrainedLoRA:
     except BaseException:
         job.stop()
         job.wait()
+        if job.progress.error is not None:
+            logging.error("LoRA²: stopped, but not saved: %s", job.progress.error)
         raise
     bar(job.progress.step)
     if job.progress.error is not None:
@@ -134,8 +137,8 @@ def _sockets() -> list[io.Input]:
             optional=True,
             force_input=True,
             tooltip=(
-                "Optional: one caption per image, in the same order. Empty captions use the "
-                "instance prompt."
+                "Optional: one caption per image, in the same order, or one for all. Empty ones "
+                "use the instance prompt."
             ),
         ),
     ]
@@ -204,7 +207,10 @@ def _budget() -> list[io.WidgetInput]:
             min=0.0,
             max=100_000.0,
             step=1.0,
-            tooltip="Aim at a file of about this size instead of a mean rank. 0 is off.",
+            tooltip=(
+                "Aim at a file of about this size instead of a mean rank (in paper mode a pull, "
+                "not a budget). 0 is off."
+            ),
         ),
     ]
 
@@ -255,8 +261,9 @@ def _expert_settings() -> list[io.WidgetInput]:
             options=list(PRECISIONS),
             default="auto",
             tooltip=(
-                "Of the frozen model while training; auto keeps what ComfyUI loaded. The LoRA "
-                "itself always trains in fp32."
+                "Of the frozen model while training; auto takes ComfyUI's, but bf16 rather than "
+                "fp16 where the card can (in fp16 the entropy term fades away). The LoRA itself "
+                "always trains in fp32."
             ),
         ),
         io.Float.Input(

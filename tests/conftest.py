@@ -51,7 +51,7 @@ def _load_tools() -> None:
     _register_package("lora2_tools", TOOLS)
     sys.path.insert(0, str(TOOLS))
     try:
-        for name in ("environment", "packaged", "comfyui", "client"):
+        for name in ("environment", "packaged", "comfyui", "client", "demo"):
             sys.modules[f"lora2_tools.{name}"] = importlib.import_module(name)
             setattr(sys.modules["lora2_tools"], name, sys.modules[name])
         # Never under its bare name, which is ComfyUI's.

@@ -31,6 +31,7 @@ PICTURES = {
     "lora2_ranks": "ranks.png",
 }
 BAR_WIDTH = 30
+CLEARLY_LESS = 0.95  # of the first loss, on fixed noise
 
 
 class DemoError(Exception):
@@ -116,11 +117,13 @@ def check(summary: dict[str, Any], out: Path) -> None:
     """Raise `DemoError` unless the run shows what the demo is there to show."""
     if (out / "base.png").read_bytes() == (out / "sample.png").read_bytes():
         raise DemoError("the LoRA changed nothing in the picture")
-    if not summary["loss_last"] < summary["loss_first"]:
+    if not summary["loss_last"] < CLEARLY_LESS * summary["loss_first"]:
         raise DemoError(
-            f"the loss did not fall ({summary['loss_first']} to {summary['loss_last']}); "
+            f"the loss did not fall clearly ({summary['loss_first']} to {summary['loss_last']}); "
             "give it more --steps"
         )
+    if summary["rank_min"] == summary["rank_max"]:
+        raise DemoError("every component has the same rank; give it more --steps")
 
 
 def run(runtime: Runtime, steps: int, out: Path) -> dict[str, Any]:

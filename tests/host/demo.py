@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import comfy.lora
 import comfy.model_base
 import comfy.model_management
 import torch
@@ -20,6 +21,13 @@ def build(seed: int = 0) -> tuple[Any, Any, Any]:
             demo_model.UNET_CONFIG, demo_model.text_configs(), demo_model.fill_seeded, seed
         )
         return model, clip, comfy_host.build_autoencoder(demo_model.fill_autoencoder)
+
+
+def lora_key_map(base: Any) -> dict[str, str]:
+    """ComfyUI's own map from LoRA keys to weights that exist in a model."""
+    keys = comfy.lora.model_lora_keys_unet(base, {})
+    present = base.state_dict().keys()
+    return {key: weight for key, weight in keys.items() if weight in present}
 
 
 def weights(model: Any) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import comfy.model_management as management
 import pytest
-from lora2_pack.lora2_core.comfy_host import CancelledError, deaf_to_cancel, raise_if_cancelled
+from lora2_pack.lora2_core.comfy_host import deaf_to_cancel, raise_if_cancelled
 
 COMFYS_OWN = management.throw_exception_if_processing_interrupted
 
@@ -115,6 +115,6 @@ def test_an_error_inside_leaves_everything_as_before():
 
 def test_the_waiting_node_raises_comfyui_s_own_interruption():
     management.interrupt_current_processing(True)
-    with pytest.raises(CancelledError):
+    with pytest.raises(management.InterruptProcessingException):
         raise_if_cancelled()
     raise_if_cancelled()  # once is enough

@@ -7,8 +7,9 @@ from typing import Any
 import comfy.supported_models
 import pytest
 import torch
-from lora2_pack.lora2_core import comfy_host, lora_file
+from lora2_pack.lora2_core import lora_file
 from lora2_pack.lora2_core.network import find_targets
+from lora2_pack.tests.host import demo
 
 _COMMON: dict[str, Any] = {
     "use_checkpoint": False,
@@ -85,7 +86,7 @@ def test_what_the_paper_counts(name: str, components: int, parameters: int):
 def test_every_key_that_we_write_is_comfyui_s_own(name: str, selection: str):
     base = _on_meta(name)
     shapes = {key: value.shape for key, value in base.state_dict().items()}
-    keys = comfy_host.lora_key_map(base)
+    keys = demo.lora_key_map(base)
     targets = find_targets(base.diffusion_model, selection)
     for target in targets:
         weight = keys[lora_file.kohya_key(target.name)]

@@ -129,7 +129,7 @@ def _same_through_both(model: Any, path: Path) -> dict[str, torch.Tensor]:
     file = comfy.utils.load_torch_file(str(path), safe_load=True)
     stock = weights(comfy.sd.load_lora_for_models(model, None, file, 1.0, 1.0)[0])
     plain = weights(model)
-    keys = comfy_host.lora_key_map(model.model)
+    keys = demo.lora_key_map(model.model)
     changed = 0
     for key, value in stock.items():
         torch.testing.assert_close(ours[key], value, rtol=1e-5, atol=1e-7)
