@@ -114,6 +114,7 @@ def test_the_template_browser_shows_all_with_their_pictures(page: Page):
         "() => [...document.querySelectorAll('.p-dialog img')].filter(i => i.naturalWidth > 256)"
     )
     page.page.wait_for_function(f"{drawn[6:]}.length >= 4", timeout=10_000)
+    assert page.ask(f"{drawn}.length") == len(TEMPLATES)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

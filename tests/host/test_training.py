@@ -93,7 +93,7 @@ def test_the_copy_is_freed_with_the_job(parts: Parts, model: Any, tmp_path: Path
 def test_the_files_of_both_loaders_give_the_same_weights(parts: Parts, model: Any, tmp_path: Path):
     path = tmp_path / "x.safetensors"
     _train(parts, path, steps=6)
-    _same_through_both(model, path)
+    check_same_through_both(model, path)
 
 
 def test_mixed_ranks_and_convolutions(model: Any, tmp_path: Path):
@@ -112,7 +112,7 @@ def test_mixed_ranks_and_convolutions(model: Any, tmp_path: Path):
     ranks = {component.importance.numel() for component in components}
     assert kinds == {2, 4} and len(ranks) == 7
     path = lora_file.save(tmp_path / "conv.safetensors", components, {})
-    ours = _same_through_both(model, path)
+    ours = check_same_through_both(model, path)
     plain = weights(model)
     for component in components:
         key = f"diffusion_model.{component.name}.weight"
@@ -122,7 +122,7 @@ def test_mixed_ranks_and_convolutions(model: Any, tmp_path: Path):
         assert error < 1e-3, key  # fp16 in the file
 
 
-def _same_through_both(model: Any, path: Path) -> dict[str, torch.Tensor]:
+def check_same_through_both(model: Any, path: Path) -> dict[str, torch.Tensor]:
     """Weights under our loader and the stock one, equal; and those numpy makes of the file."""
     state = lora_file.load(path).state
     ours = weights(comfy_host.apply_state(model, None, state, 1.0, 1.0, path.name)[0])

@@ -19,7 +19,7 @@ from PIL import Image
 SEED = 31
 
 
-def _refused(studio: Studio, workflow: Workflow, *words: str, node: str = "3") -> None:
+def check_refused(studio: Studio, workflow: Workflow, *words: str, node: str = "3") -> None:
     before = studio.lora_files()
     steps: list[Any] = []
     progress = lambda event, data: steps.append(data) if event == "progress" else None  # noqa: E731
@@ -64,34 +64,38 @@ def _without_captions(workflow: Workflow) -> Workflow:
 )
 def test_images_that_are_none(studio: Studio, kind: str, words: list[str]):
     workflow = _with("LoRA2TestBadImages", {"kind": kind}, images=["b", 0])
-    _refused(studio, _without_captions(workflow), *words)
+    check_refused(studio, _without_captions(workflow), *words)
 
 
 @pytest.mark.parametrize(("width", "height"), [(63, 128), (128, 32), (1, 1)])
 def test_small_images(studio: Studio, width: int, height: int):
     size = {"width": width, "height": height, "batch_size": 1, "color": 0}
     workflow = _without_captions(_with("EmptyImage", size, images=["b", 0]))
-    _refused(studio, workflow, "images", f"{width}×{height}", "64")
+    check_refused(studio, workflow, "images", f"{width}×{height}", "64")
 
 
 def test_captions_that_do_not_match_in_number(studio: Studio):
     size = {"width": 128, "height": 128, "batch_size": 3, "color": 0}
-    _refused(studio, _with("EmptyImage", size, images=["b", 0]), "captions", "5", "3 images")
+    check_refused(studio, _with("EmptyImage", size, images=["b", 0]), "captions", "5", "3 images")
 
 
 def test_no_words_at_all(studio: Studio):
-    _refused(studio, _without_captions(training(SEED, instance_prompt="  ")), "instance_prompt")
+    check_refused(
+        studio, _without_captions(training(SEED, instance_prompt="  ")), "instance_prompt"
+    )
 
 
 @pytest.mark.parametrize("kind", ["SD1.5", "Flux", "SDXL inpainting"])
 def test_models_of_other_families(studio: Studio, kind: str):
     workflow = _with("LoRA2TestOtherFamily", {"kind": kind}, model=["b", 0])
-    _refused(studio, workflow, "model", "SDXL")
+    check_refused(studio, workflow, "model", "SDXL")
 
 
 def test_parts_of_another_checkpoint(studio: Studio):
-    _refused(studio, _with("LoRA2TestOtherParts", {}, vae=["b", 0]), "vae", "SDXL")
-    _refused(studio, _with("LoRA2TestOtherParts", {}, clip=["b", 1]), "clip", "same checkpoint")
+    check_refused(studio, _with("LoRA2TestOtherParts", {}, vae=["b", 0]), "vae", "SDXL")
+    check_refused(
+        studio, _with("LoRA2TestOtherParts", {}, clip=["b", 1]), "clip", "same checkpoint"
+    )
 
 
 @pytest.mark.parametrize(
@@ -116,7 +120,7 @@ def test_settings(studio: Studio, inputs: dict[str, Any], words: list[str]):
     if not words:
         studio.run(training(SEED, **inputs, file_name="tests/fine"))
     else:
-        _refused(studio, training(SEED, **inputs), *words)
+        check_refused(studio, training(SEED, **inputs), *words)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +131,7 @@ def test_settings(studio: Studio, inputs: dict[str, Any], words: list[str]):
     ],
 )
 def test_file_names(studio: Studio, name: str):
-    _refused(studio, training(SEED, file_name=name), "file_name")
+    check_refused(studio, training(SEED, file_name=name), "file_name")
     assert not list(studio.server.directory.rglob("escaped*"))
     assert not Path("/tmp/escaped_00001_.safetensors").exists()
 
@@ -155,23 +159,23 @@ def _folder(name: str) -> Workflow:
 
 @pytest.mark.parametrize("name", ["/etc", "/", "../..", "..", "a/../../..", "/proc/self"])
 def test_folders_outside_comfyui(studio: Studio, name: str):
-    _refused(studio, _folder(name), "folder", name, node="2")
+    check_refused(studio, _folder(name), "folder", name, node="2")
 
 
 def test_a_link_out_of_the_input_folder(studio: Studio):
     link = studio.server.input / "link"
     link.symlink_to("/usr/share", target_is_directory=True)
-    _refused(studio, _folder("link"), "folder", "link", node="2")
+    check_refused(studio, _folder("link"), "folder", "link", node="2")
 
 
 def test_folders_without_photos(studio: Studio):
     (studio.server.input / "empty").mkdir()
-    _refused(studio, _folder("empty"), "empty", "no image", node="2")
-    _refused(studio, _folder("missing"), "missing", "does not exist", node="2")
+    check_refused(studio, _folder("empty"), "empty", "no image", node="2")
+    check_refused(studio, _folder("missing"), "missing", "does not exist", node="2")
     broken = studio.server.input / "broken"
     broken.mkdir()
     (broken / "photo.png").write_bytes(b"no picture")
-    _refused(studio, _folder("broken"), "photo.png", "not a readable image", node="2")
+    check_refused(studio, _folder("broken"), "photo.png", "not a readable image", node="2")
 
 
 def test_a_folder_of_one_s_own(studio: Studio):
@@ -204,7 +208,7 @@ def small_disk(studio: Studio) -> Iterator[Path]:
 
 
 def test_a_full_disk_is_found_before_the_first_step(studio: Studio, small_disk: Path):
-    _refused(studio, training(SEED, file_name="small/x"), "disk", "full", "MB")
+    check_refused(studio, training(SEED, file_name="small/x"), "disk", "full", "MB")
 
 
 def test_a_disk_that_fills_while_training(studio: Studio, small_disk: Path):
@@ -233,4 +237,4 @@ def test_a_disk_that_fills_while_training(studio: Studio, small_disk: Path):
 def test_a_folder_that_is_not_ours_to_write(studio: Studio):
     (studio.loras / "tests").mkdir(parents=True, exist_ok=True)
     (studio.loras / "tests" / "a_file").write_text("in the way")
-    _refused(studio, training(SEED, file_name="tests/a_file/x"), "a_file")
+    check_refused(studio, training(SEED, file_name="tests/a_file/x"), "a_file")

@@ -83,7 +83,7 @@ def _refused(studio: Studio, name: str) -> str:
     return loaded.message
 
 
-def _one_sentence(message: str, *words: str) -> None:
+def check_one_sentence(message: str, *words: str) -> None:
     for word in words:
         assert word in message
     assert "Traceback" not in message and "\n" not in message
@@ -93,7 +93,7 @@ def test_a_truncated_file(studio: Studio, file: Path):
     data = file.read_bytes()
     for name, size in (("cut", len(data) - 100), ("cut_header", 50), ("nothing", 0)):
         (studio.loras / f"{name}.safetensors").write_bytes(data[:size])
-        _one_sentence(_refused(studio, f"{name}.safetensors"), f"{name}.safetensors")
+        check_one_sentence(_refused(studio, f"{name}.safetensors"), f"{name}.safetensors")
 
 
 def test_files_that_are_no_safetensors(studio: Studio):
@@ -101,7 +101,7 @@ def test_files_that_are_no_safetensors(studio: Studio):
     shutil.copy(studio.loras / "pickle.pt", studio.loras / "pickle.safetensors")
     (studio.loras / "text.safetensors").write_text("this is no LoRA")
     for name in ("pickle.pt", "pickle.safetensors", "text.safetensors"):
-        _one_sentence(_refused(studio, name), name, "not a safetensors file")
+        check_one_sentence(_refused(studio, name), name, "not a safetensors file")
     for node in ("LoRA2Load", "LoRA2InspectRanks"):
         assert "pickle.pt" not in _offered(studio, node)
 
@@ -126,7 +126,7 @@ def test_a_lora_of_other_shapes(studio: Studio, file: Path):
     }
     safetensors.torch.save_file(wide, studio.loras / "wide.safetensors")
     error = studio.refusal(painting(SEED, ["x", 0], x=_ours("wide.safetensors")))
-    _one_sentence(error.message, "wide.safetensors", "architecture")
+    check_one_sentence(error.message, "wide.safetensors", "architecture")
 
 
 def test_a_lora_without_a_matching_layer(studio: Studio, file: Path):
@@ -137,13 +137,13 @@ def test_a_lora_without_a_matching_layer(studio: Studio, file: Path):
     }
     safetensors.torch.save_file(flux, studio.loras / "flux.safetensors")
     error = studio.refusal(painting(SEED, ["x", 0], x=_ours("flux.safetensors")))
-    _one_sentence(error.message, "flux.safetensors", "no layer")
+    check_one_sentence(error.message, "flux.safetensors", "no layer")
 
 
 def test_a_checkpoint_is_no_lora(studio: Studio):
     state = {"model.diffusion_model.out.2.weight": torch.ones(4, 4)}
     safetensors.torch.save_file(state, studio.loras / "checkpoint.safetensors")
     inspect = {"class_type": "LoRA2InspectRanks", "inputs": {"lora_name": "checkpoint.safetensors"}}
-    _one_sentence(studio.refusal({"i": inspect}).message, "checkpoint.safetensors", "no LoRA")
+    check_one_sentence(studio.refusal({"i": inspect}).message, "checkpoint.safetensors", "no LoRA")
     error = studio.refusal(painting(SEED, ["x", 0], x=_ours("checkpoint.safetensors")))
-    _one_sentence(error.message, "checkpoint.safetensors")
+    check_one_sentence(error.message, "checkpoint.safetensors")
