@@ -19,11 +19,12 @@ class RankControl:
 
     ``paper``: λ_r Σ |ν − ν_target| with a constant λ_r. ``balanced``: κ · loss · (mean rank /
     target), where a running mean of the loss makes the term follow the task (a ten times larger
-    loss leaves the rank path unchanged). κ is a level times 1 + 30 · excess, excess being the mean
-    rank over its target minus one. The level rises while the mean is above its target and falls
-    while it is below, by a gain per run, so that a short run covers the same ground. The second
-    factor turns negative when the mean has sunk: a term that can only push down ends 500 steps
-    at 11.6 for a target of 16 on the demo model, since late gradients are too weak to climb again.
+    loss leaves the rank path unchanged). κ is a level times 1 + 30 · excess, that factor held
+    within ±3, excess being the mean rank over its target minus one. The level rises while the mean
+    is above its target and falls while it is below, by a gain per run, so that a short run covers
+    the same ground. The factor turns negative when the mean has sunk: a term that can only push
+    down ends 500 steps at 11.6 for a target of 16 on the demo model, since late gradients are too
+    weak to climb again.
     """
 
     def __init__(self, network: AdaptiveRankNetwork, steps: int):
