@@ -168,14 +168,15 @@ def encode(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     header. ``sshs_legacy_hash`` is, as kohya takes it, the first 8 digits of the SHA-256 of 64 KiB
     from byte 1,048,576 of the file with its ``ss_*`` metadata alone.
     """
-    header, data = _split(safetensors.torch.save(dict(state)))
     kohya = {name: text for name, text in metadata.items() if name.startswith("ss_")}
     raw = safetensors.torch.save(dict(state), kohya)
-    tensors = json.loads(header)
+    header, data = _split(raw)
+    tensors = {key: entry for key, entry in json.loads(header).items() if key != "__metadata__"}
+    digest = hashlib.sha256(data).hexdigest()
     full = {
         **metadata,
-        "sshs_model_hash": hashlib.sha256(data).hexdigest(),
-        "modelspec.hash_sha256": "0x" + hashlib.sha256(data).hexdigest(),
+        "sshs_model_hash": digest,
+        "modelspec.hash_sha256": "0x" + digest,
         "sshs_legacy_hash": hashlib.sha256(raw[0x100000:0x110000]).hexdigest()[:8],
     }
     text = json.dumps({"__metadata__": dict(sorted(full.items())), **tensors}).encode()
@@ -267,21 +268,6 @@ def inspect(path: Path) -> tuple[list[ComponentInfo], dict[str, str]]:
     order = {key: position for position, key in enumerate(trained)}
     infos.sort(key=lambda info: order.get(info.key, len(order)))
     return infos, metadata
-
-
-def component_infos(components: Sequence[Component]) -> list[ComponentInfo]:
-    """The same description for components in memory, sizes as the fp16 file would have."""
-    return [
-        ComponentInfo(
-            key=kohya_key(c.name),
-            rank=int(c.importance.numel()) if c.lora_up.any() else 0,
-            in_features=math.prod(c.lora_down.shape[1:]),
-            out_features=c.lora_up.shape[0],
-            nu=c.nu,
-            nbytes=2 * (c.lora_down.numel() + c.lora_up.numel()) if c.lora_up.any() else 0,
-        )
-        for c in components
-    ]
 
 
 def _narrowed(down: Tensor, up: Tensor, exact: Tensor) -> tuple[Tensor, Tensor]:

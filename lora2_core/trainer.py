@@ -26,8 +26,6 @@ from .rank_control import RankControl
 _PROBE_DRAWS = 8  # images, noises and timesteps on which the comparable loss is measured
 _NOISE_SEED = 0x5EED
 _PROBE_SEED = 0x10A2  # the same for every run, so that runs can be compared with each other
-
-
 _TERMS = ("loss", "attention entropy", "rank term", "total loss", "gradient")
 
 
@@ -131,14 +129,8 @@ class _Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        learning_ranks = self.network.log_nu.requires_grad
-        if learning_ranks:
-            self.network.clamp_nu()
-        resized = self.network.resize(nu, self.optimizer) if learning_ranks else 0
-        if learning_ranks:
-            self.control.observe(values[0], self.network.mean_rank())
-        if resized:
-            self.ranks = tuple(self.network.ranks)
+        frozen = not self.network.log_nu.requires_grad
+        resized = 0 if frozen else self._follow_nu(nu, values[0])
         return StepEvent(
             step=step,
             steps=self.config.steps,
@@ -151,6 +143,15 @@ class _Trainer:
             seconds=time.perf_counter() - started,
             probe=self._probe(step),
         )
+
+    def _follow_nu(self, nu: Tensor, loss: float) -> int:
+        """Let ranks and the weight of their term follow a step; returns how many ranks changed."""
+        self.network.clamp_nu()
+        resized = self.network.resize(nu, self.optimizer)
+        self.control.observe(loss, self.network.mean_rank())
+        if resized:
+            self.ranks = tuple(self.network.ranks)
+        return resized
 
     def _backward(self) -> list[Tensor]:
         """One forward and backward pass; returns what _TERMS names, on the device."""

@@ -106,13 +106,9 @@ def _wait_for(job: TrainingJob) -> TrainedLoRA:
 
 
 def _config(one: dict[str, Any]) -> TrainConfig:
-    ranks: dict[str, Any] = {}
-    if one["target_rank"]:
-        ranks["target_rank"] = one["target_rank"]
-    if one["target_megabytes"]:
-        ranks["target_megabytes"] = one["target_megabytes"]
-    if one["max_rank"]:
-        ranks["max_rank"] = one["max_rank"]
+    # 0 leaves a setting to the mode.
+    chosen = ("target_rank", "target_megabytes", "max_rank")
+    ranks = {name: one[name] for name in chosen if one[name]}
     return TrainConfig(
         steps=one["steps"],
         learning_rate=one["learning_rate"],

@@ -69,16 +69,12 @@ class ProgressLine:
         self._tenths = tenths
 
 
-def read_header(file: Path) -> dict[str, str]:
-    """Return the metadata of a safetensors file."""
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        return json.loads(stream.read(length))["__metadata__"]
-
-
 def summarize(file: Path, seconds: float) -> dict[str, Any]:
     """Return the figures of a trained file."""
-    metadata = read_header(file)
+    from safetensors import safe_open
+
+    with safe_open(file, "np") as stored:
+        metadata = stored.metadata()
     components = json.loads(metadata["lora2.components"])
     ranks = [entry["rank"] for entry in components.values()]
     # Medians of the first and last fifth of the run, on fixed noise and timesteps.
@@ -167,7 +163,7 @@ In {out}:
   summary.json  these figures
 
 The demo model is tiny and has never seen a picture, so its samples are noise. Next, train on
-SDXL: copy this folder into custom_nodes of your ComfyUI and open the template "Train on SDXL"
+SDXL: copy this folder into custom_nodes of your ComfyUI and open the template "2 Train on SDXL"
 (Workflow → Browse Templates → comfyui-lora2)."""
     )
 

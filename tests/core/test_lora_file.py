@@ -188,7 +188,7 @@ def test_loading_restores_ranks_and_numbers_exactly(tmp_path: Path) -> None:
     ]
     assert [i.nu for i in infos] == [0.2] * 3
     assert [i.nbytes for i in infos] == [2 * 5 * 40, 2 * 36, 2 * 3 * 62]
-    assert [lora_file.component_infos([c])[0] for c in three()] == infos
+    assert [toy.infos_in_memory([c])[0] for c in three()] == infos
 
 
 @settings(deadline=None, max_examples=25)
@@ -204,7 +204,7 @@ def test_any_ranks_survive_the_file(ranks: list[int]) -> None:
 def test_components_come_back_in_the_order_of_the_model(tmp_path: Path) -> None:
     components = [toy.component(f"b.{i}.to_q", i + 1) for i in range(12)]
     infos, _ = lora_file.inspect(saved(tmp_path, components))
-    assert infos == lora_file.component_infos(components)
+    assert infos == toy.infos_in_memory(components)
 
 
 @pytest.fixture(scope="module")
@@ -324,7 +324,7 @@ def test_components_left_out_are_listed_in_their_place(tmp_path: Path) -> None:
     infos, _ = lora_file.inspect(path)
     assert {info.key: (info.rank, info.nbytes) for info in infos}[KEYS[1]] == (0, 0)
     assert [(i.in_features, i.out_features) for i in infos] == [(16, 24), (12, 24), (54, 8)]
-    assert infos == lora_file.component_infos(components)
+    assert infos == toy.infos_in_memory(components)
 
 
 @pytest.mark.parametrize("read", [lora_file.inspect, lora_file.load])

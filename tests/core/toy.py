@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import shutil
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lora2_pack.lora2_core import lora_file
 from lora2_pack.lora2_core.config import RankConfig, TrainConfig
 from lora2_pack.lora2_core.layers import AdaptiveLoRA
 from lora2_pack.lora2_core.network import AdaptiveRankNetwork, Component, find_targets
@@ -235,6 +237,21 @@ def trained(net: AdaptiveRankNetwork, steps: int = 3) -> torch.optim.Adam:
     optimizer = make_adam(net.weights(), 1e-2, net.log_nu, 1e-2)
     random_steps(net, optimizer, steps)
     return optimizer
+
+
+def infos_in_memory(components: Sequence[Component]) -> list[lora_file.ComponentInfo]:
+    """What ``inspect`` should say of an fp16 file of these components, told without a file."""
+    return [
+        lora_file.ComponentInfo(
+            key=lora_file.kohya_key(c.name),
+            rank=int(c.importance.numel()) if c.lora_up.any() else 0,
+            in_features=math.prod(c.lora_down.shape[1:]),
+            out_features=c.lora_up.shape[0],
+            nu=c.nu,
+            nbytes=2 * (c.lora_down.numel() + c.lora_up.numel()) if c.lora_up.any() else 0,
+        )
+        for c in components
+    ]
 
 
 def exact_delta(component: Component) -> Tensor:
