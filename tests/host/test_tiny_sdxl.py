@@ -1,0 +1,101 @@
+"""The tiny base in training reads prompts and latents just as ComfyUI will."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("skia", reason="scenes need skia-python", exc_type=ImportError)
+
+PROMPTS = ["a red striped mug on a sandy beach at sunset", "", "a photo of sks robot in the snow"]
+
+
+@pytest.fixture(scope="module")
+def base(comfyui: Any) -> Any:
+    """The base at its start."""
+    import comfy.clip_model
+    from lora2_tools.tiny_sdxl.base import Base
+
+    original = comfy.clip_model.CLIPLayer.forward
+    yield Base()
+    comfy.clip_model.CLIPLayer.forward = original
+
+
+@pytest.fixture(scope="module")
+def clip(comfyui: Any) -> Any:
+    """The same text encoders as ComfyUI uses them."""
+    from lora2_pack.tests.host.demo import build
+
+    return build()[1]
+
+
+def test_tokens_are_the_real_tokenizer_s(base: Any, clip: Any) -> None:
+    for prompt in PROMPTS:
+        real = clip.tokenizer.tokenize_with_weights(prompt)
+        for tower in ("l", "g"):
+            ids, lengths = base.tokens.rows([prompt], tower)
+            assert ids[0].tolist() == [token for token, _ in real[tower][0]]
+            assert lengths[0] == ids[0].tolist().index(49407) + 1
+
+
+def test_rare_words_have_no_row_and_words_of_captions_do(base: Any) -> None:
+    (rare,) = base.tokens.ids("sks")[:1]
+    assert rare not in base.place_of
+    assert all(token in base.place_of for token in base.tokens.ids(PROMPTS[0]))
+
+
+def test_prompts_are_read_as_comfyui_reads_them(base: Any, clip: Any) -> None:
+    texts = PROMPTS[:2]
+    with torch.no_grad():
+        context, pooled = base.read(texts)
+        for number, text in enumerate(texts):
+            real, real_pooled = clip.encode_from_tokens(clip.tokenize(text), return_pooled=True)
+            torch.testing.assert_close(context[number], real[0], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(pooled[number], real_pooled[0], rtol=1e-4, atol=1e-5)
+
+
+def test_the_size_is_told_as_comfyui_tells_it(base: Any) -> None:
+    pooled = torch.randn(1, base.towers["g"].transformer.text_projection.weight.shape[0])
+    ours = base.describe(pooled, torch.tensor([[192.0, 128.0, 0.0, 0.0, 192.0, 128.0]]))
+    real = base.model.encode_adm(pooled_output=pooled, width=128, height=192, device="cpu")
+    torch.testing.assert_close(ours, real)
+
+
+def test_every_weight_that_a_picture_depends_on_learns(base: Any) -> None:
+    from lora2_tools.tiny_sdxl.base import Denoising, Recipe
+
+    weights = base.weights()
+    task = Denoising(base, torch.randn(8, 4, 24, 24).half(), Recipe(batch=2))
+    assert task.loss(0).item() == pytest.approx(task.loss(0).item())  # the step says it all
+    # Branches start silent, so what lies behind them learns from the second step on.
+    optimizer = torch.optim.SGD(weights.values(), lr=0.1)
+    for step in range(3):
+        optimizer.zero_grad()
+        task.loss(step).backward()
+        optimizer.step()
+    still = {n for n, p in weights.items() if p.grad is None or not p.grad.abs().sum() > 0}
+    # SDXL reads the first tower before its last layer.
+    unread = ("layers.2.", "final_layer_norm", "text_projection")
+    assert {
+        n for n in still if not (n.startswith("clip_l") and any(u in n for u in unread))
+    } == set()
+
+
+def test_the_autoencoder_learns_and_encodes(comfyui: Any, tmp_path: Path) -> None:
+    from lora2_tools.tiny_sdxl import autoencoder, latents
+    from lora2_tools.tiny_sdxl.training import Schedule
+
+    recipe = autoencoder.Recipe(batch=1, crop=32)
+    file = tmp_path / "autoencoder.safetensors"
+    autoencoder.train(file, Schedule(steps=12, learning_rate=1e-3, warm_up=2), recipe)
+    trained = autoencoder.trained_autoencoder(file)
+    made = latents.make_latents(trained, tmp_path / "latents", 3, chunk=2)
+    assert made.shape == (3, 4, 24, 24)
+    again = latents.make_latents(trained, tmp_path / "latents", 4, chunk=2)  # no chunk is new
+    assert torch.equal(again[:3], made)
+    picture = latents.decode(trained, made[:1].float())
+    assert picture.shape == (1, 3, 192, 192)
+    assert picture.min() >= 0 and picture.max() <= 1
