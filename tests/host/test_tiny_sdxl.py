@@ -99,3 +99,26 @@ def test_the_autoencoder_learns_and_encodes(comfyui: Any, tmp_path: Path) -> Non
     picture = latents.decode(trained, made[:1].float())
     assert picture.shape == (1, 3, 192, 192)
     assert picture.min() >= 0 and picture.max() <= 1
+
+
+def test_painting_many_prompts_at_once_is_what_ksampler_paints(comfyui: Any) -> None:
+    import comfy.sample
+    from lora2_pack.tests.host.demo import build
+    from lora2_tools.tiny_sdxl.painting import Painter, Sampling
+
+    model, clip, vae = build()
+    sampling = Sampling(steps=4)
+    ours = Painter(model, clip, vae, sampling).paint(PROMPTS[::2], [3, 4])
+
+    def condition(prompt: str) -> Any:
+        return clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
+
+    noise = torch.randn(1, 4, 24, 24, generator=torch.Generator().manual_seed(4))
+    latent = comfy.sample.sample(
+        *(model, noise, sampling.steps, sampling.guidance, sampling.sampler, sampling.scheduler),
+        *(condition(PROMPTS[2]), condition(""), torch.zeros(1, 4, 24, 24)),
+        **{"denoise": 1.0, "disable_pbar": True, "seed": 4},
+    )
+    with torch.inference_mode():
+        theirs = vae.decode(latent).permute(0, 3, 1, 2)
+    torch.testing.assert_close(ours[1:], theirs, rtol=0, atol=2e-3)
