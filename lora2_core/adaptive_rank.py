@@ -6,9 +6,10 @@ where Λ = diag(f(1; ν), …, f(D; ν)) ranks the columns of B by importance an
 rank, is where the importance distribution reaches its q-quantile. ν is the only parameter
 that decides a rank, and it learns by gradient descent like any other weight.
 
-Two modes share every function. ``"paper"`` is the literal text. ``"balanced"``, ours, divides
+Three modes share every function. ``"paper"`` is the literal text. ``"balanced"``, ours, divides
 the importance by its first entry: Λ then keeps the paper's order and drop-off but starts at 1
 for every ν, so a change of ν says something about the rank and nothing about the overall scale.
+``"fixed"`` is a plain LoRA, to compare with: Λ = 1, so no rank has a reason to move.
 
 Shapes: L components, D = rank. Units: ranks are counts, ν is 1/rank, everything else is
 dimensionless.
@@ -22,8 +23,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Mode = Literal["balanced", "paper"]
-MODES: tuple[Mode, ...] = ("balanced", "paper")
+Mode = Literal["balanced", "paper", "fixed"]
+MODES: tuple[Mode, ...] = ("balanced", "paper", "fixed")
 
 # −ln(1−q)/ν can land a hair above an integer because ν is fp32: without this allowance a file
 # that stored rank 8 would come back as rank 9. It covers ν = exp(log ν) with log ν in fp32 too.
@@ -34,13 +35,15 @@ def importance_at(nu: Tensor, position: Tensor, mode: Mode = "paper") -> Tensor:
     """Importance of the rank at a 1-based ``position``; eq. 10 with f of section 3.2.
 
     f(x; ν) = (1 − e^{−ν(x+1)}) − (1 − e^{−νx}) = e^{−νx} (1 − e^{−ν}), and in ``balanced``
-    mode f(x; ν)/f(1; ν) = e^{−ν(x−1)}.
+    mode f(x; ν)/f(1; ν) = e^{−ν(x−1)}. In ``fixed`` mode 1, without a gradient to ν.
 
     ``nu`` and ``position`` broadcast against each other. The result is fp32 or wider: the
     difference of two rounded exponentials in bf16 would give zeros from the 200th rank on.
     """
     _check_mode(mode)
     nu = _as_float(nu)
+    if mode == "fixed":
+        return torch.ones_like(nu * position)
     if mode == "balanced":
         return torch.exp(-nu * (position - 1))
     return torch.exp(-nu * position) * -torch.expm1(-nu)
@@ -50,7 +53,7 @@ def importance(nu: Tensor, rank: int, mode: Mode = "paper") -> Tensor:
     """The diagonal of Λ for ranks 1…``rank``; eq. 10.
 
     ``nu``: any shape (…), positive. Returns (…, rank), positive and strictly decreasing as
-    long as fp32 can tell the entries apart.
+    long as fp32 can tell the entries apart; all 1 in ``fixed`` mode.
     """
     if rank < 1:
         raise ValueError(f"rank is {rank}; a component has at least rank 1.")

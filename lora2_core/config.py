@@ -38,7 +38,8 @@ class Prior:
 
 @dataclass(frozen=True)
 class RankConfig:
-    """How components choose their rank. Make it with :meth:`balanced` or :meth:`paper`."""
+    """How components choose their rank. Make it with :meth:`balanced`, :meth:`paper` or
+    :meth:`fixed`."""
 
     mode: Mode = "balanced"
     quantile: float = 0.9  # in (0, 1); the paper's q
@@ -78,16 +79,29 @@ class RankConfig:
         return cls(**{**literal, **changes})
 
     @classmethod
+    def fixed(cls, **changes: Any) -> RankConfig:
+        """A plain LoRA to compare with: ``target_rank`` in every layer that can take it."""
+        plain: dict[str, Any] = {
+            "mode": "fixed",
+            "rank_weight": 0.0,
+            "controller_gain": 0.0,
+            "freeze_fraction": 1.0,
+        }
+        return cls(**{**plain, **changes})
+
+    @classmethod
     def for_mode(cls, mode: str, **changes: Any) -> RankConfig:
         """The defaults of a mode given by its name; an unknown one is rejected."""
-        return cls.paper(**changes) if mode == "paper" else cls.balanced(mode=mode, **changes)
+        if mode == "paper":
+            return cls.paper(**changes)
+        return cls.fixed(**changes) if mode == "fixed" else cls.balanced(mode=mode, **changes)
 
     @property
     def rank_limit(self) -> int:
         """Largest rank of any component; each is also held to its own min(in, out)."""
         if self.max_rank is not None:
             return self.max_rank
-        return 512 if self.mode == "paper" else 128
+        return 128 if self.mode == "balanced" else 512
 
     def __post_init__(self) -> None:
         _choice("mode", self.mode, MODES)
@@ -105,7 +119,7 @@ class RankConfig:
         _check("rank_learning_rate", self.rank_learning_rate, 1e-9, 1, "use 0.02")
         _check("rank_weight", self.rank_weight, 0, 1e9, "use 0.005")
         _check("controller_gain", self.controller_gain, 0, 1000, "use 15, or 0 to hold κ")
-        _check("freeze_fraction", self.freeze_fraction, 0, 0.99, "use 0.2")
+        _check("freeze_fraction", self.freeze_fraction, 0, 1, "use 0.2")
         _check("growth_std", self.growth_std, 0, 1e3, "use 0.02")
         _is_a("hysteresis", self.hysteresis, bool)
         _is_a("nu_prior", self.nu_prior, Prior)

@@ -169,7 +169,7 @@ class AdaptiveRankNetwork(nn.Module):
         target is a pull and not a budget, as large as now."""
         costs = [target.parameters_per_rank for target in self.targets]
         ranks = [self.target_rank] * len(costs)
-        if self.config.mode == "paper":
+        if self.config.mode != "balanced":
             ranks = [float(rank) for rank in self.ranks]
         return int(2 * sum(cost * rank for cost, rank in zip(costs, ranks, strict=True)))
 
@@ -217,11 +217,13 @@ class AdaptiveRankNetwork(nn.Module):
         start = target if self.config.start == "target" else self.max_ranks.float()
         # A small layer starts at its own limit, not beyond.
         start = torch.minimum(start, self.max_ranks.float())
+        if self.config.mode == "fixed":
+            start = start.floor().clamp(min=1)  # ranks round up; this one must not pass a budget
         return adaptive_rank.nu_for_rank(1.0, self.config.quantile) / start
 
     def _check_target(self) -> None:
         reachable = float(self.max_ranks.double().mean())
-        if self.target_rank > reachable:
+        if self.config.mode != "fixed" and self.target_rank > reachable:
             raise ValueError(
                 f"target_rank is {self.target_rank:g}; this model can reach a mean rank of "
                 f"{reachable:.4g} at most: lower it."

@@ -37,6 +37,8 @@ class RankControl:
     def term(self, loss: Tensor) -> Tensor:
         """The term to add to ``loss`` (a scalar that only lends its size). Scalar."""
         nu = self.network.nu
+        if self.config.mode == "fixed":
+            return loss.new_zeros(())
         if self.config.mode == "paper":
             penalty = adaptive_rank.rank_penalty(nu, self.network.target_rank, self.config.quantile)
             return self.config.rank_weight * penalty

@@ -172,7 +172,8 @@ def _settings() -> list[io.WidgetInput]:
             default="balanced",
             tooltip=(
                 "balanced: ranks follow what each layer needs, within a budget. paper: every "
-                "formula of arXiv 2603.21884 to the letter; files come out several times larger."
+                "formula of arXiv 2603.21884 to the letter; files come out several times larger. "
+                "fixed: a plain LoRA to compare with, the target rank in every layer."
             ),
         ),
         *_budget(),
@@ -193,8 +194,8 @@ def _budget() -> list[io.WidgetInput]:
             max=4096.0,
             step=1.0,
             tooltip=(
-                "Mean rank to aim at. 0 takes the mode's own: 16 in balanced, 1 in paper (where it "
-                "is a pull, not a budget)."
+                "Mean rank to aim at. 0 takes the mode's own: 16 in balanced and fixed, 1 in paper "
+                "(where it is a pull, not a budget)."
             ),
         ),
         io.Float.Input(
@@ -220,7 +221,7 @@ def _advanced_settings() -> list[io.WidgetInput]:
             max=4096,
             tooltip=(
                 "Largest rank of a single layer. 0 takes the mode's own: 128 in balanced, 512 in "
-                "paper, less where the layers are smaller."
+                "paper and fixed, less where the layers are smaller."
             ),
         ),
         io.Int.Input(

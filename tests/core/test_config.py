@@ -23,7 +23,7 @@ BAD: dict[type, dict[str, list[Any]]] = {
         "rank_learning_rate": [0, -1e-3, 1.01, NAN, INFINITE],
         "rank_weight": [-1e-9, NAN, INFINITE],
         "controller_gain": [-1, 1001, NAN],
-        "freeze_fraction": [-0.1, 1, 1.5, NAN],
+        "freeze_fraction": [-0.1, 1.01, NAN],
         "growth": ["ones", None],
         "growth_std": [-0.1, NAN, INFINITE],
     },
@@ -136,10 +136,17 @@ def test_a_budget_in_megabytes_needs_no_target_rank() -> None:
 def test_the_limits_are_those_of_the_modes() -> None:
     assert RankConfig.balanced().rank_limit == 128
     assert RankConfig.paper().rank_limit == 512
+    assert RankConfig.fixed(target_rank=512).rank_limit == 512
     assert RankConfig.paper(max_rank=64).rank_limit == 64
     assert RankConfig.paper(target_rank=300.0).target_rank == 300
     with pytest.raises(ConfigError, match="target_rank is 300"):
         RankConfig.balanced(target_rank=300.0)
+
+
+def test_a_mode_is_found_by_its_name() -> None:
+    for make in (RankConfig.balanced, RankConfig.paper, RankConfig.fixed):
+        assert RankConfig.for_mode(make().mode) == make()
+        assert RankConfig.for_mode(make().mode, max_rank=20) == make(max_rank=20)
 
 
 def test_the_modes_have_the_values_of_the_method() -> None:
@@ -150,6 +157,9 @@ def test_the_modes_have_the_values_of_the_method() -> None:
     assert (paper.controller_gain, paper.freeze_fraction) == (0, 0)
     assert (balanced.start, balanced.growth, balanced.hysteresis) == ("target", "zero", True)
     assert balanced.freeze_fraction == 0.2
+    fixed = RankConfig.fixed()
+    assert (fixed.mode, fixed.start, fixed.target_rank) == ("fixed", "target", 16)
+    assert (fixed.rank_weight, fixed.controller_gain, fixed.freeze_fraction) == (0, 0, 1)
     assert paper.nu_prior.weight == paper.weight_prior.weight == 0
     assert paper.rank_learning_rate == balanced.rank_learning_rate == 2e-2
 

@@ -166,8 +166,8 @@ def adapt(
     model: nn.Module, targets: str = "attention", seed: int = 0, **rank: Any
 ) -> AdaptiveRankNetwork:
     """Adapters on ``model``; ``rank`` goes to the configuration of the given or default mode."""
-    make = RankConfig.paper if rank.get("mode") == "paper" else RankConfig.balanced
-    return AdaptiveRankNetwork(model, find_targets(model, targets), make(**rank), seed)
+    config = RankConfig.for_mode(rank.pop("mode", "balanced"), **rank)
+    return AdaptiveRankNetwork(model, find_targets(model, targets), config, seed)
 
 
 def run(network: AdaptiveRankNetwork, task: Any, entropy: Any = None, **settings: Any):
