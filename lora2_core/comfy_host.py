@@ -22,7 +22,6 @@ import comfy.model_management
 import comfy.model_sampling
 import comfy.sd
 import comfy.supported_models
-import comfy.taesd.taesd
 import comfy.utils
 import folder_paths
 import torch
@@ -226,27 +225,27 @@ def progress_bar(total: int) -> Callable[[int], None]:
 def build_sdxl(
     unet_config: dict[str, Any],
     text_configs: dict[str, Any],
-    fill: Callable[[nn.Module, int], None],
-    seed: int,
+    fill: Callable[[nn.Module, nn.Module], None],
 ) -> tuple[ModelPatcher, Any]:
-    """MODEL and CLIP of SDXL's real classes in any size, their weights set by ``fill``."""
+    """MODEL and CLIP of SDXL's real classes in any size; ``fill`` sets the weights of U-Net and
+    text towers."""
     config = comfy.supported_models.SDXL(unet_config)
     config.set_inference_dtype(torch.float32, None)
     device = comfy.model_management.get_torch_device()
     offload = comfy.model_management.unet_offload_device()
     base = config.get_model({}, "", offload)
-    fill(base.diffusion_model, seed)
     target = config.clip_target()
     clip = comfy.sd.CLIP(target, model_options={**text_configs, "dtype": torch.float32})
-    fill(clip.cond_stage_model, seed + 1)
+    fill(base.diffusion_model, clip.cond_stage_model)
     return ModelPatcher(base, load_device=device, offload_device=offload), clip
 
 
-def build_autoencoder(fill: Callable[[dict[str, Tensor], float], dict[str, Tensor]]) -> Any:
-    """A VAE of the TAESD architecture with the weights that ``fill`` gives."""
-    scale = comfy.latent_formats.SDXL().scale_factor
-    state = fill(comfy.taesd.taesd.TAESD(latent_channels=4).state_dict(), scale)
-    return comfy.sd.VAE(sd=state)
+def build_autoencoder(weights: Mapping[str, Tensor]) -> Any:
+    """A VAE of the TAESD architecture; ``weights`` are those of its encoder and decoder."""
+    # Its latents are trained to be as SDXL's are after scaling.
+    scale = torch.tensor(comfy.latent_formats.SDXL().scale_factor)
+    own = {"vae_scale": scale, "vae_shift": torch.zeros(())}
+    return comfy.sd.VAE(sd={name: value.float() for name, value in {**weights, **own}.items()})
 
 
 def lora_names() -> list[str]:

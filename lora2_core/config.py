@@ -15,6 +15,8 @@ from .adaptive_rank import MODES, Mode
 
 Growth = Literal["zero", "random"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Schedule = Literal["constant", "cosine"]
+SCHEDULES: tuple[Schedule, ...] = ("constant", "cosine")
 PRECISIONS: tuple[Precision, ...] = ("auto", "fp32", "bf16", "fp16")
 
 
@@ -132,6 +134,7 @@ class TrainConfig:
 
     steps: int = 500  # the paper: 500 on SDXL, 800 on KOALA-700m
     learning_rate: float = 1e-4  # of A and B; the paper: 5e-5 with Adam
+    schedule: Schedule = "constant"  # of the learning rate; the paper names none
     batch_size: int = 1  # images a step; the paper: 1
     resolution: int = 1024  # px, multiple of 32; the paper: 1024
     seed: int = 0  # of weights, noise, timesteps and the order of images
@@ -144,6 +147,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _whole("steps", self.steps, 1, 1_000_000, "the paper uses 500")
         _check("learning_rate", self.learning_rate, 1e-9, 1, "use 0.0001")
+        _choice("schedule", self.schedule, SCHEDULES)
         _whole("batch_size", self.batch_size, 1, 256, "the paper uses 1")
         _whole("resolution", self.resolution, 64, 4096, "SDXL is at home at 1024")
         if self.resolution % 32:

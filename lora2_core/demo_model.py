@@ -1,17 +1,22 @@
-"""Tiny SDXL: the shape and the seeded weights of the demo model.
+"""Tiny SDXL: the shape and the trained weights of the demo model.
 
 Every class is ComfyUI's real one (see :func:`.comfy_host.build_sdxl`); only the numbers are
-small. The U-Net and the text towers hold seeded random weights, so they have learnt nothing. The
-autoencoder is exact by construction: it averages 8×8 px blocks into latents and interpolates
-them back, so photos survive it as blurred but true colours.
+small. The weights were trained from scratch on drawn scenes, see ``tiny_sdxl/README.md``.
 """
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load
 from torch import Tensor, nn
+
+WEIGHTS = Path(__file__).parent / "tiny_sdxl" / "tiny_sdxl.safetensors"
+SHA256 = "e32e2d22e2d6b9653bc008f2c0f39bb3c66a9a2177cccc6d7f2b365087cbee34"
+SIZE = 192  # px that it was trained at, and paints at
 
 _TEXT_WIDTHS = {"clip_l": 64, "clip_g": 128}
 
@@ -19,11 +24,11 @@ UNET_CONFIG: dict[str, Any] = {
     "image_size": 32,
     "in_channels": 4,
     "out_channels": 4,
-    "model_channels": 32,
+    "model_channels": 64,
     "num_res_blocks": [2, 2, 2],
-    "channel_mult": (1, 2, 4),
+    "channel_mult": (1, 1, 2),
     "transformer_depth": [0, 0, 1, 1, 2, 2],
-    "transformer_depth_output": [0, 0, 0, 1, 1, 1, 2, 2, 2],
+    "transformer_depth_output": [0, 0, 0, 2, 2, 2, 1, 1, 1],
     "transformer_depth_middle": 2,
     "num_heads": -1,
     "num_head_channels": 32,
@@ -65,49 +70,53 @@ def fill_seeded(module: nn.Module, seed: int) -> None:
         parameter.copy_(values.to(parameter))
 
 
-# The average colour of photos maps to latent 0 and their spread to about 1; the fourth latent
-# repeats the brightness, since SDXL has four.
-_COLOUR_MEAN, _COLOUR_SPREAD = 0.45, 0.25
+class DemoModelError(RuntimeError):
+    """The demo model's weights cannot be used; the message says which file and what to do."""
+
+
+def fill_untrained(unet: nn.Module, text: nn.Module, seed: int = 0) -> None:
+    """Weights that have learnt nothing, the same for the same seed."""
+    fill_seeded(unet, seed)
+    fill_seeded(text, seed + 1)
 
 
 @torch.no_grad()
-def fill_autoencoder(state: dict[str, Tensor], latent_scale: float) -> dict[str, Tensor]:
-    """Weights of a TAESD-shaped autoencoder that averages down and interpolates up.
-
-    ``state``: the state dict to replace, for its names and shapes. ``latent_scale``: SDXL's
-    0.13025, by which ComfyUI scales latents; zero would give NaN.
-    """
-    new = {name: torch.zeros_like(value) for name, value in state.items()}
-    new["vae_scale"] = torch.tensor(latent_scale)
-    for name, weight in new.items():
-        if weight.ndim != 4 or ".conv." in name:
-            continue  # residual branches stay zero: blocks pass their input on
-        _pass_colours(weight, blur=weight.shape[0] == weight.shape[1])
-    names = [name for name in new if name.endswith(".weight") and ".conv." not in name]
-    into_latent = [n for n in names if n.startswith("taesd_encoder")][-1]
-    from_latent = next(n for n in names if n.startswith("taesd_decoder"))
-    _fill_latent_layers(new, into_latent, from_latent)
-    return new
+def fill_trained(unet: nn.Module, text: Any) -> None:
+    """The trained weights. Words that no caption of the training held keep seeded random rows:
+    they are free for subjects. Raises DemoModelError when the file is missing or damaged."""
+    weights = read_weights()
+    unet.load_state_dict(_below("unet.", weights))
+    fill_seeded(text, 1)
+    for name in _TEXT_WIDTHS:
+        transformer = getattr(text, name).transformer
+        table: Tensor = transformer.get_input_embeddings().weight  # (49408, width)
+        table[weights["words"].long()] = weights[name.replace("clip", "rows")].to(table)
+        for part, value in _below(f"{name}.", weights).items():
+            transformer.get_parameter(part).copy_(value)
 
 
-def _pass_colours(weight: Tensor, blur: bool) -> None:
-    """Channels 0 to 2 through a 3×3 convolution, untouched or blurred by a binomial kernel."""
-    taps = torch.tensor([1.0, 2.0, 1.0]) / 4
-    kernel = torch.outer(taps, taps)
-    for channel in range(min(3, *weight.shape[:2])):
-        if blur:
-            weight[channel, channel] = kernel
-        else:
-            weight[channel, channel, 1, 1] = 1.0
+def autoencoder_weights() -> dict[str, Tensor]:
+    """The trained weights of a TAESD, by ComfyUI's names. Raises as :func:`fill_trained` does."""
+    return _below("vae.", read_weights())
 
 
-def _fill_latent_layers(state: dict[str, Tensor], into_latent: str, from_latent: str) -> None:
-    into, out_of = state[into_latent], state[from_latent]
-    into.zero_()
-    out_of.zero_()
-    for channel in range(3):
-        into[channel, channel, 1, 1] = 1 / _COLOUR_SPREAD
-        into[3, channel, 1, 1] = 1 / (3 * _COLOUR_SPREAD)
-        out_of[channel, channel, 1, 1] = _COLOUR_SPREAD
-    state[into_latent.replace("weight", "bias")].fill_(-_COLOUR_MEAN / _COLOUR_SPREAD)
-    state[from_latent.replace("weight", "bias")][:3] = _COLOUR_MEAN
+def read_weights(file: Path = WEIGHTS) -> dict[str, Tensor]:
+    """All tensors of the file, fp16, but the numbers of words. Raises DemoModelError."""
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise DemoModelError(
+            f"The demo model's weights are missing: {file} ({error.strerror}). Install the pack "
+            "again."
+        ) from error
+    found = hashlib.sha256(content).hexdigest()
+    if found != SHA256:
+        raise DemoModelError(
+            f"The demo model's weights are damaged or of another version: {file} has SHA-256 "
+            f"{found[:16]}…, {SHA256[:16]}… is expected. Install the pack again."
+        )
+    return load(content)
+
+
+def _below(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): v for n, v in weights.items() if n.startswith(prefix)}

@@ -20,7 +20,7 @@ from torch import Tensor
 from .config import TrainConfig
 from .network import AdaptiveRankNetwork
 from .objective import CrossAttentionEntropy, denoising_loss, gaussian_prior
-from .optimizers import make_adam
+from .optimizers import make_adam, schedule_factor
 from .rank_control import RankControl
 
 _PROBE_DRAWS = 8  # images, noises and timesteps on which the comparable loss is measured
@@ -125,6 +125,9 @@ class _Trainer:
 
     def _step(self, step: int) -> StepEvent:
         started = time.perf_counter()
+        # Of A and B alone: ν has a rate of its own, and is held at the end by freeze_fraction.
+        factor = schedule_factor(self.config.schedule, step, self.config.steps)
+        self.optimizer.param_groups[0]["lr"] = factor * self.config.learning_rate
         nu, values = self._read(self._backward(), step)
         self.scaler.step(self.optimizer)
         self.scaler.update()

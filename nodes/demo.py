@@ -14,20 +14,12 @@ class LoRA2DemoModel(io.ComfyNode):
             display_name="Tiny SDXL (demo)",
             category=CATEGORY,
             description=(
-                "A tiny model of SDXL's real architecture with seeded random weights. It has "
-                "learnt nothing, so it paints noise, but it trains in seconds on a CPU: use it "
-                "to try LoRA² without a download."
+                "A tiny model of SDXL's real architecture, trained on drawn scenes; it comes with "
+                "LoRA² and paints at 192 px in seconds on a CPU. It knows mug, teapot, backpack, "
+                "clock, sneaker, robot, cat, dog, candle, can, bowl and vase, in places such as "
+                "'in the jungle' or 'on the beach'."
             ),
-            inputs=[
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**32 - 1,
-                    control_after_generate=False,
-                    tooltip="Another seed gives other random weights, so another model.",
-                )
-            ],
+            inputs=[],
             outputs=[
                 io.Model.Output(display_name="MODEL"),
                 io.Clip.Output(display_name="CLIP"),
@@ -36,8 +28,9 @@ class LoRA2DemoModel(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, seed: int) -> io.NodeOutput:
+    def execute(cls) -> io.NodeOutput:
         model, clip = comfy_host.build_sdxl(
-            demo_model.UNET_CONFIG, demo_model.text_configs(), demo_model.fill_seeded, seed
+            demo_model.UNET_CONFIG, demo_model.text_configs(), demo_model.fill_trained
         )
-        return io.NodeOutput(model, clip, comfy_host.build_autoencoder(demo_model.fill_autoencoder))
+        vae = comfy_host.build_autoencoder(demo_model.autoencoder_weights())
+        return io.NodeOutput(model, clip, vae)

@@ -7,7 +7,7 @@ from comfy_api.latest import io, ui
 
 from ..lora2_core import comfy_host, lora_file, report
 from ..lora2_core.adaptive_rank import MODES
-from ..lora2_core.config import PRECISIONS, RankConfig, TrainConfig
+from ..lora2_core.config import PRECISIONS, SCHEDULES, RankConfig, TrainConfig
 from ..lora2_core.dataset import check_photos
 from ..lora2_core.jobs import TrainedLoRA, TrainingJob
 from .common import CATEGORY, LoRA2Socket, advanced, to_image
@@ -116,6 +116,7 @@ def _config(one: dict[str, Any]) -> TrainConfig:
         resolution=one["resolution"],
         seed=one["seed"],
         precision=one["precision"],
+        schedule=one["schedule"],
         entropy_weight=one["entropy_weight"],
         targets=one["targets"],
         rank=RankConfig.for_mode(one["mode"], **ranks),
@@ -281,6 +282,15 @@ def _expert_settings() -> list[io.WidgetInput]:
             tooltip=(
                 "Layers to adapt: attention (the paper), self-attention, cross-attention, or a "
                 "regular expression over layer names."
+            ),
+        ),
+        io.Combo.Input(
+            "schedule",
+            options=list(SCHEDULES),
+            default="constant",
+            tooltip=(
+                "Of the learning rate. cosine warms up and then falls to 0: it bears a higher rate "
+                "and ends cleaner. constant is the plain recipe."
             ),
         ),
     ]

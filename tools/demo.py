@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
-"""Train a LoRA² in a real ComfyUI on five photos of a cat, paint with it, and show its ranks.
+"""Train a LoRA² in a real ComfyUI on six photos of a robot, and paint it in four new places.
 
     python3 tools/demo.py [--steps N] [--out DIR] [--comfyui PATH]
 
-Leaves the LoRA file, the pictures and a summary in DIR. Needs nothing but Python 3.11 and, the
-first time, a package registry.
+Leaves the LoRA file, a picture of what it learnt, its ranks and a summary in DIR. Needs nothing
+but Python 3.11 and, the first time, a package registry.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import shutil
@@ -20,15 +21,22 @@ import time
 from pathlib import Path
 from typing import Any
 
+import demo_picture
 from comfyui import ROOT, Runtime, ensure
 from environment import SetupError, say
 
 WORKFLOW = ROOT / "tests" / "workflows" / "train_and_sample.json"
+PHOTOS = ROOT / "photos" / "robot"
 # SaveImage nodes of the workflow by their file name prefix, and what we call their pictures.
-PICTURES = {
-    "lora2_base": "base.png",
-    "lora2_sample": "sample.png",
-    "lora2_ranks": "ranks.png",
+BASE, SAMPLE = "lora2_base", "lora2_sample"
+PICTURES = {BASE: "base.png", SAMPLE: "sample.png", "lora2_ranks": "ranks.png"}
+# By a short name, in the words that the demo model learnt; on none of the photos. The first is
+# the workflow's own.
+PLACES = {
+    "In the city": "with a city skyline in the background",
+    "On the beach": "on a sandy beach at sunset",
+    "In the water": "floating in crystal clear water",
+    "In Paris": "with the Eiffel Tower in the background",
 }
 BAR_WIDTH = 30
 CLEARLY_LESS = 0.95  # of the first loss, on fixed noise
@@ -38,12 +46,42 @@ class DemoError(Exception):
     """The demo ended without everything it promises; the message says what is missing."""
 
 
-def load_workflow(steps: int) -> tuple[dict[str, Any], str]:
-    """Return the train-and-sample workflow with `steps`, and the id of its training node."""
+def load_workflow(steps: int | None = None) -> tuple[dict[str, Any], str]:
+    """Return the train-and-sample workflow, with other `steps` if given, and its training node."""
     workflow = json.loads(WORKFLOW.read_text(encoding="utf-8"))
     train = next(i for i, node in workflow.items() if node["class_type"] == "LoRA2Train")
-    workflow[train]["inputs"]["steps"] = steps
+    if steps is not None:
+        workflow[train]["inputs"]["steps"] = steps
     return workflow, train
+
+
+def with_places(workflow: dict[str, Any], train: str) -> dict[str, Any]:
+    """Return the workflow painting not in the first of `PLACES` alone but in all of them."""
+    prompt = next(i for i, node in workflow.items() if node["inputs"].get("text"))
+    branch = {prompt}
+    for _ in workflow:  # all that hangs on the prompt
+        branch |= {i for i, node in workflow.items() if branch & set(_sources(node))}
+    longer = dict(workflow)
+    for number, place in enumerate(list(PLACES.values())[1:], 2):
+        for old in branch:
+            node = copy.deepcopy(workflow[old])
+            for name, value in node["inputs"].items():
+                if isinstance(value, list) and value[0] in branch:
+                    node["inputs"][name] = [f"{value[0]}-{number}", value[1]]
+            if old == prompt:
+                subject = workflow[train]["inputs"]["instance_prompt"]
+                node["inputs"]["text"] = f"{subject} {place}"
+            if "seed" in node["inputs"]:
+                node["inputs"]["seed"] += number - 1  # else the robot strikes one pose everywhere
+            if "filename_prefix" in node["inputs"]:
+                node["inputs"]["filename_prefix"] += f"-{number}"
+            longer[f"{old}-{number}"] = node
+    return longer
+
+
+def _sources(node: dict[str, Any]) -> list[str]:
+    """Return the ids of the nodes that a node takes its inputs from."""
+    return [value[0] for value in node["inputs"].values() if isinstance(value, list)]
 
 
 class ProgressLine:
@@ -93,6 +131,29 @@ def summarize(file: Path, seconds: float) -> dict[str, Any]:
     }
 
 
+def saved(output: Path, prefix: str) -> Path:
+    """Return the picture that a SaveImage node of this prefix left in `output`."""
+    found = sorted(output.glob(f"{prefix}_*.png"))
+    if not found:
+        raise DemoError(f"the workflow saved no picture {prefix}")
+    return found[-1]
+
+
+def draw(output: Path, path: Path, steps: int) -> None:
+    """Draw the photos and what base and LoRA², whose pictures lie in `output`, made of them."""
+    numbers = ["", *(f"-{number}" for number in range(2, len(PLACES) + 1))]
+    photos = sorted(PHOTOS.glob("*.jpg"))
+    base = [saved(output, BASE + number) for number in numbers]
+    samples = [saved(output, SAMPLE + number) for number in numbers]
+    asked = 'asked for "a sks robot" in four places; it knows robots, but no sks'
+    rows = (
+        demo_picture.Row("The photos", f"all that the LoRA² learns from, in {steps} steps", photos),
+        demo_picture.Row("Base model", asked, base, tuple(PLACES)),
+        demo_picture.Row("With the LoRA²", "the same words and the same noise", samples),
+    )
+    demo_picture.write(path, rows)
+
+
 def collect(output: Path, out: Path, seconds: float) -> dict[str, Any]:
     """Copy what the run left in ComfyUI's `output` to `out`; return the summary."""
     files = sorted((output / "loras").rglob("*.safetensors"))
@@ -100,11 +161,9 @@ def collect(output: Path, out: Path, seconds: float) -> dict[str, Any]:
         raise DemoError("the training node wrote no LoRA file")
     file = Path(shutil.copy2(files[-1], out))
     for prefix, name in PICTURES.items():
-        found = sorted(output.glob(f"{prefix}_*.png"))
-        if not found:
-            raise DemoError(f"the workflow saved no picture {prefix}")
-        shutil.copy2(found[-1], out / name)
+        shutil.copy2(saved(output, prefix), out / name)
     summary = summarize(file, seconds)
+    draw(output, out / "demo.png", summary["steps"])
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return summary
 
@@ -127,12 +186,13 @@ def run(runtime: Runtime, steps: int, out: Path) -> dict[str, Any]:
     from server import Server
 
     workflow, train = load_workflow(steps)
+    workflow = with_places(workflow, train)
     with tempfile.TemporaryDirectory(prefix="lora2-demo-") as folder:
         directory = Path(folder)
         print(f"Starting ComfyUI in {runtime.path} …", flush=True)
         try:
             with Server(runtime, directory) as server:
-                print(f"Training {steps} steps on five photos of a cat, then painting …")
+                print(f"Training {steps} steps on six photos of a robot, then painting it …")
                 started = time.monotonic()
                 server.run(
                     workflow,
@@ -157,22 +217,27 @@ Done in {summary["seconds"]:.0f} s: {summary["steps"]} steps, loss {summary["los
 (mean {summary["rank_mean"]}); the file has {summary["bytes"] / 1e6:.2f} MB.
 
 In {out}:
-  {summary["file"]}  the LoRA, for any loader
+  demo.png      the photos, and the robot in four other places: look at this first
   ranks.png     the loss curve and the rank of every component
+  {summary["file"]}  the LoRA, for any loader
   sample.png    painted with the LoRA; base.png: the same seed without it
   summary.json  these figures
 
-The demo model is tiny and has never seen a picture, so its samples are noise. Next, train on
-SDXL: copy this folder into custom_nodes of your ComfyUI and open the template "2 Train on SDXL"
-(Workflow → Browse Templates → comfyui-lora2)."""
+The demo model is tiny and paints only what its node in ComfyUI says. Next, train on SDXL: copy
+this folder into custom_nodes of your ComfyUI and open the template "2 Train on SDXL" (Workflow →
+Browse Templates → comfyui-lora2)."""
     )
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Train a LoRA² in a real ComfyUI on photos of a cat, and paint with it."
+        description="Train a LoRA² in a real ComfyUI on photos of a robot, and paint with it."
     )
-    parser.add_argument("--steps", type=int, default=100, help="training steps (default 100)")
+    workflow, train = load_workflow()
+    steps = workflow[train]["inputs"]["steps"]
+    parser.add_argument(
+        "--steps", type=int, default=steps, help=f"training steps (default {steps})"
+    )
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="where results go")
     parser.add_argument("--comfyui", metavar="PATH", help="the folder of a ComfyUI to use")
     options = parser.parse_args()

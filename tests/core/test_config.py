@@ -29,6 +29,7 @@ BAD: dict[type, dict[str, list[Any]]] = {
     },
     TrainConfig: {
         "steps": [0, -5, 1_000_001, 1.5, True, "100", None],
+        "schedule": ["linear", None],
         "learning_rate": [0, -1e-4, 1.01, NAN, INFINITE],
         "batch_size": [0, 257, 2.0, False],
         "resolution": [0, 32, 63, 100, 513, 4128, 512.0],

@@ -228,63 +228,6 @@ def test_a_picture_is_most_like_itself(name: str):
     )
 
 
-class Knows:
-    """Stands in for a judge: it finds out the answer from a picture's first pixels."""
-
-    def __init__(self, wrong: str = ""):
-        self.wrong = wrong
-
-    def read(self, images: torch.Tensor) -> judges.Reading:
-        """Return the words whose numbers the first pixel of each row holds."""
-        numbers = (images[:, 0, : len(ANSWERS), 0] * 255).round().long()  # (n, questions)
-        return judges.Reading(*(
-            ["?" if question == self.wrong else words[index] for index in numbers[:, row]]
-            for row, (question, words) in enumerate(ANSWERS.items())
-        ))  # fmt: skip
-
-
-def test_accuracy_counts_right_answers(monkeypatch: pytest.MonkeyPatch):
-    def coded(scene: judges.Scene, size: int = 192) -> object:
-        image = judges.np.zeros((8, 8, 3), "uint8")
-        for row, (question, words) in enumerate(ANSWERS.items()):
-            image[row] = words.index(getattr(scene, question))
-        return image
-
-    monkeypatch.setattr(judges, "render", coded)
-    everything = dict.fromkeys(ANSWERS, 1.0)
-    assert judges.accuracy(Knows(), 70, 0) == everything
-    assert judges.accuracy(Knows("colour"), 70, 0) == everything | {"colour": 0.0}
-    black = judges.accuracy(Knows(), 140, 0, transform=torch.zeros_like)
-    assert 0 < black["object"] < 0.3
-    assert 0 < black["place"] < 0.3
-
-
-def test_accuracy_repeats_and_tells_seeds_apart():
-    judge = judge_of("residual")
-    seen: list[torch.Tensor] = []
-
-    def keep(images: torch.Tensor) -> torch.Tensor:
-        seen.append(images)
-        return images
-
-    first = judges.accuracy(judge, 6, 3, keep)
-    assert judges.accuracy(judge, 6, 3, keep) == first
-    judges.accuracy(judge, 6, 4, keep)
-    assert torch.equal(seen[0], seen[1])
-    assert not torch.equal(seen[0], seen[2])
-
-
-def test_separation_compares_each_subject_with_others_of_its_kind(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(judges, "SUBJECT_SEEDS", SUBJECT_SEEDS[:2])
-    render = judges.render
-    monkeypatch.setattr(judges, "render", lambda scene: render(scene, 64))
-    found = judges.separation(judge_of("residual"))
-    assert list(found) == list(SUBJECT_SEEDS[:2])
-    for likeness in found.values():
-        assert likeness.others <= likeness.nearest <= 1.0001
-        assert likeness.same <= 1.0001
-
-
 # --- their files ------------------------------------------------------------------------------
 
 

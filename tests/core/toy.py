@@ -9,6 +9,7 @@ import pickle
 import shutil
 import struct
 import tempfile
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -170,11 +171,17 @@ def adapt(
     return AdaptiveRankNetwork(model, find_targets(model, targets), config, seed)
 
 
-def run(network: AdaptiveRankNetwork, task: Any, entropy: Any = None, **settings: Any):
-    """Train to the end; returns the events."""
+def run(
+    network: AdaptiveRankNetwork,
+    task: Any,
+    entropy: Any = None,
+    stop_at: int | None = None,
+    **settings: Any,
+):
+    """Train to the end, or to the end of a step; returns the events."""
     settings = {"entropy_weight": 0.0, "probes": 0, "learning_rate": 1e-2, **settings}
     config = TrainConfig(rank=network.config, **settings)
-    return list(train(network, task, config, entropy))
+    return list(itertools.islice(train(network, task, config, entropy), stop_at))
 
 
 def teacher_run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import comfy.lora
@@ -14,13 +15,13 @@ from lora2_pack.lora2_core.dataset import Photo
 from torch import Tensor
 
 
-def build(seed: int = 0) -> tuple[Any, Any, Any]:
-    """MODEL, CLIP and VAE of the demo."""
+def build(seed: int | None = 0) -> tuple[Any, Any, Any]:
+    """MODEL, CLIP and VAE in the demo's shape: untrained from a seed, or as people get them."""
+    untrained = partial(demo_model.fill_untrained, seed=seed or 0)
+    fill = demo_model.fill_trained if seed is None else untrained
     with torch.inference_mode():
-        model, clip = comfy_host.build_sdxl(
-            demo_model.UNET_CONFIG, demo_model.text_configs(), demo_model.fill_seeded, seed
-        )
-        return model, clip, comfy_host.build_autoencoder(demo_model.fill_autoencoder)
+        model, clip = comfy_host.build_sdxl(demo_model.UNET_CONFIG, demo_model.text_configs(), fill)
+        return model, clip, comfy_host.build_autoencoder(demo_model.autoencoder_weights())
 
 
 def lora_key_map(base: Any) -> dict[str, str]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 pytest.importorskip("skia", reason="scenes need skia-python", exc_type=ImportError)
 
@@ -86,12 +89,12 @@ def test_every_weight_that_a_picture_depends_on_learns(base: Any) -> None:
 
 def test_the_autoencoder_learns_and_encodes(comfyui: Any, tmp_path: Path) -> None:
     from lora2_tools.tiny_sdxl import autoencoder, latents
-    from lora2_tools.tiny_sdxl.training import Schedule
+    from lora2_tools.tiny_sdxl.training import Schedule, read_average
 
     recipe = autoencoder.Recipe(batch=1, crop=32)
     file = tmp_path / "autoencoder.safetensors"
     autoencoder.train(file, Schedule(steps=12, learning_rate=1e-3, warm_up=2), recipe)
-    trained = autoencoder.trained_autoencoder(file)
+    trained = autoencoder.trained_autoencoder(read_average(file))
     made = latents.make_latents(trained, tmp_path / "latents", 3, chunk=2)
     assert made.shape == (3, 4, 24, 24)
     again = latents.make_latents(trained, tmp_path / "latents", 4, chunk=2)  # no chunk is new
@@ -99,6 +102,41 @@ def test_the_autoencoder_learns_and_encodes(comfyui: Any, tmp_path: Path) -> Non
     picture = latents.decode(trained, made[:1].float())
     assert picture.shape == (1, 3, 192, 192)
     assert picture.min() >= 0 and picture.max() <= 1
+
+
+def test_a_run_becomes_the_file_that_the_pack_loads(base: Any, tmp_path: Path) -> None:
+    """The same names, shapes and words as the file in the pack, so training again replaces it."""
+    from lora2_pack.lora2_core import demo_model
+    from lora2_tools.tiny_sdxl import autoencoder, exporting
+    from lora2_tools.tiny_sdxl.training import Run, Schedule
+
+    run = tmp_path / "base.safetensors"
+    Run(base.weights(), Schedule(steps=1, learning_rate=1e-3), run).save()
+    encoder = dict(autoencoder.new_autoencoder().named_parameters())
+    encoder = {n: p.detach() for n, p in encoder.items() if not n.startswith("vae_")}
+    out = tmp_path / "pack" / "tiny.safetensors"
+    digest = exporting.export(run, encoder, out)
+    assert digest == hashlib.sha256(out.read_bytes()).hexdigest()
+    assert [file.name for file in out.parent.iterdir()] == [out.name]
+    made, shipped = load_file(out), load_file(demo_model.WEIGHTS)
+    kinds = [{n: (v.dtype, v.shape) for n, v in tensors.items()} for tensors in (made, shipped)]
+    assert kinds[0] == kinds[1]
+    assert torch.equal(made["words"], shipped["words"])
+    weight = base.weights()["unet.out.2.weight"]
+    assert torch.equal(made["unet.out.2.weight"], weight.detach().half())
+
+
+def test_refining_begins_where_the_pack_is(comfyui: Any, tmp_path: Path) -> None:
+    from lora2_tools.tiny_sdxl import base
+    from lora2_tools.tiny_sdxl.training import Schedule
+
+    start = base.weights_of_the_pack()
+    one = Schedule(steps=1, learning_rate=1e-6, warm_up=1)
+    latents = torch.randn(4, 4, 24, 24).half()
+    base.train(tmp_path / "base.safetensors", latents, one, base.Recipe(batch=1), start)
+    with safe_open(tmp_path / "base.safetensors", "pt") as stored:
+        for name, value in start.items():
+            assert torch.allclose(stored.get_tensor(f"weight.{name}"), value.float(), atol=2e-6)
 
 
 def test_painting_many_prompts_at_once_is_what_ksampler_paints(comfyui: Any) -> None:

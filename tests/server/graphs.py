@@ -38,20 +38,21 @@ def quick(workflow: Workflow) -> Workflow:
 
 
 def training(model_seed: int, /, **inputs: Any) -> Workflow:
-    """A short training on the demo model of this seed: nodes 1 model, 2 images, 3 training."""
+    """A short training on the untrained model of this seed: nodes 1 model, 2 images, 3 training."""
     short = {name: node for name, node in twin("train_and_sample").items() if name in "123"}
-    short = changed(quick(short), "1", seed=model_seed)
+    short = quick(short)
+    short["1"] = {"class_type": "LoRA2TestModel", "inputs": {"seed": model_seed}}
     defaults = {"file_name": f"tests/{model_seed}", "target_rank": 2.0, "max_rank": 8}
     return changed(short, "3", **{**defaults, **inputs})
 
 
 def painting(seed: int, model: list[Any], **nodes: dict[str, Any]) -> Workflow:
-    """One picture of the demo model of ``seed`` by the MODEL socket ``model``, saved at "p"."""
+    """One picture of the untrained model of ``seed`` by the socket ``model``, saved at "p"."""
     link = {"model": model, "positive": ["c", 0], "negative": ["c", 0], "latent_image": ["l", 0]}
     settings = {"seed": 5, "steps": 3, "cfg": 1.0, "denoise": 1.0}
     names = {"sampler_name": "euler", "scheduler": "normal"}
     return {
-        "1": {"class_type": "LoRA2DemoModel", "inputs": {"seed": seed}},
+        "1": {"class_type": "LoRA2TestModel", "inputs": {"seed": seed}},
         "c": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["1", 1], "text": "a cat"}},
         "l": {
             "class_type": "EmptyLatentImage",

@@ -40,9 +40,9 @@ class Studio:
         return np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
 
     def witness(self, seed: int) -> dict[str, Any]:
-        """What the demo model of this seed looks like now, and what runs beside it."""
+        """What the untrained model of this seed looks like now, and what runs beside it."""
         workflow = {
-            "1": {"class_type": "LoRA2DemoModel", "inputs": {"seed": seed}},
+            "1": {"class_type": "LoRA2TestModel", "inputs": {"seed": seed}},
             "w": {"class_type": "LoRA2TestWitness", "inputs": {"model": ["1", 0]}},
         }
         return self.server.outputs(self.run(workflow), "w")["seen"][0]

@@ -63,7 +63,7 @@ def checkpoint(studio: Studio) -> str:
     save = {"filename_prefix": "checkpoints/tiny", **inputs}
     studio.run(
         {
-            "1": {"class_type": "LoRA2DemoModel", "inputs": {"seed": 3}},
+            "1": {"class_type": "LoRA2DemoModel", "inputs": {}},
             "2": {"class_type": "CheckpointSave", "inputs": save},
         }
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from .host import COMFYUI
 
@@ -30,7 +31,32 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--threads", type=int, default=2, help="of torch")
     train.add_argument("--comfyui", type=Path, default=COMFYUI, metavar="DIR", help="ComfyUI")
     train.set_defaults(run=_train)
+    train.add_argument(
+        "--refine", action="store_true", help="the pack's own base, and neither stage before it"
+    )
+    export = commands.add_parser("export", help="write what was trained into the pack")
+    export.add_argument("--work", type=Path, required=True, metavar="DIR", help="what to export")
+    export.add_argument("--comfyui", type=Path, default=COMFYUI, metavar="DIR", help="ComfyUI")
+    export.set_defaults(run=_export)
+    _add_evaluate(commands)
     return parser
+
+
+def _add_evaluate(commands: Any) -> None:
+    evaluate = commands.add_parser("evaluate", help="judge what was trained: figures and grids")
+    evaluate.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to")
+    evaluate.add_argument(
+        "--parts",
+        nargs="+",
+        default=["vae", "base", "personal", "speed"],
+        metavar="PART",
+        help="vae, base, personal, speed",
+    )
+    evaluate.add_argument("--prompts", type=int, default=500, help="painted to judge the base")
+    evaluate.add_argument("--subjects", type=int, default=8, help="to personalise to")
+    evaluate.add_argument("--threads", type=int, default=2, help="of torch")
+    evaluate.add_argument("--comfyui", type=Path, default=COMFYUI, metavar="DIR", help="ComfyUI")
+    evaluate.set_defaults(run=_evaluate)
 
 
 def _sheet(options: argparse.Namespace) -> int:
@@ -42,20 +68,79 @@ def _sheet(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    """Autoencoder, then latents through it, then the base: hours on two cores."""
+    """Autoencoder, latents through it, base, and the judges: hours on two cores."""
     import torch
 
     from .host import open_comfyui
 
     torch.set_num_threads(options.threads)
     open_comfyui(options.comfyui)
-    from . import autoencoder, base, latents
+    from . import autoencoder, base, judges, latents
+    from .training import read_average
 
     work = options.work
+    if options.refine:
+        return _refine(work)
     autoencoder.train(work / "autoencoder.safetensors")
-    trained = autoencoder.trained_autoencoder(work / "autoencoder.safetensors")
+    trained = autoencoder.trained_autoencoder(read_average(work / "autoencoder.safetensors"))
     pictures = latents.make_latents(trained, work / "latents", base.Recipe().pictures)
     base.train(work / "base.safetensors", pictures)
+    for name in judges.NETWORKS:
+        judges.train(name, work / f"judge-{name}.safetensors")
+    return 0
+
+
+def _refine(work: Path) -> int:
+    """Let the base of the pack learn on, through the pack's autoencoder: about an hour."""
+    from . import autoencoder, base, latents
+    from .host import core
+
+    demo_model = core("demo_model")
+    encoder = autoencoder.trained_autoencoder(demo_model.autoencoder_weights())
+    recipe = base.Recipe(pictures=8_000, seed=1)  # other words, noise and times than before
+    pictures = latents.make_latents(encoder, work / "latents", recipe.pictures)
+    file, start = work / "base.safetensors", base.weights_of_the_pack()
+    base.train(file, pictures, base.REFINING, recipe, start)
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    """Write the pack's weights and the judges'."""
+    from .host import core, open_comfyui
+
+    open_comfyui(options.comfyui)
+    from . import exporting, judges
+    from .training import read_average
+
+    demo_model = core("demo_model")
+    trained = options.work / "autoencoder.safetensors"  # not there after --refine
+    autoencoder = read_average(trained) if trained.is_file() else demo_model.autoencoder_weights()
+    digest = exporting.export(options.work / "base.safetensors", autoencoder, demo_model.WEIGHTS)
+    print(f"{demo_model.WEIGHTS}\nSHA-256 {digest}")
+    if digest != demo_model.SHA256:
+        print("Put it into demo_model.SHA256, or the weights will be refused.")
+    for name in judges.NETWORKS:
+        file, run = (
+            judges.WEIGHTS / f"{name}.safetensors",
+            options.work / f"judge-{name}.safetensors",
+        )
+        if run.is_file():
+            judges.export(run, file)
+            print(file)
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    """Print every figure and write them, with grids: about two hours on two cores."""
+    import torch
+
+    from .host import open_comfyui
+
+    torch.set_num_threads(options.threads)
+    open_comfyui(options.comfyui)
+    from . import evaluation
+
+    evaluation.evaluate(options.out, options.parts, options.prompts, options.subjects)
     return 0
 
 

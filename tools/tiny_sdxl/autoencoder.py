@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .autoencoder_images import training_image_for_autoencoder
-from .training import Run, Schedule, read_average
+from .training import Run, Schedule
 
 LATENT_SCALE = 0.13025  # SDXL's, by which ComfyUI scales latents
 
@@ -50,10 +51,10 @@ def new_autoencoder() -> nn.Module:
     return model
 
 
-def trained_autoencoder(file: Path) -> nn.Module:
-    """Return the autoencoder with the averaged weights of a run."""
+def trained_autoencoder(weights: Mapping[str, Tensor]) -> nn.Module:
+    """Return the autoencoder with these weights, by the names of its class."""
     model = new_autoencoder()
-    model.load_state_dict(read_average(file), strict=False)  # the scale and shift are constants
+    model.load_state_dict(weights, strict=False)  # the scale and shift are constants
     return model.eval().requires_grad_(False)
 
 

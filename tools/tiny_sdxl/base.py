@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ class Recipe:
 
 
 SCHEDULE = Schedule(steps=9000, learning_rate=1e-3, warm_up=300, average=0.9985)
+# For weights that have learnt most already, such as those in the pack.
+REFINING = Schedule(steps=2000, learning_rate=3e-4, warm_up=150, average=0.997)
 
 
 class Base:
@@ -39,7 +42,7 @@ class Base:
         comfy_host, demo_model = core("comfy_host"), core("demo_model")
         comfy.clip_model.CLIPLayer.forward = _layer_forward
         patcher, clip = comfy_host.build_sdxl(
-            demo_model.UNET_CONFIG, demo_model.text_configs(), demo_model.fill_seeded, 0
+            demo_model.UNET_CONFIG, demo_model.text_configs(), demo_model.fill_untrained
         )
         self.model: Any = patcher.model
         self.unet: nn.Module = self.model.diffusion_model
@@ -140,10 +143,27 @@ class Denoising:
         return torch.tensor(rows, dtype=torch.float32)
 
 
+def weights_of_the_pack() -> dict[str, Tensor]:
+    """Return what the pack's base has learnt, by the names of :meth:`Base.weights`."""
+    weights = core("demo_model").read_weights()
+    return {n: v for n, v in weights.items() if n != "words" and not n.startswith("vae.")}
+
+
 def train(
-    file: Path, latents: Tensor, schedule: Schedule = SCHEDULE, recipe: Recipe = Recipe()
+    file: Path,
+    latents: Tensor,
+    schedule: Schedule = SCHEDULE,
+    recipe: Recipe = Recipe(),
+    start: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Train to the end of the schedule, from where ``file`` stopped."""
+    """Train to the end of the schedule, from where ``file`` stopped.
+
+    A new run begins with fresh weights, or with those of ``start``, by the names of
+    :meth:`Base.weights`.
+    """
     base = Base()
-    run = Run(base.weights(), schedule, file)
+    weights = base.weights()
+    for name, value in (start or {}).items():
+        weights[name].data.copy_(value)
+    run = Run(weights, schedule, file)
     run.train(Denoising(base, latents, recipe).loss)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -35,10 +35,8 @@ from .scenes import (
     random_scene,
     render,
 )
-from .subjects import JUDGE_SEEDS, SUBJECT_SEEDS, Subject, make_subject, subject_scenes
+from .subjects import JUDGE_SEEDS, SUBJECT_SEEDS, Subject, make_subject
 from .training import Run, Schedule, read_average
-
-Transform = Callable[[Tensor], Tensor]
 
 WEIGHTS = Path(__file__).parent / "judge_weights"  # of those that were trained
 SIDE = 112  # px that networks see: an emblem's letter is then some 12 px high
@@ -82,14 +80,6 @@ class Reading(NamedTuple):
     place: list[str]
     colour: list[str]
     pattern: list[str]
-
-
-class Likeness(NamedTuple):
-    """Mean likeness to a subject of itself elsewhere, and of others of its kind."""
-
-    same: float
-    others: float
-    nearest: float  # the one of the others that looks most like it
 
 
 class Judge:
@@ -332,51 +322,3 @@ def _architecture_of(weights: dict[str, Tensor]) -> str:
         if new_network(name).state_dict().keys() == weights.keys():
             return name
     raise ValueError("These are not the weights of a judge.")
-
-
-def accuracy(
-    judge: Judge,
-    count: int,
-    seed: int,
-    transform: Transform | None = None,
-    held_out: bool | None = None,
-) -> dict[str, float]:
-    """Return the share of right answers to each question on fresh scenes.
-
-    ``transform`` is what becomes of the pictures first, such as a trip through an autoencoder;
-    ``held_out`` asks for pairs of object and place that the base never sees, or for the others.
-    """
-    rng = random.Random(f"judges' check {seed}")
-    right = dict.fromkeys(ANSWERS, 0)
-    for start in range(0, count, AT_ONCE):
-        scenes = [random_scene(rng, held_out=held_out) for _ in range(min(AT_ONCE, count - start))]
-        reading = judge.read(_pictures(scenes, transform))
-        for question in ANSWERS:
-            for scene, word in zip(scenes, getattr(reading, question), strict=True):
-                right[question] += getattr(scene, question) == word
-    return {question: number / count for question, number in right.items()}
-
-
-def separation(judge: Judge, transform: Transform | None = None) -> dict[int, Likeness]:
-    """Return for each subject how much it and others of its kind look like its training views.
-
-    The others stand in the same places as it does, and no judge has seen one of them.
-    """
-    found: dict[int, Likeness] = {}
-    for position, seed in enumerate(SUBJECT_SEEDS):
-        subject = make_subject(seed)
-        views = _pictures(subject_scenes(subject, "train"), transform)
-        nearby = (SUBJECT_SEEDS[(position + step) % len(SUBJECT_SEEDS)] for step in range(1, 6))
-        means = [
-            judge.likeness(_pictures(subject_scenes(one, "held_out"), transform), views).mean()
-            for one in (subject, *(make_subject(other, subject.object) for other in nearby))
-        ]
-        same, *others = (mean.item() for mean in means)
-        found[seed] = Likeness(same, sum(others) / len(others), max(others))
-    return found
-
-
-def _pictures(scenes: Sequence[Scene], transform: Transform | None) -> Tensor:
-    """Return scenes as models' samples come, (n, 3, 192, 192) if nothing changes that."""
-    images = to_pixels(render(scene) for scene in scenes)
-    return transform(images) if transform else images

@@ -4,6 +4,7 @@ Everything is of ComfyUI's real classes; only sizes are small. This folder is sh
 server and is no part of the pack.
 """
 
+import functools
 import gc
 import hashlib
 import sys
@@ -25,17 +26,19 @@ _ROOT = Path(__file__).resolve().parents[4]
 _COMFYS_OWN_CANCEL = comfy.model_management.throw_exception_if_processing_interrupted
 
 
-def _demo_model() -> ModuleType:
-    """The pack's demo_model, which imports nothing of ComfyUI, whatever the pack is called here."""
+def _core() -> ModuleType:
+    """The pack's core under a name of its own, whatever the pack is called here."""
     package = ModuleType("lora2_for_testing")
     package.__path__ = [str(_ROOT)]
     sys.modules.setdefault(package.__name__, package)
-    from lora2_for_testing.lora2_core import demo_model  # type: ignore[import-not-found]
+    from lora2_for_testing import lora2_core  # type: ignore[import-not-found]
+    from lora2_for_testing.lora2_core import comfy_host, demo_model  # noqa: F401
 
-    return demo_model
+    return lora2_core
 
 
-_DEMO = _demo_model()
+_CORE = _core()
+_DEMO = _CORE.demo_model
 _DETECTED_BY = ("model_channels", "use_linear_in_transformer", "transformer_depth", "context_dim")
 
 
@@ -101,6 +104,23 @@ def _other_family(kind: str) -> ModelPatcher:
     base = config.get_model({}, "", torch.device("cpu"))
     _fill(base.diffusion_model)
     return ModelPatcher(base, torch.device("cpu"), torch.device("cpu"))
+
+
+class UntrainedModel:
+    """A demo model of its own for each seed, which has learnt nothing."""
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"seed": ("INT", {"default": 0, "min": 0, "max": 2**32 - 1})}}
+
+    RETURN_TYPES = ("MODEL", "CLIP", "VAE")
+    FUNCTION = "make"
+    CATEGORY = "testing"
+
+    def make(self, seed):
+        fill = functools.partial(_DEMO.fill_untrained, seed=seed)
+        model, clip = _CORE.comfy_host.build_sdxl(_DEMO.UNET_CONFIG, _DEMO.text_configs(), fill)
+        return model, clip, _CORE.comfy_host.build_autoencoder(_DEMO.autoencoder_weights())
 
 
 class OtherFamily:
@@ -239,6 +259,7 @@ class Witness:
 
 
 NODE_CLASS_MAPPINGS = {
+    "LoRA2TestModel": UntrainedModel,
     "LoRA2TestOtherFamily": OtherFamily,
     "LoRA2TestOtherParts": OtherAutoencoder,
     "LoRA2TestBadImages": BadImages,
