@@ -149,9 +149,11 @@ class Client:
             while time.monotonic() < deadline:
                 # Messages tell the progress, the history tells the end, and it is looked up now
                 # and then: a listener that the server forgot must not wait for ever.
-                await _listen(channel, prompt_id, on_progress, LOOK_UP_SECONDS)
+                heard = await _listen(channel, prompt_id, on_progress, LOOK_UP_SECONDS)
                 entry = self._finished(prompt_id)
                 if entry is not None:
+                    if not heard:  # on a busy machine messages come later than the history
+                        await _listen(channel, prompt_id, on_progress, LOOK_UP_SECONDS)
                     return _verdict(entry)
         self.interrupt(prompt_id)
         raise ServerError(f"The workflow did not end within {timeout:g} s.")
@@ -170,8 +172,8 @@ async def _listen(
     prompt_id: str,
     on_progress: Progress | None,
     seconds: float,
-) -> None:
-    """Pass on the messages about a workflow until its end or until the time is up."""
+) -> bool:
+    """Pass on messages about a workflow until the time is up; True if its end was among them."""
     with contextlib.suppress(asyncio.TimeoutError):
         async with asyncio.timeout(seconds):
             async for message in channel:
@@ -184,9 +186,10 @@ async def _listen(
                 if on_progress:
                     on_progress(event, data)
                 if event == "executing" and data.get("node") is None:
-                    return
+                    return True
             # The server closed the channel: let the caller look up why, but not in a hurry.
             await asyncio.sleep(POLL_SECONDS)
+    return False
 
 
 def _validation_error(answer: dict[str, Any], workflow: dict[str, Any]) -> WorkflowError:

@@ -63,7 +63,7 @@ def with_places(workflow: dict[str, Any], train: str) -> dict[str, Any]:
         branch |= {i for i, node in workflow.items() if branch & set(_sources(node))}
     longer = dict(workflow)
     for number, place in enumerate(list(PLACES.values())[1:], 2):
-        for old in branch:
+        for old in sorted(branch):
             node = copy.deepcopy(workflow[old])
             for name, value in node["inputs"].items():
                 if isinstance(value, list) and value[0] in branch:

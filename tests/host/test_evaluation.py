@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,11 @@ class Stop(Exception):
     """What is done already was about to be done again."""
 
 
-def refuse(*_: Any, **__: Any) -> Any:
-    raise Stop
+def refuse(what: str) -> Callable[..., Any]:
+    def refused(*_: Any, **__: Any) -> Any:
+        raise Stop(what)
+
+    return refused
 
 
 @pytest.fixture(autouse=True)
@@ -197,7 +202,7 @@ def test_subjects_are_learnt_once_and_judged_every_time(
     assert Image.open(tmp_path / f"{name}.png").height > 600
     record = found["subjects"][name]["methods"]["balanced"]
     assert {"likeness", "share", "share of reachable", "mean_rank", "loss"} <= set(record)
-    assert len(record["likeness"]["residual"]["each"]) == PLAN.prompts
+    assert len(record["likeness"]["residual"]["each"]) == PLAN.prompts * PLAN.pictures
     assert found["subjects"][name]["methods"]["fixed-8"]["mean_rank"] == 8
     assert {"share / mean", "place", "megabytes"} <= set(found["summary"]["methods"]["fixed-8"])
     assert set(found["summary"]["pairs"]["fixed-8 against fixed-largest"]) == {*NETWORKS, "all"}
@@ -212,11 +217,11 @@ def test_subjects_are_learnt_once_and_judged_every_time(
     trial = personalising.Trial(tested, subject, PLAN, tmp_path, state)
     torch.testing.assert_close(trial._paint(BASE), base, rtol=0, atol=0.6 / 255)
 
-    monkeypatch.setattr(personalising, "train_lora", refuse)
-    monkeypatch.setattr(painting.Painter, "paint", refuse)
+    monkeypatch.setattr(personalising, "train_lora", refuse("train"))
+    monkeypatch.setattr(painting.Painter, "paint", refuse("paint"))
     assert personalising.personal_figures(tested, tmp_path, SUBJECT_SEEDS[:1], PLAN) == found
-    for changed in (Plan(steps=3, batch=1, prompts=2), Plan(steps=2, batch=1, prompts=1)):
-        with pytest.raises(Stop):
+    for changed, again in ((replace(PLAN, steps=3), "train"), (replace(PLAN, prompts=1), "paint")):
+        with pytest.raises(Stop, match=again):
             personalising.Trial(tested, subject, changed, tmp_path, state).attempt("balanced")
     with pytest.raises(Stop):
         personalising.Trial(tested, subject, PLAN, tmp_path, "another base").attempt(BASE)

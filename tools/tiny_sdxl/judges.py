@@ -60,7 +60,7 @@ class Recipe:
 
 SCHEDULES: dict[str, Schedule] = {
     "residual": Schedule(steps=2000, learning_rate=2e-3, warm_up=100, average=0.995),
-    "patches": Schedule(steps=1500, learning_rate=1e-3, warm_up=150, average=0.995),
+    "patches": Schedule(steps=2500, learning_rate=1e-3, warm_up=150, average=0.995),
 }
 
 

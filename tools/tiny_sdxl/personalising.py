@@ -80,6 +80,7 @@ class Plan:
     steps: int = 400
     batch: int = 2
     prompts: int = 12  # of the 12 places that training does not show
+    pictures: int = 2  # of each prompt, from noise of their own; the grids show the first
 
 
 def personal_figures(
@@ -116,7 +117,7 @@ class Trial:
         self.parts, self.subject, self.plan, self.folder = parts, subject, plan, folder
         self.state = state  # of the base's weights
         self.photos = subject_views(subject, "train", SIZE)
-        self.held_out = subject_views(subject, "held_out", SIZE)[: plan.prompts]
+        self.held_out = subject_views(subject, "held_out", SIZE)[: plan.prompts] * plan.pictures
         self.name = f"{subject.seed}-{subject.object}"
 
     def figures(self) -> dict[str, Any]:
@@ -147,7 +148,7 @@ class Trial:
         settings = self._settings(name)
         record = json.loads(record_file.read_text("utf-8")) if record_file.is_file() else {}
         if record.get("settings") != settings or not strip.is_file():
-            training = self._train(name) if name in METHODS else {}
+            training = self._training(name, record, settings)
             write_strip(strip, self._paint(name))
             record = {"settings": settings, "training": training}
         # Always from the file, so that a run that goes on says the same as one that never stopped.
@@ -172,7 +173,16 @@ class Trial:
             }
         return found
 
-    def _train(self, name: str) -> dict[str, float]:
+    def _training(
+        self, name: str, record: Mapping[str, Any], settings: Mapping[str, Any]
+    ) -> dict[str, float]:
+        """Return what a method's training took; train unless the same LoRA is there already."""
+        if name not in METHODS:
+            return {}
+        known = record.get("settings", {})
+        same = all(known.get(part) == settings[part] for part in ("base", "training"))
+        if same and self._file(name, "safetensors").is_file():
+            return record["training"]
         config = training_config(METHODS[name], self.plan, self.subject.seed)
         return train_lora(self.parts, self.photos, config, self._file(name, "safetensors"))
 
@@ -224,7 +234,7 @@ class Trial:
             )
             rows.append(self._row(method.label, name, *details))
         own = ("drawn, in other poses", f"likeness {_mean(levels['own']):.2f}")
-        rows.append(Row("The subject itself", own, pixels_of(self.held_out)))
+        rows.append(Row("The subject itself", own, pixels_of(self.held_out[: self.plan.prompts])))
         notes = (
             f"{self.plan.steps} steps of batch {self.plan.batch} on these {len(self.photos)}"
             " pictures and their captions.",
@@ -234,12 +244,12 @@ class Trial:
             "the way leads from no LoRA to the subject itself.",
         )
         title = f"sks {self.subject.object}"
-        places = [view.place for view in self.held_out]
+        places = [view.place for view in self.held_out[: self.plan.prompts]]
         file = self.folder / f"{self.name}.png"
         subject_grid(file, title, notes, pixels_of(self.photos), rows, places)
 
     def _row(self, label: str, name: str, *details: str) -> Row:
-        return Row(label, details, read_strip(self._file(name, "png")))
+        return Row(label, details, read_strip(self._file(name, "png"))[: self.plan.prompts])
 
 
 def training_config(method: Method, plan: Plan, seed: int) -> Any:
