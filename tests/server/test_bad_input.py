@@ -76,7 +76,7 @@ def test_small_images(studio: Studio, width: int, height: int):
 
 def test_captions_that_do_not_match_in_number(studio: Studio):
     size = {"width": 128, "height": 128, "batch_size": 3, "color": 0}
-    check_refused(studio, _with("EmptyImage", size, images=["b", 0]), "captions", "5", "3 images")
+    check_refused(studio, _with("EmptyImage", size, images=["b", 0]), "captions", "6", "3 images")
 
 
 def test_no_words_at_all(studio: Studio):
