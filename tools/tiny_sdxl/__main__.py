@@ -120,11 +120,9 @@ def _export(options: argparse.Namespace) -> int:
     if digest != demo_model.SHA256:
         print("Put it into demo_model.SHA256, or the weights will be refused.")
     for name in judges.NETWORKS:
-        file, run = (
-            judges.WEIGHTS / f"{name}.safetensors",
-            options.work / f"judge-{name}.safetensors",
-        )
+        run = options.work / f"judge-{name}.safetensors"
         if run.is_file():
+            file = judges.WEIGHTS / f"{name}.safetensors"
             judges.export(run, file)
             print(file)
     return 0
