@@ -7,9 +7,10 @@ from comfy_api.latest import io, ui
 
 from ..lora2_core import comfy_host, lora_file, report
 from ..lora2_core.adaptive_rank import MODES
-from ..lora2_core.config import PRECISIONS, SCHEDULES, RankConfig, TrainConfig
+from ..lora2_core.config import PRECISIONS, SCHEDULES, TrainConfig
 from ..lora2_core.dataset import check_photos
 from ..lora2_core.jobs import TrainedLoRA, TrainingJob
+from ..lora2_core.rank_config import RankConfig
 from .common import CATEGORY, LoRA2Socket, advanced, to_image
 
 _POLL_SECONDS = 0.1

@@ -8,7 +8,9 @@ import math
 from typing import Any
 
 import pytest
-from lora2_pack.lora2_core.config import ConfigError, Prior, RankConfig, TrainConfig
+from lora2_pack.lora2_core.checks import ConfigError
+from lora2_pack.lora2_core.config import TrainConfig
+from lora2_pack.lora2_core.rank_config import Prior, RankConfig
 
 NAN, INFINITE = math.nan, math.inf
 
@@ -16,6 +18,7 @@ BAD: dict[type, dict[str, list[Any]]] = {
     RankConfig: {
         "mode": ["literal", "", None],
         "quantile": [0, 1, -0.1, 1.5, NAN, INFINITE],
+        "min_rank": [0, 129, 1.5, True, None],
         "max_rank": [0, -1, 4097, 8.0, True, "8", NAN],
         "target_rank": [0, -3, 129, NAN, INFINITE],
         "target_megabytes": [0, -1.0, NAN, INFINITE],
@@ -29,16 +32,18 @@ BAD: dict[type, dict[str, list[Any]]] = {
     },
     TrainConfig: {
         "steps": [0, -5, 1_000_001, 1.5, True, "100", None],
-        "schedule": ["linear", None],
+        "schedule": ["polynomial", None],
         "learning_rate": [0, -1e-4, 1.01, NAN, INFINITE],
         "batch_size": [0, 257, 2.0, False],
         "resolution": [0, 32, 63, 100, 513, 4128, 512.0],
         "seed": [-1, 2**63, 1.0, None],
         "precision": ["fp8", "float32", None],
+        "gradient_checkpointing": [1, "yes", None],
         "entropy_weight": [-1e-4, NAN, INFINITE],
         "probes": [-1, 10_001, 2.5],
     },
 }
+PARTS = {"group_targets", "optimizer", "data", "objective", "text", "keep", "samples"}
 CASES = [
     (kind, name, bad) for kind, fields in BAD.items() for name, v in fields.items() for bad in v
 ]
@@ -81,7 +86,7 @@ def test_a_bad_value_is_refused_by_name_with_a_fix(kind: type, name: str, bad: A
 
 def test_every_field_has_its_bad_values() -> None:
     """A new setting must come with a check, and with cases here."""
-    unchecked = {"hysteresis", "nu_prior", "weight_prior", "targets", "rank"}
+    unchecked = {"hysteresis", "nu_prior", "weight_prior", "targets", "rank", *PARTS}
     for kind, fields in BAD.items():
         assert {f.name for f in dataclasses.fields(kind)} - unchecked == set(fields)
 

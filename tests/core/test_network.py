@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lora2_pack.lora2_core import adaptive_rank, layers, network
+from lora2_pack.lora2_core.targets import find_targets
 from lora2_pack.tests.core import toy
 from torch import Tensor, nn
 
@@ -108,7 +109,7 @@ def test_what_cannot_be_adapted_is_named(base, rank, error, text) -> None:
     ],
 )
 def test_targets_by_preset_and_pattern(selection: str, count: int) -> None:
-    targets = network.find_targets(toy.Transformer(blocks=2), selection)
+    targets = find_targets(toy.Transformer(blocks=2), selection)
     assert len(targets) == count
     assert len({target.name for target in targets}) == count
 
@@ -116,7 +117,7 @@ def test_targets_by_preset_and_pattern(selection: str, count: int) -> None:
 def test_targets_work_on_meta_tensors_and_know_their_shapes() -> None:
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(5, 7), nn.Conv2d(4, 6, (3, 2)), nn.LayerNorm(4))
-    linear, convolution = network.find_targets(model, r"^\d")
+    linear, convolution = find_targets(model, r"^\d")
     assert (linear.out_features, linear.in_features, linear.largest_rank) == (7, 5, 5)
     assert (convolution.out_features, convolution.in_features) == (6, 24)
     assert convolution.parameters_per_rank == 30
@@ -128,7 +129,7 @@ def test_targets_work_on_meta_tensors_and_know_their_shapes() -> None:
 )
 def test_bad_targets_are_named(selection: str, text: str) -> None:
     with pytest.raises(ValueError, match=text) as caught:
-        network.find_targets(toy.Transformer(), selection)
+        find_targets(toy.Transformer(), selection)
     assert repr(selection) in str(caught.value)
 
 

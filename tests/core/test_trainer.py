@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 from lora2_pack.lora2_core import adaptive_rank, lora_file, network, objective, trainer
-from lora2_pack.lora2_core.config import Prior, TrainConfig
+from lora2_pack.lora2_core.config import TrainConfig
+from lora2_pack.lora2_core.rank_config import Prior
 from lora2_pack.tests.core import toy
 
 torch.set_num_threads(1)

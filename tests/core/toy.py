@@ -19,10 +19,12 @@ import numpy as np
 import pytest
 import torch
 from lora2_pack.lora2_core import lora_file
-from lora2_pack.lora2_core.config import RankConfig, TrainConfig
+from lora2_pack.lora2_core.config import TrainConfig
 from lora2_pack.lora2_core.layers import AdaptiveLoRA
-from lora2_pack.lora2_core.network import AdaptiveRankNetwork, Component, find_targets
+from lora2_pack.lora2_core.network import AdaptiveRankNetwork, Component
 from lora2_pack.lora2_core.optimizers import make_adam
+from lora2_pack.lora2_core.rank_config import RankConfig
+from lora2_pack.lora2_core.targets import find_targets
 from lora2_pack.lora2_core.trainer import StepEvent, train
 from torch import Tensor, nn
 

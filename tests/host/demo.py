@@ -10,8 +10,9 @@ import comfy.model_base
 import comfy.model_management
 import torch
 from lora2_pack.lora2_core import comfy_host, demo_model
-from lora2_pack.lora2_core.config import RankConfig, TrainConfig
+from lora2_pack.lora2_core.config import TrainConfig
 from lora2_pack.lora2_core.dataset import Photo
+from lora2_pack.lora2_core.rank_config import RankConfig
 from torch import Tensor
 
 

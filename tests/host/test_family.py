@@ -8,7 +8,7 @@ import comfy.supported_models
 import pytest
 import torch
 from lora2_pack.lora2_core import lora_file
-from lora2_pack.lora2_core.network import find_targets
+from lora2_pack.lora2_core.targets import find_targets
 from lora2_pack.tests.host import demo
 
 _COMMON: dict[str, Any] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import comfy.model_management
 import pytest
 import torch
 from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
@@ -54,7 +55,7 @@ def test_auto_prefers_bf16_to_fp16(parts: Any, monkeypatch: Any, card: bool, use
     # This machine loads the demo model in fp32; on a graphics card ComfyUI computes SDXL in fp16.
     model = parts[0].clone()
     monkeypatch.setattr(model.model, "manual_cast_dtype", torch.float16)
-    management = comfy_host.comfy.model_management
+    management = comfy.model_management
     monkeypatch.setattr(management, "should_use_bf16", lambda *_: card)
     setup = comfy_host.prepare_training(model, *parts[1:], demo.photos(), demo.settings(steps=1))
     assert setup.config.precision == used

@@ -22,7 +22,8 @@ from lora2_pack.lora2_core import comfy_host, demo_model, lora_file
 from lora2_pack.lora2_core.config import TrainConfig
 from lora2_pack.lora2_core.denoising import output_scale
 from lora2_pack.lora2_core.jobs import TrainingJob
-from lora2_pack.lora2_core.network import Component, find_targets
+from lora2_pack.lora2_core.network import Component
+from lora2_pack.lora2_core.targets import find_targets
 from lora2_pack.tests.host import demo
 from lora2_pack.tests.host.demo import photos, settings, weights
 

@@ -1,0 +1,41 @@
+"""The seam to ComfyUI: only this folder imports comfy or folder_paths.
+
+It turns MODEL, CLIP and VAE into a private model and a task for the trainer, applies LoRAs as
+model patches, and resolves every path a user names.
+"""
+
+from .applying import apply_state
+from .errors import HostError
+from .models import build_autoencoder, build_sdxl, check_model, prediction_of, private_copy
+from .paths import (
+    dataset_folder,
+    dataset_folders,
+    lora_fingerprint,
+    lora_names,
+    lora_path,
+    new_lora_path,
+)
+from .running import deaf_to_cancel, progress_bar, raise_if_cancelled
+from .training import TrainingSetup, encode_samples, prepare_training
+
+__all__ = [
+    "HostError",
+    "TrainingSetup",
+    "apply_state",
+    "build_autoencoder",
+    "build_sdxl",
+    "check_model",
+    "dataset_folder",
+    "dataset_folders",
+    "deaf_to_cancel",
+    "encode_samples",
+    "lora_fingerprint",
+    "lora_names",
+    "lora_path",
+    "new_lora_path",
+    "prediction_of",
+    "prepare_training",
+    "private_copy",
+    "progress_bar",
+    "raise_if_cancelled",
+]

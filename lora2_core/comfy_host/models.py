@@ -1,0 +1,126 @@
+"""MODEL, CLIP and VAE: checked, copied for training, or built."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import comfy.latent_formats
+import comfy.model_base
+import comfy.model_management
+import comfy.model_sampling
+import comfy.sd
+import comfy.supported_models
+import torch
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor, nn
+
+from .errors import HostError
+
+_QUANTIZED = ("scale_weight", "weight_scale", "scaled_fp8")  # weights that need a scale beside
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def check_model(model: ModelPatcher) -> None:
+    """Raises HostError unless ``model`` is of the SDXL family and predicts noise or v."""
+    base = model.model
+    kind = type(base).__name__
+    if not isinstance(base, comfy.model_base.SDXL):
+        raise HostError(
+            f"model is of the {kind} family; LoRA² trains SDXL and its relatives (KOALA, SSD-1B, "
+            "Vega). Load an SDXL checkpoint."
+        )
+    if base.concat_keys or base.model_config.unet_config.get("in_channels") != 4:
+        raise HostError("model is an inpainting or edit variant; load the plain SDXL checkpoint.")
+    prediction_of(model)
+
+
+def prediction_of(model: ModelPatcher) -> str:
+    """``EPS`` or ``V_PREDICTION``, as the model is sampled: a node may have changed its sampling.
+
+    Raises HostError for anything else.
+    """
+    sampling = type(model.get_model_object("model_sampling"))
+    for kind in (comfy.model_sampling.EPS, comfy.model_sampling.V_PREDICTION):
+        if getattr(sampling, "calculate_denoised", None) is kind.calculate_denoised:
+            return kind.__name__
+    raise HostError(
+        "model is sampled neither as noise (EPS) nor as v (V_PREDICTION) prediction; load another "
+        "SDXL checkpoint, without LCM or other changes of its sampling."
+    )
+
+
+def private_copy(model: ModelPatcher, precision: str = "auto") -> comfy.model_base.BaseModel:
+    """A frozen copy of the model with its weight and object patches, not its attention patches.
+
+    Everything is a copy that training may touch; config and small helpers are shared. ComfyUI
+    does not know the copy, so neither a prompt nor its memory management can move or patch it.
+    """
+    base = model.model
+    if any(name.endswith(_QUANTIZED) for name in base.state_dict()):
+        raise HostError("model is quantized with scales; load it with weight_dtype 'default'.")
+    # While a patched clone of this model is resident the weights are that clone's.
+    comfy.model_management.load_models_gpu([model], force_full_load=True)
+    dtype = DTYPES.get(precision) or _training_dtype(model)
+    private = base.__class__.__new__(base.__class__)
+    private.__dict__ = dict(base.__dict__)
+    # copy.deepcopy of the whole BaseModel fails from ComfyUI 0.8.0 on, of these two it works.
+    private._modules = dict(base._modules)
+    private._modules["diffusion_model"] = _copy_frozen(base.diffusion_model, dtype)
+    sampling = copy.deepcopy(model.get_model_object("model_sampling"))
+    private._modules["model_sampling"] = sampling.to(model.load_device)
+    private.current_patcher = None  # type: ignore[assignment]
+    private.manual_cast_dtype = None
+    if model.load_device.type != "cpu":
+        # Only the copy is needed from here on: the model itself, CLIP and VAE leave the GPU
+        # (unless ComfyUI was told to keep everything there).
+        comfy.model_management.unload_all_models()
+    private.diffusion_model.to(model.load_device)
+    return private
+
+
+def build_sdxl(
+    unet_config: dict[str, Any],
+    text_configs: dict[str, Any],
+    fill: Callable[[nn.Module, nn.Module], None],
+) -> tuple[ModelPatcher, Any]:
+    """MODEL and CLIP of SDXL's real classes in any size; ``fill`` sets the weights of U-Net and
+    text towers."""
+    config = comfy.supported_models.SDXL(unet_config)
+    config.set_inference_dtype(torch.float32, None)
+    device = comfy.model_management.get_torch_device()
+    offload = comfy.model_management.unet_offload_device()
+    base = config.get_model({}, "", offload)
+    target = config.clip_target()
+    clip = comfy.sd.CLIP(target, model_options={**text_configs, "dtype": torch.float32})
+    fill(base.diffusion_model, clip.cond_stage_model)
+    return ModelPatcher(base, load_device=device, offload_device=offload), clip
+
+
+def build_autoencoder(weights: Mapping[str, Tensor]) -> Any:
+    """A VAE of the TAESD architecture; ``weights`` are those of its encoder and decoder."""
+    # Its latents are trained to be as SDXL's are after scaling.
+    scale = torch.tensor(comfy.latent_formats.SDXL().scale_factor)
+    own = {"vae_scale": scale, "vae_shift": torch.zeros(())}
+    return comfy.sd.VAE(sd={name: value.float() for name, value in {**weights, **own}.items()})
+
+
+def _training_dtype(model: ModelPatcher) -> torch.dtype:
+    """What ComfyUI computes in, but bf16 instead of fp16 where the card can: gradients of the
+    attention entropy are far below fp16's smallest number."""
+    dtype = model.model.manual_cast_dtype or model.model.get_dtype()
+    if dtype == torch.float16 and comfy.model_management.should_use_bf16(model.load_device):
+        return torch.bfloat16
+    return dtype if dtype in DTYPES.values() else torch.bfloat16  # fp8 has no arithmetic
+
+
+def _copy_frozen(module: Any, dtype: torch.dtype) -> Any:
+    """A copy in RAM with its own weights, cast to ``dtype``: no second model on the GPU."""
+    weights = {
+        id(p): nn.Parameter(p.detach().to("cpu", dtype, copy=True), requires_grad=False)
+        for p in module.parameters()
+    }
+    copied = copy.deepcopy(module, weights).eval()
+    copied.dtype = dtype
+    return copied

@@ -1,0 +1,74 @@
+"""Every path that a user names, resolved through ComfyUI's folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import folder_paths
+
+from .errors import HostError
+
+
+def lora_names() -> list[str]:
+    """LoRA files that ComfyUI lists, relative to its loras folders; safetensors only."""
+    names = folder_paths.get_filename_list("loras")
+    return [name for name in names if name.endswith(".safetensors")]
+
+
+def lora_path(name: str) -> Path:
+    """The file of a listed LoRA. Raises HostError when ``name`` is not in a loras folder."""
+    if path := folder_paths.get_full_path("loras", name):
+        return Path(path)
+    raise HostError(f"lora_name {name!r} is not in a loras folder; choose one from the list.")
+
+
+def lora_fingerprint(name: str) -> str:
+    """Changes when the file does, so that ComfyUI reads it again; empty when it is not there."""
+    path = folder_paths.get_full_path("loras", name)
+    return str(Path(path).stat().st_mtime_ns) if path else ""
+
+
+def new_lora_path(file_name: str) -> Path:
+    """A path under output/loras that does not exist yet, from the name a user typed.
+
+    ``file_name`` may hold subfolders and marks like %year%. Raises HostError for a name that
+    leaves the folder.
+    """
+    clean = file_name.strip().removesuffix(".safetensors").replace("\\", "/")
+    name = clean.rpartition("/")[2]
+    leaves = clean.startswith("/") or ".." in clean.split("/")
+    unfit = not 0 < len(name.strip(". ").encode()) <= 200 or any(c in clean for c in '<>:"|?*\0')
+    if leaves or unfit:
+        raise HostError(
+            f"file_name is {file_name[:60]!r}; it must be a plain name or a subfolder and a name, "
+            "such as 'cats/sks_cat', of at most 200 bytes, and stays within output/loras."
+        )
+    root = Path(folder_paths.get_output_directory()).resolve() / "loras"
+    folder, name, counter, _, _ = folder_paths.get_save_image_path(clean, str(root))
+    return Path(folder) / f"{name}_{counter:05}_.safetensors"
+
+
+def dataset_folders() -> list[str]:
+    """Subfolders of ComfyUI's input folder, for a list to choose from."""
+    return sorted(folder_paths.get_input_subfolders())
+
+
+def dataset_folder(name: str) -> Path:
+    """The folder that ``name`` means: below input/, or an absolute path that ComfyUI may read.
+
+    Allowed are the input, output and temp folders and any folder registered under the name
+    ``lora2_datasets`` in extra_model_paths.yaml. Raises HostError for anything else.
+    """
+    root = Path(folder_paths.get_input_directory())
+    registered = folder_paths.folder_names_and_paths.get("lora2_datasets", ([], set()))[0]
+    outputs = (folder_paths.get_output_directory(), folder_paths.get_temp_directory())
+    allowed = [root, *map(Path, outputs), *map(Path, registered)]
+    path = (root / name).resolve()  # an absolute name replaces the root
+    if not any(path.is_relative_to(folder.resolve()) for folder in allowed):
+        raise HostError(
+            f"folder {name!r} is outside ComfyUI's folders; put the images under input/, or list "
+            "their folder as lora2_datasets in extra_model_paths.yaml."
+        )
+    if not path.is_dir():
+        raise HostError(f"folder {name!r} does not exist under {root}; check the name.")
+    return path
