@@ -66,16 +66,20 @@ def expected_rank(nu: Tensor, quantile: float) -> Tensor:
     return _log_tail(quantile) / nu
 
 
-def effective_rank(nu: Tensor, quantile: float, max_rank: int | Tensor) -> Tensor:
-    """D = ⌈−ln(1−q)/ν⌉ clipped to [1, ``max_rank``]; section 3.2 (q-quantile of f).
+def effective_rank(
+    nu: Tensor, quantile: float, max_rank: int | Tensor, min_rank: int | Tensor = 1
+) -> Tensor:
+    """D = ⌈−ln(1−q)/ν⌉ clipped to [``min_rank``, ``max_rank``]; section 3.2 (q-quantile of f).
 
-    ``nu``: (L,); ``max_rank``: a number or (L,). Returns int64 (L,).
+    ``nu``: (L,); ``max_rank`` and ``min_rank`` (the paper: 1): numbers or (L,); where they cross
+    the largest counts. Returns int64 (L,).
     """
     exact = expected_rank(nu.detach().double(), quantile)  # (L,)
     largest = torch.as_tensor(max_rank, dtype=torch.float64, device=nu.device)
     rounded = torch.ceil(exact * (1 - _CEIL_TOLERANCE))
+    smallest = torch.as_tensor(min_rank, dtype=torch.float64, device=nu.device)
     # Clipping before the cast keeps ν = 0 (infinite rank) finite.
-    return torch.minimum(rounded.clamp(min=1), largest).long()
+    return torch.minimum(torch.maximum(rounded, smallest), largest).long()
 
 
 def nu_for_rank(rank: float, quantile: float) -> float:
@@ -116,14 +120,15 @@ def rank_penalty(nu: Tensor, target_rank: float, quantile: float) -> Tensor:
     return (nu - nu_for_rank(target_rank, quantile)).abs().sum()
 
 
-def rank_budget(nu: Tensor, weight: Tensor, target_rank: float, quantile: float) -> Tensor:
+def rank_budget(nu: Tensor, weight: Tensor, target_rank: float | Tensor, quantile: float) -> Tensor:
     """Mean expected rank in units of its target, Σ w_ℓ r_ℓ / (r_target Σ w_ℓ). Ours.
 
     The balanced mode's regulariser: linear in the rank, so each component pays the same for
-    one more rank however large it is. ``weight``: (L,), 1 to count ranks, in + out to count
-    bytes. Returns a scalar that is 1 when the budget is met.
+    one more rank however large it is. ``weight``: (…, L), 1 to count ranks, in + out to count
+    bytes, 0 for a component that another budget counts; ``target_rank``: a number or (…).
+    Returns (…), 1 where a budget is met.
     """
-    return (weight * expected_rank(nu, quantile)).sum() / (weight.sum() * target_rank)
+    return (weight * expected_rank(nu, quantile)).sum(-1) / (weight.sum(-1) * target_rank)
 
 
 def _log_tail(quantile: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,11 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from .captions import with_trigger
+
 SMALLEST_SIDE = 64  # px; below that a photo holds nothing to learn from
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+ASPECT_TOLERANCE = 0.02  # between a mask and its image; rounding of sides stays far below
 
 
 class DatasetError(ValueError):
@@ -21,102 +25,221 @@ class DatasetError(ValueError):
 
 @dataclass(frozen=True)
 class Photo:
-    """A checked photo with its caption. ``pixels``: (height, width, 3), fp32, 0 to 1."""
+    """A checked photo with its caption."""
 
-    pixels: Tensor
+    pixels: Tensor  # (height, width, 3), fp32, 0 to 1
     caption: str
+    mask: Tensor | None = None  # (height, width), fp32, 0 to 1: 1 is learnt from, 0 is not
+
+    def __post_init__(self) -> None:
+        if self.mask is not None and self.mask.shape != self.pixels.shape[:2]:
+            raise DatasetError(
+                f"mask has shape {tuple(self.mask.shape)} beside pixels of "
+                f"{tuple(self.pixels.shape)}; use check_photos, which fits it."
+            )
 
 
 @dataclass(frozen=True)
 class Crop:
-    """A photo cut to the training resolution, and what SDXL wants to know about the cut."""
+    """A photo cut to the size it is trained at, and what SDXL wants to know about the cut."""
 
-    pixels: Tensor  # (resolution, resolution, 3), fp32
+    pixels: Tensor  # (height, width, 3), fp32
     original_size: tuple[int, int]  # width, height of the photo, px
     offset: tuple[int, int]  # left, top of the cut in the resized photo, px
+    mask: Tensor | None = None  # (height, width), fp32, 0 to 1
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What one photo becomes once the VAE and the text encoders have seen it."""
+    """What one cut becomes once the VAE has seen it."""
 
     latent: Tensor  # (channels, h, w), scaled for the U-Net, fp32
-    context: Tensor  # (tokens, width) text embedding
-    vector: Tensor  # (adm,) pooled text and size conditioning
+    sizes: Tensor  # (1536,) SDXL's embedding of original size, offset and trained size
+    captions: tuple[str, ...]  # the texts it may be drawn with, all equally often
+    mask: Tensor | None = None  # (1, h, w), fp32, 0 to 1, at the size of the latent
+
+    def __post_init__(self) -> None:
+        if not self.captions:
+            raise DatasetError("captions is empty; a sample has at least one, '' if need be.")
+        if self.mask is not None and self.mask.shape != (1, *self.latent.shape[1:]):
+            raise DatasetError(
+                f"mask has shape {tuple(self.mask.shape)} beside a latent of "
+                f"{tuple(self.latent.shape)}; resize it to (1, h, w) of the latent."
+            )
+
+
+@dataclass(frozen=True)
+class Text:
+    """What one caption becomes once the text encoders have seen it."""
+
+    context: Tensor  # (tokens, width)
+    pooled: Tensor  # (width,)
+
+
+def merge_tokens(texts: Sequence[Text]) -> tuple[Tensor, Tensor]:
+    """One batch of texts: contexts (batch, tokens, width) and pooled (batch, width).
+
+    Prompts above 77 tokens come in several windows; the shorter ones are repeated to fit, as
+    ComfyUI does when it samples them together.
+    """
+    tokens = math.lcm(*(text.context.shape[0] for text in texts))
+    contexts = [text.context.repeat(tokens // text.context.shape[0], 1) for text in texts]
+    return torch.stack(contexts), torch.stack([text.pooled for text in texts])
 
 
 def check_photos(
-    images: Sequence[Tensor], captions: Sequence[str] | None, prompt: str
+    images: Sequence[Tensor],
+    captions: Sequence[str] | None,
+    prompt: str,
+    masks: Sequence[Tensor] | None = None,
+    trigger: str = "",
 ) -> list[Photo]:
-    """Photos ready for training from ComfyUI image batches, (batch, height, width, 3) each.
+    """Photos ready for training from ComfyUI image batches, (batch, height, width, 3 or 4) each.
 
     ``captions``: one per image in order, or None to give ``prompt`` to all. A single caption
-    also serves all. Raises DatasetError for no image, a wrong shape, values that are not finite,
-    an image below 64 px or captions that do not match in number.
+    also serves all. ``trigger`` is put before every text that does not hold it. ``masks``: ComfyUI
+    masks, (batch, height, width) or (height, width), 1 where there is something to learn; one per
+    image in order, one for all, or None: then the alpha channel of an image that has one. A mask
+    of ones is dropped. Raises DatasetError for no image, a wrong shape, values that are not finite,
+    an image below 64 px, captions or masks that do not match in number, a mask of another aspect
+    ratio than its image's, or one that is zero everywhere.
     """
     frames = [frame for batch in images for frame in _frames(batch)]
     if not frames:
         raise DatasetError("images is empty; connect at least one photo of the subject.")
     for number, frame in enumerate(frames, 1):
         _check_frame(frame, number)
-    texts = [(text or "").strip() for text in captions or []]
-    if len(texts) in (0, 1):
-        texts = (texts or [""]) * len(frames)
-    if len(texts) != len(frames):
-        raise DatasetError(
-            f"captions has {len(texts)} entries for {len(frames)} images; give one caption per "
-            "image in the same order, or none to use instance_prompt for all."
-        )
-    if not prompt.strip() and not all(texts):
-        raise DatasetError(
-            "instance_prompt is empty and not every image has a caption; write what the photos "
-            "show, for example 'a photo of sks cat'."
-        )
+    texts = _matched_texts(captions, prompt, trigger, len(frames))
+    found = _matched_masks(masks, frames)
     return [
-        Photo(frame[..., :3].float().clamp(0, 1), text or prompt.strip())
-        for frame, text in zip(frames, texts, strict=True)
+        Photo(frame[..., :3].float().clamp(0, 1), text, mask)
+        for frame, text, mask in zip(frames, texts, found, strict=True)
     ]
 
 
 def crop(photo: Photo, resolution: int) -> Crop:
     """The largest centred square of ``photo``, resized to ``resolution`` px."""
+    return cut(photo, (resolution, resolution))
+
+
+def cut(photo: Photo, size: tuple[int, int]) -> Crop:
+    """``photo`` resized until it just covers ``size`` (width, height; px), the middle cut out."""
     height, width, _ = photo.pixels.shape
-    scale = resolution / min(height, width)
-    size = (max(resolution, round(width * scale)), max(resolution, round(height * scale)))
+    resized = covering((width, height), size)
+    left, top = (resized[0] - size[0]) // 2, (resized[1] - size[1]) // 2
+    box = (left, top, left + size[0], top + size[1])
     image = Image.fromarray((photo.pixels * 255).round().byte().cpu().numpy())
-    resized = image.resize(size, Image.Resampling.LANCZOS)
-    left, top = (size[0] - resolution) // 2, (size[1] - resolution) // 2
-    cut = resized.crop((left, top, left + resolution, top + resolution))
-    return Crop(_to_tensor(cut), (width, height), (left, top))
+    pixels = _to_tensor(image.resize(resized, Image.Resampling.LANCZOS).crop(box))
+    mask = None if photo.mask is None else _resized_mask(photo.mask, resized, box)
+    return Crop(pixels, (width, height), (left, top), mask)
 
 
-def load_folder(folder: Path) -> tuple[list[Tensor], list[str]]:
-    """Images of a folder in the order of their names, with their kohya-style captions.
+def covering(original: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """``original`` scaled until both sides reach ``size``, one of them exactly; all in px."""
+    scale = max(size[0] / original[0], size[1] / original[1])
+    return max(size[0], round(original[0] * scale)), max(size[1], round(original[1] * scale))
+
+
+def load_folder(folder: Path) -> tuple[list[Tensor], list[str], list[Tensor]]:
+    """Images of a folder in the order of their names, their kohya-style captions, and masks.
 
     A caption is the text file of the image's name beside it (``cat.png``, ``cat.txt``), empty
-    where there is none. Returns images (1, height, width, 3) and as many captions. Raises
-    DatasetError for a folder without images or a file that is no image.
+    where there is none. A mask is how opaque the image is; transparent parts of it are white.
+    Returns images (1, height, width, 3), as many captions, and masks (1, height, width). Raises
+    DatasetError for a folder without images, a file that is no image or one wholly transparent.
     """
     paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
     if not paths:
         kinds = ", ".join(suffix.lstrip(".") for suffix in IMAGE_SUFFIXES)
         raise DatasetError(f"folder {folder.name!r} holds no image; put {kinds} files into it.")
-    return [_read_image(path)[None] for path in paths], [_read_caption(path) for path in paths]
+    read = [_read_image(path) for path in paths]
+    captions = [_read_caption(path) for path in paths]
+    return [pixels[None] for pixels, _ in read], captions, [mask[None] for _, mask in read]
 
 
-class SampleOrder:
-    """Indices of a data set, each epoch shuffled anew by the generator given at each draw."""
+def _matched_texts(
+    captions: Sequence[str] | None, prompt: str, trigger: str, count: int
+) -> list[str]:
+    texts = [(text or "").strip() for text in captions or []]
+    if len(texts) in (0, 1):
+        texts = (texts or [""]) * count
+    if len(texts) != count:
+        raise DatasetError(
+            f"captions has {len(texts)} entries for {count} images; give one caption per "
+            "image in the same order, or none to use instance_prompt for all."
+        )
+    if not prompt.strip() and not trigger.strip() and not all(texts):
+        raise DatasetError(
+            "instance_prompt is empty and not every image has a caption; write what the photos "
+            "show, for example 'a photo of sks cat'."
+        )
+    return [with_trigger(text or prompt, trigger) for text in texts]
 
-    def __init__(self, count: int):
-        self.count = count
-        self._left: list[int] = []
 
-    def draw(self, generator: torch.Generator, size: int) -> list[int]:
-        """``size`` indices; every index comes once before any comes again."""
-        while len(self._left) < size:
-            self._left += torch.randperm(self.count, generator=generator).tolist()
-        drawn, self._left = self._left[:size], self._left[size:]
-        return drawn
+def _matched_masks(masks: Sequence[Tensor] | None, frames: Sequence[Tensor]) -> list[Tensor | None]:
+    """A mask (height, width) for each of ``frames``, None where all of it is learnt from."""
+    given = [mask for batch in masks or [] for mask in _mask_frames(batch)]
+    found: list[Tensor | None]
+    if not given:
+        found = [frame[..., 3] if frame.shape[-1] == 4 else None for frame in frames]
+    elif len(given) in (1, len(frames)):
+        found = [*given] if len(given) == len(frames) else [*given] * len(frames)
+    else:
+        raise DatasetError(
+            f"masks has {len(given)} entries for {len(frames)} images; give one mask per image in "
+            "the same order, one for all, or none."
+        )
+    pairs = zip(found, frames, strict=True)
+    return [
+        None if mask is None else _fitted_mask(mask, frame, number)
+        for number, (mask, frame) in enumerate(pairs, 1)
+    ]
+
+
+def _mask_frames(batch: Tensor) -> list[Tensor]:
+    if not torch.is_tensor(batch) or batch.ndim not in (2, 3):
+        shape = tuple(batch.shape) if torch.is_tensor(batch) else type(batch).__name__
+        raise DatasetError(
+            f"masks holds {shape} where ComfyUI masks are (batch, height, width); connect a MASK "
+            "output such as that of Load images from a folder."
+        )
+    return list(batch) if batch.ndim == 3 else [batch]
+
+
+def _fitted_mask(mask: Tensor, frame: Tensor, number: int) -> Tensor | None:
+    """``mask`` at the size of ``frame``, 0 to 1; None when it is 1 everywhere."""
+    mask = mask.float()
+    if not torch.isfinite(mask).all():
+        raise DatasetError(
+            f"masks: number {number} holds values that are not numbers (NaN or infinite); check "
+            "the node that made it."
+        )
+    mask = mask.clamp(0, 1)
+    if not mask.any():
+        raise DatasetError(
+            f"masks: number {number} is 0 everywhere, so there is nothing to learn (Load Image "
+            "gives such a mask when a picture has no transparency); paint what is to be learnt, or "
+            "disconnect masks."
+        )
+    (height, width), (rows, columns) = frame.shape[:2], mask.shape
+    if abs(columns * height / (rows * width) - 1) > ASPECT_TOLERANCE:
+        raise DatasetError(
+            f"masks: number {number} is {columns}×{rows} px where its image is {width}×{height} "
+            "px; their aspect ratios must agree within 2 %. Make the mask from that image."
+        )
+    if (mask == 1).all():
+        return None
+    if (rows, columns) != (height, width):
+        mask = _resized_mask(mask, (width, height), (0, 0, width, height))
+    return mask
+
+
+def _resized_mask(mask: Tensor, size: tuple[int, int], box: tuple[int, int, int, int]) -> Tensor:
+    """``mask`` (height, width) resized to ``size`` (width, height), and of that the ``box``."""
+    image = Image.fromarray(mask.cpu().numpy())
+    # Bilinear in Pillow is an average over the area when it shrinks, and never leaves 0 to 1.
+    resized = image.resize(size, Image.Resampling.BILINEAR).crop(box)
+    return torch.from_numpy(np.array(resized)).clamp(0, 1)
 
 
 def _frames(batch: Tensor) -> list[Tensor]:
@@ -143,15 +266,20 @@ def _check_frame(frame: Tensor, number: int) -> None:
         )
 
 
-def _read_image(path: Path) -> Tensor:
+def _read_image(path: Path) -> tuple[Tensor, Tensor]:
+    """Pixels (height, width, 3) on white, and how opaque they are (height, width)."""
     try:
         with Image.open(path) as image:
             # Phones store the rotation beside the pixels; transparency becomes white.
             upright = _eight_bit(ImageOps.exif_transpose(image)).convert("RGBA")
     except Exception as error:  # Pillow's decoders raise anything on damaged files
         raise DatasetError(f"{path.name} is not a readable image ({error}); remove it.") from error
+    alpha = upright.getchannel("A")
+    if not alpha.getbbox():
+        raise DatasetError(f"{path.name} is transparent everywhere; remove it.")
     flat = Image.new("RGBA", upright.size, "white")
-    return _to_tensor(Image.alpha_composite(flat, upright).convert("RGB"))
+    pixels = Image.alpha_composite(flat, upright).convert("RGB")
+    return _to_tensor(pixels), _to_tensor(alpha)
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:

@@ -21,7 +21,7 @@ from .lora_file import ComponentInfo
 from .network import AdaptiveRankNetwork
 from .objective import CrossAttentionEntropy
 from .report import TrainingHistory
-from .trainer import StepEvent, Task, train
+from .trainer import StepEvent, Task, Trainer
 
 State = Literal["queued", "running", "finished", "stopped", "failed"]
 
@@ -69,6 +69,7 @@ class TrainingJob:
         self.captions, self.base_hash = captions, base_hash
         self.progress = Progress()
         self.result: TrainedLoRA | None = None
+        self._trainer: Trainer | None = None
         self._stop = threading.Event()
         # Daemon: a server that shuts down must not wait for the last step.
         self._thread = threading.Thread(target=self._run, name=f"LoRA² {path.stem}", daemon=True)
@@ -100,6 +101,7 @@ class TrainingJob:
             # The copy of the model ends with the run: neither the finished job nor the frames of
             # an error may keep it in memory.
             del self.network, self.task, self.entropy
+            self._trainer = None
             if self.progress.error is not None:
                 traceback.clear_frames(self.progress.error.__traceback__)
 
@@ -111,9 +113,9 @@ class TrainingJob:
             self.config.rank.mode,
             self.path.name,
         )
+        self._trainer = Trainer(self.network, self.task, self.config, self.entropy)
         try:
-            steps = train(self.network, self.task, self.config, self.entropy, self._stop.is_set)
-            for event in steps:
+            for event in self._trainer.run(self._stop.is_set):
                 self.progress.events.append(event)
                 self.progress.step = event.step
         except Exception as error:
@@ -134,7 +136,8 @@ class TrainingJob:
             logging.error("LoRA²: after the failure nothing could be saved: %s", error)
 
     def _save(self) -> None:
-        components = self.network.components()
+        with self._trainer.averaged() if self._trainer else nullcontext():
+            components = self.network.components()
         events = self.progress.events
         text = metadata.describe(
             config=self.config,
@@ -145,7 +148,8 @@ class TrainingJob:
             probes=[event.probe for event in events if event.probe is not None],
             title=self.path.stem,
         )
-        lora_file.save(self.path, components, text)
+        rank = self.config.rank
+        lora_file.save(self.path, components, text, rank.target_megabytes, rank.min_rank)
         size = self.path.stat().st_size / 1e6
         logging.info("LoRA²: wrote %s, %.2f MB, after %d steps.", self.path, size, len(events))
         self.result = TrainedLoRA(

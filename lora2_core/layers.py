@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .grouping import ProjectionGroup
+
 
 class AdaptiveLoRA(nn.Module, ABC):
     """What the two kinds of adapter share: the parameters, and how they are resized.
@@ -37,6 +39,7 @@ class AdaptiveLoRA(nn.Module, ABC):
         self.in_features = in_features
         self.out_features = out_features
         self.enabled = True
+        self.group: tuple[ProjectionGroup, int] | None = None  # with the place in it
         device = next(base.parameters()).device
         self.lora_down = nn.Parameter(torch.zeros(rank, in_features, device=device))
         self.lora_up = nn.Parameter(torch.zeros(out_features, rank, device=device))
@@ -47,10 +50,12 @@ class AdaptiveLoRA(nn.Module, ABC):
         return self.lora_down.shape[0]
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        out = self.base(x, *args, **kwargs)
         if not self.enabled:
-            return out
-        return out + self.delta(x)
+            return self.base(x, *args, **kwargs)
+        if self.group is not None and self.group[0].takes(x):
+            group, place = self.group
+            return group.output(place, x)
+        return self.base(x, *args, **kwargs) + self.delta(x)
 
     @abstractmethod
     def delta(self, x: Tensor) -> Tensor:

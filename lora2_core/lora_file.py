@@ -7,12 +7,10 @@ columns in order of importance. What is ours stands in the metadata under ``lora
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
 import shutil
-import struct
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,22 +19,37 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
-import torch
 from torch import Tensor
 
-from .network import Component
+from . import lora_format, size_budget
+from .component import Component
+from .lora_format import ALPHA as _ALPHA
+from .lora_format import DOWN as _DOWN
+from .lora_format import FORMAT_VERSION, PREFIXES, LoRAFileError, encode, fold, kohya_key, to_state
+from .lora_format import UP as _UP
 
-FORMAT_VERSION = "1"
-UNET_PREFIX = "lora_unet_"
-_DOWN, _UP, _ALPHA = ".lora_down.weight", ".lora_up.weight", ".alpha"
+__all__ = [
+    "FORMAT_VERSION",
+    "PREFIXES",
+    "ComponentInfo",
+    "LoRAFile",
+    "LoRAFileError",
+    "check_writable",
+    "component_keys",
+    "encode",
+    "fold",
+    "headline",
+    "inspect",
+    "kohya_key",
+    "load",
+    "save",
+    "to_state",
+    "truncate",
+    "write_atomically",
+]
+
 _MID = ".lora_mid.weight"  # a third factor that some convolution LoRAs of others have
-# A component whose fp16 ΔW would be off by more than this is kept in fp32.
-_HALF_ERROR = 5e-4
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
-
-
-class LoRAFileError(ValueError):
-    """A file cannot be read or written; the message names the file, the cause and the fix."""
 
 
 @dataclass(frozen=True)
@@ -57,51 +70,6 @@ class LoRAFile:
 
     state: dict[str, Tensor]
     metadata: dict[str, str]
-
-
-def kohya_key(name: str) -> str:
-    """``input_blocks.4.1…attn1.to_q`` → ``lora_unet_input_blocks_4_1_…_attn1_to_q``."""
-    return UNET_PREFIX + name.replace(".", "_")
-
-
-def fold(component: Component) -> tuple[Tensor, Tensor]:
-    """(down, up) with ΔW = up · down, the columns of both sides at equal norm.
-
-    √Λ goes into each side (eq. 10); the norms are then balanced column by column, because an
-    early B near 1e-6 beside an A near 1 would lose its digits in fp16.
-    """
-    root = component.importance.sqrt()  # (rank,)
-    down = component.lora_down.flatten(1) * root[:, None]  # (rank, in)
-    up = component.lora_up.flatten(1) * root  # (out, rank)
-    down_norm, up_norm = down.norm(dim=1), up.norm(dim=0)
-    usable = (down_norm > 0) & (up_norm > 0)
-    balance = torch.where(usable, (up_norm / down_norm.clamp(min=1e-38)).sqrt(), 1.0)
-    balance = balance.clamp(1e-18, 1e18)
-    down, up = down * balance[:, None], up / balance
-    return down.view_as(component.lora_down), up.view_as(component.lora_up)
-
-
-def to_state(components: Sequence[Component]) -> dict[str, Tensor]:
-    """The tensors of a file: fp16 (fp32 where fp16 would show), zero components left out.
-
-    Raises LoRAFileError if a weight is not finite.
-    """
-    state: dict[str, Tensor] = {}
-    for component in components:
-        down, up = fold(component)
-        exact = up.flatten(1) @ down.flatten(1)  # (out, in)
-        if not exact.isfinite().all():
-            raise LoRAFileError(
-                f"{component.name} holds values that are not finite, so nothing was written; "
-                "train again with a lower learning_rate."
-            )
-        if not exact.any():
-            continue
-        down, up = _narrowed(down, up, exact)
-        key = kohya_key(component.name)
-        state[key + _DOWN], state[key + _UP] = down.contiguous(), up.contiguous()
-        state[key + _ALPHA] = torch.tensor(float(down.shape[0]))
-    return state
 
 
 def truncate(state: Mapping[str, Tensor], max_rank: int) -> dict[str, Tensor]:
@@ -130,58 +98,34 @@ def component_keys(keys: Mapping[str, Any]) -> list[str]:
     return [key[: -len(_DOWN)] for key in keys if key.endswith(_DOWN)]
 
 
-def save(path: Path, components: Sequence[Component], metadata: Mapping[str, str]) -> Path:
+def save(
+    path: Path,
+    components: Sequence[Component],
+    metadata: Mapping[str, str],
+    megabytes: float | None = None,
+    min_rank: int = 1,
+) -> Path:
     """Write a LoRA² file: to a temporary file beside ``path``, then renamed over it.
 
-    The same components and metadata always give the same bytes. Raises LoRAFileError when there
-    is nothing to write or the disk is full; an existing file then stays as it was.
+    ``megabytes``: 10⁶ bytes that the whole file, header included, may take; what is larger is cut
+    to it by one SVD across all components (:func:`.size_budget.fit`), and ``min_rank`` is then
+    left to each where possible. The same components and metadata always give the same bytes.
+    Raises LoRAFileError when there is nothing to write or the disk is full; an existing file then
+    stays as it was.
     """
-    state = to_state(components)
+    if megabytes is None:
+        state = to_state(components)
+        full = lora_format.complete(metadata, components, [c.rank for c in components])
+    else:
+        limit = int(megabytes * 1e6)
+        state, full = size_budget.fit(components, metadata, limit, min_rank)
     if not state:
         raise LoRAFileError(
             f"{path.name} was not written: no component has learnt anything yet. Train for more "
             "steps or with a higher learning_rate."
         )
-    entries = {
-        kohya_key(c.name): {
-            "nu": c.nu,
-            "rank": int(c.importance.numel()),
-            "in": math.prod(c.lora_down.shape[1:]),
-            "out": c.lora_up.shape[0],
-        }
-        for c in components
-    }
-    full = {
-        **metadata,
-        "lora2.format_version": FORMAT_VERSION,
-        "lora2.components": json.dumps(entries),  # in forward order
-    }
     write_atomically(path, encode(state, full))
     return path
-
-
-def encode(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """The bytes of a safetensors file, its metadata in sorted order and with its hashes.
-
-    The library writes metadata in the random order of its hash map; the header is rewritten
-    so that equal runs give equal files. ``sshs_model_hash`` is the SHA-256 of what follows the
-    header. ``sshs_legacy_hash`` is, as kohya takes it, the first 8 digits of the SHA-256 of 64 KiB
-    from byte 1,048,576 of the file with its ``ss_*`` metadata alone.
-    """
-    kohya = {name: text for name, text in metadata.items() if name.startswith("ss_")}
-    raw = safetensors.torch.save(dict(state), kohya)
-    header, data = _split(raw)
-    tensors = {key: entry for key, entry in json.loads(header).items() if key != "__metadata__"}
-    digest = hashlib.sha256(data).hexdigest()
-    full = {
-        **metadata,
-        "sshs_model_hash": digest,
-        "modelspec.hash_sha256": "0x" + digest,
-        "sshs_legacy_hash": hashlib.sha256(raw[0x100000:0x110000]).hexdigest()[:8],
-    }
-    text = json.dumps({"__metadata__": dict(sorted(full.items())), **tensors}).encode()
-    text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8
-    return struct.pack("<Q", len(text)) + text + data
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -268,18 +212,6 @@ def inspect(path: Path) -> tuple[list[ComponentInfo], dict[str, str]]:
     order = {key: position for position, key in enumerate(trained)}
     infos.sort(key=lambda info: order.get(info.key, len(order)))
     return infos, metadata
-
-
-def _narrowed(down: Tensor, up: Tensor, exact: Tensor) -> tuple[Tensor, Tensor]:
-    half = down.half(), up.half()
-    product = half[1].float().flatten(1) @ half[0].float().flatten(1)
-    error = (product - exact).norm() / exact.norm()
-    return half if error <= _HALF_ERROR else (down, up)
-
-
-def _split(raw: bytes) -> tuple[bytes, bytes]:
-    (length,) = struct.unpack("<Q", raw[:8])
-    return raw[8 : 8 + length], raw[8 + length :]
 
 
 @dataclass(frozen=True)

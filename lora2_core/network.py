@@ -7,37 +7,27 @@ model it is given by adapters around them; give it a private copy.
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import adaptive_rank
+from . import adaptive_rank, rank_budget
+from .component import Component
+from .ema import AveragedWeights
+from .grouping import join_projections
 from .layers import AdaptiveLoRA, wrap
-from .optimizers import replace_parameters
+from .optimizer_state import replace_parameters
 from .rank_config import RankConfig
 from .targets import Target
 
-# Below half a rank, Λ of a rank-1 component only fades; ν need not go further.
-_SMALLEST_EXPECTED_RANK = 0.5
-
-
-@dataclass(frozen=True)
-class Component:
-    """One trained component, on the CPU: what a file needs."""
-
-    name: str
-    lora_down: Tensor  # (rank, in, …), fp32
-    lora_up: Tensor  # (out, rank, …), fp32
-    importance: Tensor  # (rank,), fp32
-    nu: float
+__all__ = ["AdaptiveRankNetwork", "Component", "fingerprint"]
 
 
 class AdaptiveRankNetwork(nn.Module):
-    """Adapters on ``targets`` of ``model``, with all ν in one fp32 tensor.
+    """Adapters on ``targets`` of ``model`` (or of several, by root), all ν in one fp32 tensor.
 
     ``log_nu``: (L,) parameter; ``ranks``: the L ranks in use now. ν is learnt as its logarithm
     (ours; the paper is silent): 500 Adam steps then span rank 512 to 1, which a plain ν at
@@ -45,37 +35,34 @@ class AdaptiveRankNetwork(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, targets: Sequence[Target], config: RankConfig, seed: int = 0
+        self,
+        model: nn.Module | Mapping[str, nn.Module],
+        targets: Sequence[Target],
+        config: RankConfig,
+        seed: int = 0,
     ):
         super().__init__()
         self.targets = tuple(targets)
         self.config = config
         self._generator = torch.Generator().manual_seed(seed)
-        self.max_ranks = _max_ranks(self.targets, config)  # (L,)
-        # Components may differ in size: a budget in bytes weighs them by what a rank costs.
-        cost = torch.tensor([float(t.parameters_per_rank) for t in self.targets])
-        self.rank_weight = torch.ones_like(cost)
-        self.target_rank = config.target_rank
-        if config.target_megabytes is not None:
-            self.rank_weight = cost / cost.mean()
-            self.target_rank = config.target_megabytes * 1e6 / (2 * float(cost.sum()))
-            self._check_budget(config.target_megabytes, cost)
-        else:
-            self._check_target()
-        layers = [model.get_submodule(target.name) for target in self.targets]
+        self.budget = rank_budget.plan(self.targets, config)
+        roots = {"unet": model} if isinstance(model, nn.Module) else model
+        layers = [roots[target.root].get_submodule(target.name) for target in self.targets]
         self._device = next(layers[0].parameters()).device
-        self._weights: list[float] = self.rank_weight.tolist()
-        self.rank_weight = self.rank_weight.to(self._device)
-        nu = self._start_nu()
-        ranks = adaptive_rank.effective_rank(nu, config.quantile, self.max_ranks)
+        self.rank_weights = self.budget.weights.to(self._device)  # (G, L)
+        self.target_ranks = torch.tensor(self.budget.targets, device=self._device)  # (G,)
+        nu = self.budget.start_nu(config)
+        ranks = self._ranks_for(nu)
         self.log_nu = nn.Parameter(nu.log().to(self._device))
-        self._log_nu_bounds = self._bounds()
+        low, high = self.budget.log_nu_bounds(config.quantile)
+        self._log_nu_bounds = low.to(self._device), high.to(self._device)
         adapters = [wrap(base, rank) for base, rank in zip(layers, ranks.tolist(), strict=True)]
         self.adapters = nn.ModuleList(adapters)
         self._init_weights(nu, ranks)
         for target, adapter in zip(self.targets, adapters, strict=True):
             parent, _, child = target.name.rpartition(".")
-            setattr(model.get_submodule(parent), child, adapter)
+            setattr(roots[target.root].get_submodule(parent), child, adapter)
+        join_projections([f"{t.root}.{t.name}" for t in self.targets], adapters)
         self._index_ranks()
 
     @property
@@ -87,14 +74,20 @@ class AdaptiveRankNetwork(nn.Module):
         return [layer.rank for layer in self.layers]
 
     @property
+    def max_ranks(self) -> Tensor:
+        """The largest rank of every component, (L,) int64."""
+        return self.budget.max_ranks
+
+    @property
     def nu(self) -> Tensor:
         """ν of every component, (L,), with gradient to ``log_nu``."""
         return self.log_nu.exp()
 
-    def weights(self) -> list[nn.Parameter]:
-        """A and B of every component, A first."""
-        downs = [layer.lora_down for layer in self.layers]
-        return downs + [layer.lora_up for layer in self.layers]
+    def weights(self, text: bool | None = None) -> list[nn.Parameter]:
+        """A and B of every component, A first; only the text encoders' or only the U-Net's."""
+        pairs = zip(self.targets, self.layers, strict=True)
+        layers = [layer for t, layer in pairs if text is None or text == (t.root != "unet")]
+        return [layer.lora_down for layer in layers] + [layer.lora_up for layer in layers]
 
     def refresh_importance(self) -> None:
         """Recompute every Λ (eq. 10) for the step to come: one call for the whole network."""
@@ -109,19 +102,20 @@ class AdaptiveRankNetwork(nn.Module):
         for layer in self.layers:
             layer.enabled = enabled
 
-    def mean_rank(self) -> float:
-        """Mean of the ranks in use, weighted as the budget is."""
-        weighted = sum(w * r for w, r in zip(self._weights, self.ranks, strict=True))
-        return weighted / sum(self._weights)
+    def mean_rank(self) -> tuple[float, ...]:
+        """Mean of the ranks in use of every group, (G,), weighted as its budget is."""
+        return self.budget.mean_ranks(self.ranks)
 
     def expected_bytes(self) -> int:
-        """Size of the fp16 file to expect, without its header: at the target, or, where the
-        target is a pull and not a budget, as large as now."""
-        costs = [target.parameters_per_rank for target in self.targets]
-        ranks = [self.target_rank] * len(costs)
-        if self.config.mode != "balanced":
-            ranks = [float(rank) for rank in self.ranks]
-        return int(2 * sum(cost * rank for cost, rank in zip(costs, ranks, strict=True)))
+        """Size of the file to expect, header included: what a budget in bytes allows, else at the
+        target or, where the target is a pull and not a budget, as large as now."""
+        if self.config.target_megabytes is not None:
+            return int(self.config.target_megabytes * 1e6)
+        ranks = self.ranks
+        if self.config.mode == "balanced":
+            wanted = torch.minimum(self.budget.per_component().ceil().long(), self.budget.max_ranks)
+            ranks = wanted.tolist()
+        return rank_budget.file_bytes(self.targets, ranks)
 
     @torch.no_grad()
     def clamp_nu(self) -> None:
@@ -129,14 +123,19 @@ class AdaptiveRankNetwork(nn.Module):
         self.log_nu.clamp_(*self._log_nu_bounds)
 
     @torch.no_grad()
-    def resize(self, nu: Tensor, optimizer: torch.optim.Optimizer) -> int:
+    def resize(
+        self,
+        nu: Tensor,
+        optimizer: torch.optim.Optimizer,
+        average: AveragedWeights | None = None,
+    ) -> int:
         """Grow or shrink every component to the rank its ν asks for; returns how many changed.
 
         ``nu``: (L,) on the CPU. Rows that stay keep their weights and their optimizer state; new
-        columns of B are zero or random as configured (section 3.3).
+        columns of B are zero or random as configured (section 3.3). ``average`` follows.
         """
         current = torch.tensor(self.ranks)
-        wanted = adaptive_rank.effective_rank(nu, self.config.quantile, self.max_ranks)
+        wanted = self._ranks_for(nu)
         if self.config.hysteresis:
             wanted = adaptive_rank.hysteresis(current, wanted)
         changed = (wanted != current).nonzero().flatten().tolist()
@@ -146,9 +145,9 @@ class AdaptiveRankNetwork(nn.Module):
         layers = [self.layers[index] for index in changed]
         sizes = [int(wanted[index]) for index in changed]
         old_ranks = [layer.rank for layer in layers]
-        self._replace(layers, sizes, optimizer)
+        self._replace(layers, sizes, optimizer, average)
         for layer, old, std in zip(layers, old_ranks, stds[changed], strict=True):
-            self._init_new_rows(layer, old, std)
+            self._init_new_rows(layer, old, std, average)
         self._index_ranks()
         return len(changed)
 
@@ -162,39 +161,54 @@ class AdaptiveRankNetwork(nn.Module):
             for target, layer, nu in zip(self.targets, self.layers, nus, strict=True)
         ]
 
-    def _start_nu(self) -> Tensor:
-        target = torch.full((len(self.targets),), float(self.target_rank))
-        start = target if self.config.start == "target" else self.max_ranks.float()
-        # A small layer starts at its own limit, not beyond.
-        start = torch.minimum(start, self.max_ranks.float())
-        if self.config.mode == "fixed":
-            start = start.floor().clamp(min=1)  # ranks round up; this one must not pass a budget
-        return adaptive_rank.nu_for_rank(1.0, self.config.quantile) / start
+    def state(self) -> dict[str, Any]:
+        """Copies of all that training changes: A, B, ν, ranks, and the generator of new rows."""
+        return {
+            "log_nu": self.log_nu.detach().clone(),
+            "ranks": self.ranks,
+            "generator": self._generator.get_state(),
+            "layers": {
+                name: {
+                    "down": layer.lora_down.detach().clone(),
+                    "up": layer.lora_up.detach().clone(),
+                }
+                for name, layer in zip(self._names(), self.layers, strict=True)
+            },
+        }
 
-    def _check_target(self) -> None:
-        reachable = float(self.max_ranks.double().mean())
-        if self.config.mode != "fixed" and self.target_rank > reachable:
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Become, bit by bit, the network that ``state`` was taken from.
+
+        A and B become new parameters of the saved ranks; ν stays the parameter it is. Optimizers
+        and averages of the old parameters are void: make them after this. Raises ValueError, and
+        changes nothing, when the state is that of other layers or is damaged.
+        """
+        saved = [state["layers"].get(name, {}) for name in self._names()]
+        fits = len(saved) == len(state["layers"]) and state["log_nu"].shape == self.log_nu.shape
+        for layer, rank, sides in zip(self.layers, state["ranks"], saved, strict=False):
+            shapes = [tuple(sides[side].shape) for side in ("down", "up") if side in sides]
+            fits &= shapes == [(rank, layer.in_features), (layer.out_features, rank)]
+        if not fits or len(state["ranks"]) != len(saved):
             raise ValueError(
-                f"target_rank is {self.target_rank:g}; this model can reach a mean rank of "
-                f"{reachable:.4g} at most: lower it."
+                "The saved state belongs to other layers than this network adapts: use the "
+                "targets, the model and the settings that it was saved with, or start anew."
             )
+        for layer, sides in zip(self.layers, saved, strict=True):
+            layer.lora_down = nn.Parameter(sides["down"].to(self._device, copy=True))
+            layer.lora_up = nn.Parameter(sides["up"].to(self._device, copy=True))
+        self.log_nu.copy_(state["log_nu"])
+        self.log_nu.grad = None
+        self._generator.set_state(state["generator"])
+        self._index_ranks()
 
-    def _check_budget(self, megabytes: float, cost: Tensor) -> None:
-        low = float(cost.sum()) * 2e-6
-        high = float((cost * self.max_ranks).sum()) * 2e-6
-        if not low <= megabytes <= high:
-            raise ValueError(
-                f"target_megabytes is {megabytes:g}; {len(self.targets)} components of this model "
-                f"at ranks 1 to {self.config.rank_limit} give {low:.3g} to {high:.3g} MB: choose a "
-                "size in between, or another max_rank."
-            )
+    def _names(self) -> list[str]:
+        return [f"{target.root}.{target.name}" for target in self.targets]
 
-    def _bounds(self) -> tuple[Tensor, Tensor]:
-        quantile = self.config.quantile
-        one = adaptive_rank.nu_for_rank(1.0, quantile)
-        low = (one / self.max_ranks.float()).log().to(self._device)
-        high = torch.full_like(low, math.log(one / _SMALLEST_EXPECTED_RANK))
-        return low, high
+    def _ranks_for(self, nu: Tensor) -> Tensor:
+        """The rank that each ν of the CPU asks for, within its component's limits; (L,) int64."""
+        limits = self.budget.max_ranks, self.budget.min_ranks
+        return adaptive_rank.effective_rank(nu, self.config.quantile, *limits)
 
     def _init_weights(self, nu: Tensor, ranks: Tensor) -> None:
         stds = adaptive_rank.init_std(nu, ranks)
@@ -206,7 +220,11 @@ class AdaptiveRankNetwork(nn.Module):
         return float(std) if self.config.mode == "paper" else None
 
     def _replace(
-        self, layers: list[AdaptiveLoRA], sizes: list[int], optimizer: torch.optim.Optimizer
+        self,
+        layers: list[AdaptiveLoRA],
+        sizes: list[int],
+        optimizer: torch.optim.Optimizer,
+        average: AveragedWeights | None,
     ) -> None:
         downs = [
             (layer.lora_down, partial(_resized, dim=0, size=size))
@@ -216,36 +234,35 @@ class AdaptiveRankNetwork(nn.Module):
             (layer.lora_up, partial(_resized, dim=1, size=size))
             for layer, size in zip(layers, sizes, strict=True)
         ]
-        new = replace_parameters(optimizer, downs + ups)
+        resizes = downs + ups
+        new = replace_parameters(optimizer, resizes)
+        if average is not None:
+            average.follow({old: (now, cut) for (old, cut), now in zip(resizes, new, strict=True)})
         for layer, down, up in zip(layers, new, new[len(layers) :], strict=False):
             layer.lora_down, layer.lora_up = down, up
 
-    def _init_new_rows(self, layer: AdaptiveLoRA, old_rank: int, std: Tensor) -> None:
+    def _init_new_rows(
+        self, layer: AdaptiveLoRA, old_rank: int, std: Tensor, average: AveragedWeights | None
+    ) -> None:
         if layer.rank <= old_rank:
             return
         rows = slice(old_rank, layer.rank)
         layer.init_down(self._down_std(std), rows, self._generator)
         if self.config.growth == "random":
             layer.init_up(self.config.growth_std, rows, self._generator)
+        if average is not None:
+            average.start_rows(layer.lora_down, rows, dim=0)
+            average.start_rows(layer.lora_up, rows, dim=1)
 
     def _index_ranks(self) -> None:
         """Which component and which 1-based position each entry of the flat Λ belongs to."""
         ranks = torch.tensor(self.ranks)
-        self._component = torch.repeat_interleave(torch.arange(len(ranks)), ranks).to(self._device)
-        self._position = torch.cat([torch.arange(1, r + 1) for r in self.ranks]).to(self._device)
+        first = ranks.cumsum(0) - ranks  # (L,)
+        component = torch.repeat_interleave(torch.arange(len(ranks)), ranks)  # (Σ rank,)
+        self._component = component.to(self._device)
+        self._position = (torch.arange(1, len(component) + 1) - first[component]).to(self._device)
         with torch.no_grad():
             self.refresh_importance()
-
-
-def _max_ranks(targets: Sequence[Target], config: RankConfig) -> Tensor:
-    """Per component: the limit, or less where the layer itself is smaller; (L,)."""
-    largest = max(target.largest_rank for target in targets)
-    if config.max_rank is not None and config.max_rank > largest:
-        raise ValueError(
-            f"max_rank is {config.max_rank}; the largest layer of this model takes rank {largest}: "
-            "lower it."
-        )
-    return torch.tensor([min(config.rank_limit, target.largest_rank) for target in targets])
 
 
 def _resized(tensor: Tensor, dim: int, size: int) -> Tensor:
@@ -264,7 +281,8 @@ def _component(target: Target, layer: AdaptiveLoRA, nu: float) -> Component:
     kernel = getattr(layer, "kernel", None)
     if kernel is not None:
         down, up = down.view(-1, *kernel), up[:, :, None, None]
-    return Component(target.name, down, up, layer.importance.detach().cpu().clone(), nu)
+    importance = layer.importance.detach().cpu().clone()
+    return Component(target.name, down, up, importance, nu, target.root)
 
 
 def fingerprint(module: nn.Module) -> str:

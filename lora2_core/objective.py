@@ -6,8 +6,9 @@ The rank terms of eq. 12 are in :mod:`.adaptive_rank` since they are about ν al
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +17,37 @@ from torch import Tensor, nn
 _CHUNK_ELEMENTS = 1 << 22
 
 
-def denoising_loss(prediction: Tensor, target: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class Prediction:
+    """What a model said of a batch, and what it should have said."""
+
+    value: Tensor  # (batch, …), in units of the network's output
+    target: Tensor  # same shape
+    weight: Tensor | None = None  # fp32, broadcasts to value: masks, min-SNR, priors; None is 1
+    class_images: int = 0  # rows at the end that are class images (prior preservation)
+
+
+def denoising_loss(value: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
     """L_MSE = (1/N) Σ ‖ε̂ − ε‖²; eq. 11, with ‖·‖² read as the mean over an image's elements.
 
     The mean is what the DreamBooth trainers use on which the paper builds; with the sum, λ_r and
-    λ_e of 1e-4 would be 65,536 times weaker at 1024 px. Both: (batch, …). Returns an fp32 scalar.
+    λ_e of 1e-4 would be 65,536 times weaker at 1024 px. Both: (batch, …). Where ``weight`` is 0
+    an element counts as met. Returns an fp32 scalar.
     """
-    return (prediction.float() - target.float()).square().mean()
+    squares = (value.float() - target.float()).square()
+    return (squares if weight is None else squares * weight).mean()
+
+
+def loss_parts(prediction: Prediction) -> tuple[Tensor, Tensor]:
+    """The loss of the photos and that of the class images; scalars that add up to the loss."""
+    loss = denoising_loss(prediction.value, prediction.target, prediction.weight)
+    if not prediction.class_images:
+        return loss, torch.zeros_like(loss)
+    rows = slice(-prediction.class_images, None)
+    weight = prediction.weight if prediction.weight is None else prediction.weight[rows]
+    share = prediction.class_images / prediction.value.shape[0]
+    prior = share * denoising_loss(prediction.value[rows], prediction.target[rows], weight)
+    return loss - prior, prior
 
 
 def gaussian_prior(value: Tensor, mean: float, std: float) -> Tensor:
@@ -39,39 +64,44 @@ def attention_entropy(query: Tensor, key: Tensor, heads: int) -> Tensor:
 
     −E_p[log p] with p = softmax(q kᵀ/√d) over the text tokens, averaged over images, heads and
     image tokens. ``query``: (batch, tokens, heads·d), ``key``: (batch, text, heads·d). Returns an
-    fp32 scalar between 0 and ln(text). The map is never stored: forward and backward rebuild it
-    chunk by chunk from q and k (126 million elements a sample at 1024 px on SDXL otherwise).
+    fp32 scalar between 0 and ln(text). The map is never stored: it is built chunk by
+    chunk from q and k (126 million elements a sample at 1024 px on SDXL otherwise).
     """
     return _AttentionEntropy.apply(query, key, heads)  # type: ignore[no-any-return]
 
 
 class _AttentionEntropy(torch.autograd.Function):
+    """The gradient is computed beside the value: one softmax instead of two, and what is kept for
+    the backward pass is as small as q and k."""
+
     @staticmethod
     def forward(ctx, query: Tensor, key: Tensor, heads: int) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(query, key)
-        ctx.heads = heads
-        q, k = _split_heads(query, heads), _split_heads(key, heads)  # (batch, heads, ·, d)
+        q, k = _split_heads(query, heads), _split_heads(key, heads)  # (batch · heads, ·, d)
+        learning = any(ctx.needs_input_grad)
         total = torch.zeros((), device=query.device)
+        grad_q, grad_k = torch.empty_like(q), torch.zeros_like(k)
+        scale = 1 / math.sqrt(q.shape[-1])
         for rows in _chunks(q, k):
-            log_p = _log_attention(q[:, :, rows], k)
-            total -= (log_p.exp() * log_p).sum()
-        return total / (q.shape[0] * q.shape[1] * q.shape[2])
+            log_p = _log_attention(q[:, rows], k, scale)  # (batch · heads, rows, text)
+            p = log_p.exp()
+            plogp = log_p.mul_(p)
+            total -= plogp.sum()
+            if learning:
+                # dH/ds = −p (log p + H) with H = −Σ p log p
+                grad_s = p.mul_(plogp.sum(-1, keepdim=True)).sub_(plogp)
+                torch.bmm(grad_s, k, out=grad_q[:, rows])
+                grad_k.baddbmm_(grad_s.transpose(1, 2), q[:, rows])
+        count = q.shape[0] * q.shape[1]
+        if learning:  # unscaled, so that fp16 can hold it
+            ctx.save_for_backward(_join_heads(grad_q, query), _join_heads(grad_k, key))
+            ctx.scale = scale / count
+        return total / count
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
-        query, key = ctx.saved_tensors
-        q, k = _split_heads(query, ctx.heads), _split_heads(key, ctx.heads)
-        scale = grad.float() / (q.shape[0] * q.shape[1] * q.shape[2] * math.sqrt(q.shape[3]))
-        grad_q, grad_k = torch.empty_like(q), torch.zeros_like(k)
-        for rows in _chunks(q, k):
-            log_p = _log_attention(q[:, :, rows], k)
-            p = log_p.exp()
-            plogp = p * log_p
-            # dH/ds = −p (log p + H) with H = −Σ p log p
-            grad_s = p * plogp.sum(-1, keepdim=True) - plogp  # (batch, heads, rows, text)
-            grad_q[:, :, rows] = grad_s @ k * scale
-            grad_k += grad_s.transpose(-1, -2) @ q[:, :, rows] * scale
-        return _join_heads(grad_q, query), _join_heads(grad_k, key), None
+        grad_q, grad_k = ctx.saved_tensors
+        size = grad * ctx.scale
+        return grad_q * size, grad_k * size, None
 
 
 class CrossAttentionEntropy:
@@ -84,12 +114,34 @@ class CrossAttentionEntropy:
     def __init__(self, layers: list[nn.Module]):
         self.layers = layers
         self._terms: list[Tensor] = []
+        self._collects = False
+
+    @property
+    def is_collecting(self) -> bool:
+        return self._collects
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
         """Hooks in, forget earlier terms; hooks out at the end whatever happens."""
         self._terms = []
-        handles = [handle for layer in self.layers for handle in self._hook(layer)]
+        self._collects = True
+        try:
+            with self._hooked(self.layers, self._terms):
+                yield
+        finally:
+            self._collects = False
+
+    def repeating(self, layers: Sequence[nn.Module]) -> AbstractContextManager[None]:
+        """Inside, ``layers`` compute their terms once more, and nobody collects them.
+
+        A checkpoint's second pass must save what the first one saved: the terms take their
+        gradient from it, long after ``collecting`` has ended.
+        """
+        return self._hooked(layers, [])
+
+    @contextmanager
+    def _hooked(self, layers: Sequence[nn.Module], terms: list[Tensor]) -> Iterator[None]:
+        handles = [handle for layer in layers for handle in self._hook(layer, terms)]
         try:
             yield
         finally:
@@ -102,7 +154,9 @@ class CrossAttentionEntropy:
             raise RuntimeError("no cross-attention ran while its entropy was collected")
         return torch.stack(self._terms).mean()
 
-    def _hook(self, layer: nn.Module) -> Iterator[torch.utils.hooks.RemovableHandle]:
+    def _hook(
+        self, layer: nn.Module, terms: list[Tensor]
+    ) -> Iterator[torch.utils.hooks.RemovableHandle]:
         query: list[Tensor] = []
         heads = int(layer.heads)  # type: ignore[arg-type]
 
@@ -110,28 +164,33 @@ class CrossAttentionEntropy:
             query[:] = [output]
 
         def add_term(_module: nn.Module, _args: object, output: Tensor) -> None:
-            self._terms.append(attention_entropy(query.pop(), output, heads))
+            terms.append(attention_entropy(query.pop(), output, heads))
 
         yield layer.to_q.register_forward_hook(keep_query)  # type: ignore[union-attr,operator]
         yield layer.to_k.register_forward_hook(add_term)  # type: ignore[union-attr,operator]
 
 
 def _split_heads(tensor: Tensor, heads: int) -> Tensor:
-    """(batch, n, heads·d) → (batch, heads, n, d), fp32."""
+    """(batch, n, heads·d) → (batch · heads, n, d), fp32."""
     batch, n, width = tensor.shape
-    return tensor.float().view(batch, n, heads, width // heads).transpose(1, 2)
+    split = tensor.float().view(batch, n, heads, width // heads).transpose(1, 2)
+    return split.reshape(batch * heads, n, width // heads)
 
 
 def _join_heads(tensor: Tensor, like: Tensor) -> Tensor:
-    return tensor.transpose(1, 2).reshape(like.shape).to(like.dtype)
+    batch, n, width = like.shape
+    joined = tensor.view(batch, -1, n, tensor.shape[-1]).transpose(1, 2)
+    return joined.reshape(batch, n, width).to(like.dtype)
 
 
-def _log_attention(q: Tensor, k: Tensor) -> Tensor:
-    return (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).log_softmax(-1)
+def _log_attention(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """log softmax(q kᵀ · scale); (batch · heads, rows, text)."""
+    blank = q.new_empty(())
+    return torch.baddbmm(blank, q, k.transpose(1, 2), beta=0, alpha=scale).log_softmax(-1)
 
 
 def _chunks(q: Tensor, k: Tensor) -> Iterator[slice]:
-    per_row = q.shape[0] * q.shape[1] * k.shape[2]
+    per_row = q.shape[0] * k.shape[1]
     size = max(1, _CHUNK_ELEMENTS // per_row)
-    for start in range(0, q.shape[2], size):
+    for start in range(0, q.shape[1], size):
         yield slice(start, start + size)

@@ -55,6 +55,11 @@ class LoRA2ImageFolder(io.ComfyNode):
                     is_output_list=True,
                     tooltip="One caption per image; empty captions fall back to the prompt.",
                 ),
+                io.Mask.Output(
+                    display_name="masks",
+                    is_output_list=True,
+                    tooltip="What is opaque in each image; ones where it has no transparency.",
+                ),
             ],
         )
 

@@ -5,6 +5,7 @@ model patches, and resolves every path a user names.
 """
 
 from .applying import apply_state
+from .encoding import Encoder
 from .errors import HostError
 from .models import build_autoencoder, build_sdxl, check_model, prediction_of, private_copy
 from .paths import (
@@ -16,9 +17,10 @@ from .paths import (
     new_lora_path,
 )
 from .running import deaf_to_cancel, progress_bar, raise_if_cancelled
-from .training import TrainingSetup, encode_samples, prepare_training
+from .training import TrainingSetup, prepare_training
 
 __all__ = [
+    "Encoder",
     "HostError",
     "TrainingSetup",
     "apply_state",
@@ -28,7 +30,6 @@ __all__ = [
     "dataset_folder",
     "dataset_folders",
     "deaf_to_cancel",
-    "encode_samples",
     "lora_fingerprint",
     "lora_names",
     "lora_path",

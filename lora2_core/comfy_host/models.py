@@ -67,7 +67,7 @@ def private_copy(model: ModelPatcher, precision: str = "auto") -> comfy.model_ba
     private.__dict__ = dict(base.__dict__)
     # copy.deepcopy of the whole BaseModel fails from ComfyUI 0.8.0 on, of these two it works.
     private._modules = dict(base._modules)
-    private._modules["diffusion_model"] = _copy_frozen(base.diffusion_model, dtype)
+    private._modules["diffusion_model"] = copy_frozen(base.diffusion_model, dtype)
     sampling = copy.deepcopy(model.get_model_object("model_sampling"))
     private._modules["model_sampling"] = sampling.to(model.load_device)
     private.current_patcher = None  # type: ignore[assignment]
@@ -115,7 +115,7 @@ def _training_dtype(model: ModelPatcher) -> torch.dtype:
     return dtype if dtype in DTYPES.values() else torch.bfloat16  # fp8 has no arithmetic
 
 
-def _copy_frozen(module: Any, dtype: torch.dtype) -> Any:
+def copy_frozen(module: Any, dtype: torch.dtype) -> Any:
     """A copy in RAM with its own weights, cast to ``dtype``: no second model on the GPU."""
     weights = {
         id(p): nn.Parameter(p.detach().to("cpu", dtype, copy=True), requires_grad=False)

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-import comfy.model_base
 import torch
 from comfy.ldm.modules.attention import CrossAttention, attention_pytorch
 from comfy.model_patcher import ModelPatcher
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..buckets import crops
+from ..captions import variants
 from ..config import TrainConfig
-from ..dataset import Photo, Sample, crop
-from ..denoising import DenoisingTask
+from ..dataset import Photo, Sample
+from ..denoising import CachedTexts, DenoisingTask, TextSource
+from ..disk_cache import TensorCache, content_key
 from ..network import AdaptiveRankNetwork, fingerprint
 from ..objective import CrossAttentionEntropy
-from ..targets import find_targets
-from .errors import HostError
+from ..targets import Target, find_targets
+from .checkpointing import checkpoint_blocks
+from .class_images import class_images, class_samples, paints
+from .encoding import Encoder
 from .models import DTYPES, check_model, prediction_of, private_copy
+from .painting import Painter
+from .text_encoders import TextEncoders
 
 
 @dataclass(frozen=True)
@@ -32,94 +40,112 @@ class TrainingSetup:
     task: DenoisingTask
     entropy: CrossAttentionEntropy
     base_hash: str
+    data_hash: str  # changes with any photo, caption, mask or class image
+    painter: Painter | None  # of validation samples; None when none is asked for
+    enable_checkpointing: Callable[[], None]  # for a run that is short of memory
 
 
 def prepare_training(
-    model: ModelPatcher, clip: Any, vae: Any, photos: Sequence[Photo], config: TrainConfig
+    model: ModelPatcher,
+    clip: Any,
+    vae: Any,
+    photos: Sequence[Photo],
+    config: TrainConfig,
+    class_photos: Sequence[Photo] = (),
+    cache: Path | None = None,
 ) -> TrainingSetup:
     """Encode the photos and captions, copy the model and put adapters on the copy.
 
-    May be called under inference mode, as nodes are. Raises HostError for a model, CLIP or VAE
-    that does not fit, and ValueError for settings that do not fit the model.
+    ``class_photos``: for prior preservation; what lacks to ``config.data.class_images`` the model
+    paints itself, once. ``cache``: a folder for encoded photos and texts; None keeps nothing on
+    disk. May be called under inference mode, as nodes are. Raises HostError for a model, CLIP or
+    VAE that does not fit, and ValueError for settings that do not fit the model.
     """
     check_model(model)
-    with torch.inference_mode():
-        encoded = encode_samples(model, clip, vae, photos, config.resolution)
     with torch.inference_mode(False):
-        # A tensor made in inference mode cannot take part in a backward pass; its clone can.
-        samples = [Sample(s.latent.clone(), s.context.clone(), s.vector.clone()) for s in encoded]
-        private = private_copy(model, config.precision)
-        base_hash = fingerprint(private.diffusion_model)
-        targets = find_targets(private.diffusion_model, config.targets)
-        network = AdaptiveRankNetwork(private.diffusion_model, targets, config.rank, config.seed)
-        layers = [m for n, m in private.diffusion_model.named_modules() if n.endswith(".attn2")]
-        cross = CrossAttentionEntropy([m for m in layers if isinstance(m, CrossAttention)])
-        # The default on the CPU splits the attention into chunks, slow to differentiate.
-        options = {"optimized_attention_override": _plain_attention}
-        task = DenoisingTask(private, samples, options, prediction_of(model))
-        used = {dtype: name for name, dtype in DTYPES.items()}[private.diffusion_model.dtype]
-        resolved = dataclasses.replace(config, precision=used)
-        return TrainingSetup(resolved, network, task, cross, base_hash)
+        return _prepare(model, clip, vae, photos, config, class_photos, TensorCache(cache))
 
 
-def encode_samples(
-    model: ModelPatcher, clip: Any, vae: Any, photos: Sequence[Photo], resolution: int
-) -> list[Sample]:
-    """Latents, text embeddings and size conditioning of all photos, on the CPU.
+def _prepare(
+    model: ModelPatcher,
+    clip: Any,
+    vae: Any,
+    photos: Sequence[Photo],
+    config: TrainConfig,
+    class_photos: Sequence[Photo],
+    disk: TensorCache,
+) -> TrainingSetup:
+    encoder = Encoder(model.model, clip, vae, disk)
+    samples = _samples(encoder, photos, config)
+    live = TextEncoders(clip) if config.text.learning_rate > 0 else None
+    if live is None:
+        _read_ahead(encoder, samples, config)
+    else:
+        encoder.text("")  # says when the CLIP is of another family
+    private = private_copy(model, config.precision)
+    unet = private.diffusion_model
+    base_hash = fingerprint(unet)
+    texts: TextSource = live or CachedTexts(encoder.texts, next(unet.parameters()).device)
+    painter = Painter(private, vae, texts) if paints(config, class_photos) else None
+    classes = class_images(class_photos, painter, config, base_hash, disk)
+    extra = class_samples(encoder, classes, samples, config)
+    roots: dict[str, nn.Module] = {"unet": unet, **(live.roots if live else {})}
+    network = AdaptiveRankNetwork(roots, _targets(roots, config), config.rank, config.seed)
+    cross = _cross_attention(unet)
+    # The default on the CPU splits the attention into chunks, slow to differentiate.
+    options = {"optimized_attention_override": _plain_attention}
+    task = DenoisingTask(private, samples, texts, options, prediction_of(model), config, extra)
+    checkpoint = partial(checkpoint_blocks, unet, entropy=cross)
+    if config.gradient_checkpointing:
+        checkpoint()
+    used = {dtype: name for name, dtype in DTYPES.items()}[unet.dtype]
+    return TrainingSetup(
+        config=dataclasses.replace(config, precision=used),
+        network=network,
+        task=task,
+        entropy=cross,
+        base_hash=base_hash,
+        data_hash=_data_hash(photos, classes),
+        painter=painter if config.samples.prompts else None,
+        enable_checkpointing=checkpoint,
+    )
 
-    Each caption is encoded once. Raises HostError when ``clip`` or ``vae`` is of another family.
-    """
-    base = model.model
-    texts = {text: _encode_text(base, clip, text) for text in {p.caption for p in photos}}
-    samples = []
-    for photo in photos:
-        cut = crop(photo, resolution)
-        context, pooled = texts[photo.caption]
-        vector: Any = base.encode_adm(
-            pooled_output=pooled,
-            width=cut.original_size[0],
-            height=cut.original_size[1],
-            crop_w=cut.offset[0],
-            crop_h=cut.offset[1],
-            target_width=resolution,
-            target_height=resolution,
-        )
-        samples.append(Sample(_encode_image(base, vae, cut.pixels), context, _plain(vector)[0]))
-    return samples
+
+def _samples(encoder: Encoder, photos: Sequence[Photo], config: TrainConfig) -> list[Sample]:
+    return [
+        encoder.sample(found, variants(photo.caption, config.data, config.seed))
+        for photo, found in crops(photos, config)
+    ]
+
+
+def _read_ahead(encoder: Encoder, samples: Sequence[Sample], config: TrainConfig) -> None:
+    """Encode every text that training may ask for, so that the CLIP can leave the memory."""
+    wanted = {text for sample in samples for text in sample.captions}
+    wanted |= {*config.samples.prompts, "", config.data.class_prompt}
+    for text in sorted(wanted):
+        encoder.text(text)
+
+
+def _targets(roots: dict[str, nn.Module], config: TrainConfig) -> list[Target]:
+    selections = {root: config.text.targets for root in roots} | {"unet": config.targets}
+    return [
+        target
+        for root, module in roots.items()
+        for target in find_targets(module, selections[root], root)
+    ]
+
+
+def _cross_attention(unet: nn.Module) -> CrossAttentionEntropy:
+    layers = [module for name, module in unet.named_modules() if name.endswith(".attn2")]
+    return CrossAttentionEntropy([layer for layer in layers if isinstance(layer, CrossAttention)])
+
+
+def _data_hash(photos: Sequence[Photo], classes: Sequence[Photo]) -> str:
+    parts: list[str | Tensor] = []
+    for photo in [*photos, *classes]:
+        parts += [photo.pixels, photo.caption, "" if photo.mask is None else photo.mask]
+    return content_key(*parts)
 
 
 def _plain_attention(_chosen: object, *args: Any, **kwargs: Any) -> Tensor:
     return attention_pytorch(*args, **kwargs)
-
-
-def _encode_text(base: comfy.model_base.BaseModel, clip: Any, text: str) -> tuple[Tensor, Tensor]:
-    context, pooled = clip.encode_from_tokens(clip.tokenize(text), return_pooled=True)
-    config = base.model_config.unet_config
-    widths = context.shape[-1], 0 if pooled is None else pooled.shape[-1]
-    wanted = config["context_dim"], config["adm_in_channels"] - 1536
-    if pooled is None or widths != wanted:
-        raise HostError(
-            f"clip gives text embeddings of width {widths[0]} and {widths[1]} where the model "
-            f"takes {wanted[0]} and {wanted[1]}; connect the CLIP of the same checkpoint."
-        )
-    return _plain(context)[0], _plain(pooled)
-
-
-def _encode_image(base: comfy.model_base.BaseModel, vae: Any, pixels: Tensor) -> Tensor:
-    latent = vae.encode(pixels[None])
-    if latent.ndim != 4 or latent.shape[1] != 4:
-        raise HostError(
-            f"vae gives latents of shape {tuple(latent.shape)} where SDXL takes 4 channels; "
-            "connect the VAE of the same checkpoint."
-        )
-    scaled = base.process_latent_in(_plain(latent))[0]
-    if not scaled.isfinite().all():
-        raise HostError(
-            "vae gave latents that are not finite; SDXL's own VAE overflows in fp16: start ComfyUI "
-            "with --fp32-vae or load the fp16-fix VAE."
-        )
-    return scaled
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    return tensor.float().cpu()

@@ -158,6 +158,20 @@ def test_rank_budget_is_the_weighted_mean_rank(
     assert float(got) == pytest.approx(expected, rel=1e-5)
 
 
+@settings(deadline=None)
+@given(st.lists(st.tuples(usual_nu, st.floats(0.1, 9), st.booleans()), min_size=2, max_size=20))
+def test_budgets_of_groups_are_those_of_their_members(rows) -> None:
+    nu, weight, first = (torch.tensor(column) for column in zip(*rows, strict=True))
+    masks = [first, ~first]
+    weights = torch.stack([weight * mask for mask in masks])
+    targets = torch.tensor([3.0, 11.0])
+    got = adaptive_rank.rank_budget(nu, weights, targets, 0.9)
+    for mask, target, value in zip(masks, targets, got, strict=True):
+        if mask.any():
+            alone = adaptive_rank.rank_budget(nu[mask], weight[mask], float(target), 0.9)
+            assert float(value) == pytest.approx(float(alone), rel=1e-5)
+
+
 # --- laws -------------------------------------------------------------------------------------
 
 
@@ -186,6 +200,14 @@ def test_every_component_has_its_own_limit() -> None:
     limits = torch.tensor([3, 512, 64])
     got = adaptive_rank.effective_rank(torch.full((3,), 1e-3), 0.9, limits)
     assert got.tolist() == [3, 512, 64]
+
+
+@settings(deadline=None)
+@given(nu=any_nu, least=st.integers(1, 600), most=st.integers(1, 512))
+def test_a_smallest_rank_clips_like_the_largest_and_gives_way_to_it(nu, least, most) -> None:
+    free = adaptive_rank.effective_rank(torch.tensor([nu]), 0.9, 4096)
+    got = adaptive_rank.effective_rank(torch.tensor([nu]), 0.9, most, torch.tensor([least]))
+    assert int(got) == min(max(int(free), least), most)
 
 
 @pytest.mark.parametrize("quantile", [0.01, 0.5, 0.9, 0.99, 0.999])

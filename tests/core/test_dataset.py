@@ -1,11 +1,10 @@
-"""Photos and captions: what is refused, what is cropped how, and in which order they come."""
+"""Photos, captions and masks: what is refused, and what is cropped how."""
 
 from __future__ import annotations
 
 import io
 import random
 import warnings
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +97,168 @@ def test_pixels_come_out_as_three_channels_between_zero_and_one() -> None:
     assert torch.equal(photo.pixels, expected)
 
 
+# --- trigger ----------------------------------------------------------------------------------
+
+
+def test_the_trigger_comes_before_captions_and_the_prompt() -> None:
+    captions = ["a cat", "", "sks asleep"]
+    photos = dataset.check_photos([images(3)], captions, "a photo", trigger="sks")
+    assert [photo.caption for photo in photos] == ["sks, a cat", "sks, a photo", "sks asleep"]
+
+
+def test_a_trigger_is_caption_enough() -> None:
+    photos = dataset.check_photos([images(2)], ["", "a cat"], " ", trigger=" sks ")
+    assert [photo.caption for photo in photos] == ["sks", "sks, a cat"]
+
+
+# --- masks ------------------------------------------------------------------------------------
+
+
+def mask_of(*values: float, height: int = 64, width: int = 80) -> torch.Tensor:
+    """One mask a value: its left half holds the value, its right half 1."""
+    masks = torch.ones(len(values), height, width)
+    for mask, value in zip(masks, values, strict=True):
+        mask[:, : width // 2] = value
+    return masks
+
+
+@pytest.mark.parametrize(
+    ("masks", "text"),
+    [
+        ([mask_of(0.5, 0.5)], "masks has 2 entries for 3 images"),
+        ([mask_of(0.5, 0.5, 0.5, 0.5)], "masks has 4 entries for 3 images"),
+        ([torch.ones(3, 1, 64, 80)], r"masks holds \(3, 1, 64, 80\).*connect a MASK"),
+        (["mask.png"], "masks holds str"),
+        ([mask_of(0.5, np.nan, 0.5)], "masks: number 2 .*not numbers"),
+        ([mask_of(0.5), mask_of(0.5), mask_of(-np.inf)], "masks: number 3 .*not numbers"),
+        ([mask_of(0.5, 0.5), torch.zeros(1, 64, 64)], "number 3 is 0 everywhere.*disconnect"),
+        ([-mask_of(0.5, 0.5, 0.5)], "masks: number 1 is 0 everywhere"),
+        ([mask_of(0.5, height=80, width=64)], "number 1 is 64×80 px .* image is 80×64 px.*2 %"),
+        ([torch.ones(64, 82)], "number 1 is 82×64 px"),
+    ],
+)
+def test_bad_masks_are_named(masks, text: str) -> None:
+    with pytest.raises(DatasetError, match=text) as caught:
+        dataset.check_photos([images(3)], None, PROMPT, masks)
+    assert str(caught.value).endswith(".")
+
+
+def test_masks_find_their_photos() -> None:
+    batches = [mask_of(0.25, 0.5), mask_of(0.75)[0]]
+    photos = dataset.check_photos([images(3)], None, PROMPT, batches)
+    assert [float(photo.mask[0, 0]) for photo in photos] == [0.25, 0.5, 0.75]
+    assert all(photo.mask.shape == (64, 80) for photo in photos)
+
+
+def test_one_mask_serves_all_photos_of_its_aspect() -> None:
+    photos = dataset.check_photos([images(2), images(1, 128, 160)], None, PROMPT, [mask_of(0.5)])
+    assert [tuple(photo.mask.shape) for photo in photos] == [(64, 80)] * 2 + [(128, 160)]
+    assert torch.equal(photos[2].mask[:, :70], torch.full((128, 70), 0.5))
+    assert torch.equal(photos[2].mask[:, 90:], torch.ones(128, 70))
+
+
+@pytest.mark.parametrize("masks", [None, [], [torch.ones(64, 80)], [torch.full((64, 80), 2.0)]])
+def test_where_all_is_learnt_there_is_no_mask(masks) -> None:
+    photos = dataset.check_photos([images(2), images(1)], None, PROMPT, masks)
+    assert [photo.mask for photo in photos] == [None] * 3
+
+
+def test_masks_come_out_between_zero_and_one() -> None:
+    (photo,) = dataset.check_photos([images(1)], None, PROMPT, [mask_of(-3).half() * 5])
+    assert torch.equal(photo.mask, mask_of(0)[0])
+    assert photo.mask.dtype == torch.float32
+
+
+def test_alpha_is_the_mask_unless_one_is_given() -> None:
+    batch = images(2, channels=4)
+    batch[0, ..., 3], batch[1, ..., 3] = mask_of(0.25)[0], 1
+    half, opaque = dataset.check_photos([batch], None, PROMPT)
+    assert torch.equal(half.mask, mask_of(0.25)[0])
+    assert opaque.mask is None
+    given = dataset.check_photos([batch], None, PROMPT, [mask_of(0.5)])
+    assert all(torch.equal(photo.mask, mask_of(0.5)[0]) for photo in given)
+
+
+def test_an_image_without_anything_opaque_is_refused() -> None:
+    batch = images(2, channels=4)
+    batch[1, ..., 3] = 0
+    with pytest.raises(DatasetError, match="masks: number 2 is 0 everywhere"):
+        dataset.check_photos([batch], None, PROMPT)
+
+
+def test_a_transparent_folder_trains_where_it_is_opaque(tmp_path: Path) -> None:
+    picture().save(tmp_path / "a.png")
+    cut_out = picture((90, 66)).convert("RGBA")
+    cut_out.putalpha(Image.new("L", (90, 66), 0))
+    cut_out.paste(picture((45, 66)), (0, 0))
+    cut_out.save(tmp_path / "b.png")
+    loaded, captions, masks = dataset.load_folder(tmp_path)
+    opaque, half = dataset.check_photos(loaded, captions, PROMPT, masks)
+    assert opaque.mask is None
+    assert torch.equal(
+        half.mask,
+        mask_of(1, height=66, width=90)[0]
+        - torch.cat([torch.zeros(66, 45), torch.ones(66, 45)], 1),
+    )
+
+
+def test_a_wholly_transparent_file_is_named(tmp_path: Path) -> None:
+    picture().save(tmp_path / "a.png")
+    Image.new("RGBA", (70, 70), (9, 9, 9, 0)).save(tmp_path / "b.png")
+    with pytest.raises(DatasetError, match=r"b\.png is transparent everywhere"):
+        dataset.load_folder(tmp_path)
+
+
+@settings(deadline=None, max_examples=30)
+@given(height=st.integers(64, 200), width=st.integers(64, 200))
+def test_a_mask_is_cut_like_its_photo(height: int, width: int) -> None:
+    """A photo that is its own mask: they stay the same through resizing, but for the filter."""
+    rows, columns = torch.linspace(0, 1, height)[:, None], torch.linspace(0, 1, width)
+    mask = (rows + columns) / 2
+    cut = dataset.crop(Photo(mask[..., None].expand(-1, -1, 3), "", mask), 96)
+    assert cut.mask.shape == (96, 96)
+    torch.testing.assert_close(cut.mask, cut.pixels[..., 0], rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("shape", [(80, 64), (1, 64, 80), (64, 80, 1)])
+def test_a_photo_takes_no_mask_of_another_shape(shape: tuple[int, ...]) -> None:
+    with pytest.raises(DatasetError, match=r"mask has shape .* beside pixels of \(64, 80, 3\)"):
+        Photo(torch.zeros(64, 80, 3), "", torch.ones(shape))
+
+
+# --- samples ----------------------------------------------------------------------------------
+
+
+def test_a_sample_has_a_text_and_a_mask_of_its_latents_size() -> None:
+    latent, sizes = torch.zeros(4, 8, 12), torch.zeros(1536)
+    assert dataset.Sample(latent, sizes, ("",), torch.ones(1, 8, 12)).captions == ("",)
+    with pytest.raises(DatasetError, match="captions is empty"):
+        dataset.Sample(latent, sizes, ())
+    for shape in ((8, 12), (1, 12, 8), (4, 8, 12)):
+        with pytest.raises(
+            DatasetError, match=r"mask has shape .* beside a latent of \(4, 8, 12\)"
+        ):
+            dataset.Sample(latent, sizes, ("",), torch.ones(shape))
+
+
+# --- texts ------------------------------------------------------------------------------------
+
+
+def test_short_texts_are_repeated_to_the_length_of_long_ones() -> None:
+    texts = [dataset.Text(toy.noise(tokens, 5), toy.noise(3)) for tokens in (2, 3, 6)]
+    contexts, pooled = dataset.merge_tokens(texts)
+    assert contexts.shape == (3, 6, 5)
+    assert torch.equal(contexts[0], torch.cat([texts[0].context] * 3))
+    assert torch.equal(contexts[1], torch.cat([texts[1].context] * 2))
+    assert torch.equal(contexts[2], texts[2].context)
+    assert torch.equal(pooled, torch.stack([text.pooled for text in texts]))
+
+
+def test_texts_of_one_length_stay_as_they_are() -> None:
+    texts = [dataset.Text(toy.noise(4, 5), toy.noise(3)) for _ in range(2)]
+    assert torch.equal(dataset.merge_tokens(texts)[0], torch.stack([t.context for t in texts]))
+
+
 # --- crops ------------------------------------------------------------------------------------
 
 
@@ -153,11 +314,13 @@ def test_a_folder_comes_in_the_order_of_its_names_with_captions(tmp_path: Path) 
     (tmp_path / "c.d.txt").write_text("with a dot\n")
     (tmp_path / "notes.txt").write_text("belongs to nothing")
     (tmp_path / "sub").mkdir()
-    loaded, captions = dataset.load_folder(tmp_path)
+    loaded, captions, masks = dataset.load_folder(tmp_path)
     assert captions == ["a cat, Zoë", "", "with a dot", ""]
     for image, seed in zip(loaded, (1, 0, 2, 3), strict=True):
         expected = torch.from_numpy(np.asarray(picture(seed=seed), np.float32) / 255)
         torch.testing.assert_close(image, expected[None])
+    assert [tuple(mask.shape) for mask in masks] == [(1, 66, 70)] * 4
+    assert all((mask == 1).all() for mask in masks)
 
 
 def test_the_rotation_of_a_phone_is_undone(tmp_path: Path) -> None:
@@ -167,7 +330,7 @@ def test_the_rotation_of_a_phone_is_undone(tmp_path: Path) -> None:
     exif[0x0112] = 6  # shown rotated by 90° clockwise
     turned = upright.transpose(Image.Transpose.ROTATE_90)
     turned.save(tmp_path / "x.jpg", exif=exif, quality=95)
-    ((image,), _) = dataset.load_folder(tmp_path)
+    ((image,), _, _) = dataset.load_folder(tmp_path)
     assert image.shape == (1, 80, 120, 3)
     assert image[0, 40, 20, 2] > 0.9 > 0.1 > image[0, 40, 20, 0]
     assert image[0, 40, 100, 0] > 0.9
@@ -178,10 +341,14 @@ def test_transparency_becomes_white(mode: str, tmp_path: Path) -> None:
     clear = Image.new("RGBA", (70, 70), (0, 0, 0, 0))
     clear.paste((0, 0, 0, 128), (0, 0, 35, 70))
     clear.convert(mode).save(tmp_path / "x.png")
-    ((image,), _) = dataset.load_folder(tmp_path)
+    ((image,), _, (mask,)) = dataset.load_folder(tmp_path)
     assert image.shape == (1, 70, 70, 3)
     assert (image[0, :, 40:] == 1).all()
+    assert mask.shape == (1, 70, 70)
+    assert not mask[0, :, 40:].any()
+    assert (mask[0, :, :30] > 0).all()
     if mode != "P":
+        assert float(mask[0, 10, 10]) == pytest.approx(128 / 255)
         assert float(image[0, 10, 10, 0]) == pytest.approx(127 / 255, abs=1 / 255)
 
 
@@ -189,7 +356,7 @@ def test_transparency_becomes_white(mode: str, tmp_path: Path) -> None:
 def test_other_kinds_of_image_are_read(mode: str, tmp_path: Path) -> None:
     source = picture().convert(mode)
     source.save(tmp_path / "x.bmp", "TIFF")
-    ((image,), _) = dataset.load_folder(tmp_path)
+    ((image,), _, _) = dataset.load_folder(tmp_path)
     expected = torch.from_numpy(np.asarray(source.convert("RGB"), np.float32) / 255)
     torch.testing.assert_close(image[0], expected, rtol=0, atol=1.5 / 255)
 
@@ -197,7 +364,7 @@ def test_other_kinds_of_image_are_read(mode: str, tmp_path: Path) -> None:
 def test_sixteen_bits_keep_their_brightness(tmp_path: Path) -> None:
     grey = np.full((70, 70), 0x8000, np.uint16)
     Image.fromarray(grey).save(tmp_path / "x.png")
-    ((image,), _) = dataset.load_folder(tmp_path)
+    ((image,), _, _) = dataset.load_folder(tmp_path)
     assert float(image.mean()) == pytest.approx(0.5, abs=0.01)
 
 
@@ -264,28 +431,3 @@ def test_a_caption_that_is_no_text_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00\xd8")
     with pytest.raises(DatasetError, match=r"a\.txt is not readable UTF-8"):
         dataset.load_folder(tmp_path)
-
-
-# --- order ------------------------------------------------------------------------------------
-
-
-@settings(deadline=None, max_examples=50)
-@given(count=st.integers(1, 9), sizes=st.lists(st.integers(1, 7), min_size=1, max_size=12))
-def test_every_image_comes_once_an_epoch(count: int, sizes: list[int]) -> None:
-    order, generator = dataset.SampleOrder(count), torch.Generator().manual_seed(0)
-    drawn = [index for size in sizes for index in order.draw(generator, size)]
-    assert len(drawn) == sum(sizes)
-    for start in range(0, len(drawn), count):
-        epoch = drawn[start : start + count]
-        assert max(Counter(epoch).values()) == 1
-        assert set(epoch) <= set(range(count))
-
-
-def test_epochs_are_shuffled_anew_and_by_the_seed() -> None:
-    def epochs(seed: int) -> list[list[int]]:
-        order, generator = dataset.SampleOrder(8), torch.Generator().manual_seed(seed)
-        return [order.draw(generator, 8) for _ in range(3)]
-
-    first = epochs(1)
-    assert first == epochs(1) != epochs(2)
-    assert len({tuple(epoch) for epoch in first}) == 3

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lora2_pack.lora2_core import objective
+from lora2_pack.lora2_core import objective, rank_budget
 from lora2_pack.tests.core import toy
 
 torch.set_num_threads(1)
@@ -27,7 +27,8 @@ def test_fixed_mode_is_a_plain_lora(monkeypatch: pytest.MonkeyPatch) -> None:
     for batch in drawn:
         for layer, down, up in zip(net.layers, state[:count], state[count:], strict=True):
             layer.lora_down, layer.lora_up = (torch.nn.Parameter(p) for p in (down, up))
-        loss = objective.denoising_loss(*task.predict(batch))
+        said = task.predict(batch)
+        loss = objective.denoising_loss(said.value, said.target)
         grads = torch.autograd.grad(loss, net.weights())
         for weight, grad in zip(state, grads, strict=True):
             weight.grad = grad
@@ -46,11 +47,4 @@ def test_a_fixed_rank_is_held_to_each_layers_own_size() -> None:
     assert net.ranks == [target.largest_rank for target in net.targets]
     small = toy.adapt(toy.Transformer(blocks=1), mode="fixed", target_rank=3)
     assert set(small.ranks) == {3}
-    assert small.expected_bytes() == sum(2 * 3 * t.parameters_per_rank for t in small.targets)
-
-
-def test_a_fixed_rank_stays_within_its_megabytes() -> None:
-    net = toy.adapt(toy.Transformer(blocks=1), mode="fixed", target_megabytes=0.0026)
-    assert len(set(net.ranks)) == 1
-    one_more = sum(2 * t.parameters_per_rank for t in net.targets)
-    assert net.expected_bytes() <= 2_600 < net.expected_bytes() + one_more
+    assert small.expected_bytes() == rank_budget.file_bytes(small.targets, [3] * 8)

@@ -139,7 +139,11 @@ def test_bad_targets_are_named(selection: str, text: str) -> None:
         ({"max_rank": 17}, "max_rank is 17; the largest layer of this model takes rank 16"),
         ({"target_rank": 15.0}, "target_rank is 15; this model can reach a mean rank of 14"),
         ({"target_megabytes": 1.0}, "target_megabytes is 1;.* at ranks 1 to 128 give"),
-        ({"target_megabytes": 1e-4}, "target_megabytes is 0.0001"),
+        ({"target_megabytes": 1e-3}, "target_megabytes is 0.001"),
+        (
+            {"target_rank": 2.0, "min_rank": 3},
+            "target_rank is 2; with min_rank 3 the mean rank is 3",
+        ),
     ],
 )
 def test_ranks_beyond_the_model_are_refused_before_it_is_touched(options, text) -> None:
@@ -214,20 +218,6 @@ def test_a_seed_decides_every_weight() -> None:
     assert not torch.equal(first(1), first(2))
 
 
-def test_a_budget_in_megabytes_is_the_size_of_the_file() -> None:
-    net = toy.adapt(toy.Transformer(), target_megabytes=4e-3)
-    assert net.expected_bytes() == pytest.approx(4000, abs=1)
-    # What the controller compares with its target is the size of the file, whatever the ranks.
-    size = 2 * sum(t.parameters_per_rank * r for t, r in zip(net.targets, net.ranks, strict=True))
-    assert net.mean_rank() / net.target_rank == pytest.approx(size / 4000, rel=1e-5)
-
-
-def test_the_disk_is_checked_for_a_file_of_paper_mode() -> None:
-    net = toy.adapt(toy.Transformer(), mode="paper")
-    cost = [target.parameters_per_rank for target in net.targets]
-    assert net.expected_bytes() >= sum(2 * c * r for c, r in zip(cost, net.ranks, strict=True)) / 2
-
-
 def test_importance_of_the_network_is_that_of_each_component() -> None:
     net = toy.adapt(toy.Transformer(), **PAPER)
     with torch.no_grad():
@@ -262,6 +252,23 @@ def test_clamped_nu_spans_every_rank_and_no_more(logs: list[float]) -> None:
     ranks = adaptive_rank.effective_rank(net.nu, 0.9, 99)
     for value, rank in zip(logs, ranks.tolist(), strict=True):
         assert rank == (12 if value < -2 else 1 if value > 1 else rank)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.floats(-40, 40), min_size=8, max_size=8), st.integers(1, 14))
+def test_no_rank_falls_below_the_smallest(logs: list[float], least: int) -> None:
+    net = toy.adapt(toy.Transformer(blocks=1), target_rank=14, min_rank=least, hysteresis=False)
+    with torch.no_grad():
+        net.log_nu.copy_(torch.tensor(logs))
+    net.clamp_nu()
+    net.resize(net.nu.detach(), toy.trained(net))
+    limits = [min(least, target.largest_rank) for target in net.targets]
+    assert all(rank >= limit for rank, limit in zip(net.ranks, limits, strict=True))
+    for value, rank, limit in zip(logs, net.ranks, limits, strict=True):
+        assert rank == limit or value < 1
+    # The least ν that is left is half a rank away from growth.
+    exact = adaptive_rank.expected_rank(net.nu.detach(), 0.9)
+    assert (exact > torch.tensor(limits) - 0.501).all()
 
 
 def test_fingerprints_tell_models_apart() -> None:
@@ -375,7 +382,7 @@ def test_a_resize_to_the_same_rank_changes_nothing_at_all() -> None:
         optimizer = toy.trained(net)
         if net is replaced:
             assert ask(net, [6.0] * 3, optimizer) == 0
-            net._replace(net.layers, net.ranks, optimizer)
+            net._replace(net.layers, net.ranks, optimizer, None)
         toy.random_steps(net, optimizer, 3)
         states.append(toy.snapshot(net, optimizer))
     for first, second in zip(*states, strict=True):

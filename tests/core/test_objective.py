@@ -109,7 +109,7 @@ def test_small_chunks_really_split_the_map(monkeypatch: pytest.MonkeyPatch) -> N
     rows = []
     plain = objective._log_attention
     monkeypatch.setattr(
-        objective, "_log_attention", lambda q, k: rows.append(q.shape[2]) or plain(q, k)
+        objective, "_log_attention", lambda q, k, s: rows.append(q.shape[1]) or plain(q, k, s)
     )
     objective.attention_entropy(*random_qk((1, 7, 11, 1, 4)), 1)
     assert rows == [3, 3, 1]

@@ -19,10 +19,11 @@ import numpy as np
 import pytest
 import torch
 from lora2_pack.lora2_core import lora_file
-from lora2_pack.lora2_core.config import TrainConfig
+from lora2_pack.lora2_core.config import OptimizerConfig, TrainConfig
 from lora2_pack.lora2_core.layers import AdaptiveLoRA
 from lora2_pack.lora2_core.network import AdaptiveRankNetwork, Component
-from lora2_pack.lora2_core.optimizers import make_adam
+from lora2_pack.lora2_core.objective import Prediction
+from lora2_pack.lora2_core.optimizers import make_optimizer
 from lora2_pack.lora2_core.rank_config import RankConfig
 from lora2_pack.lora2_core.targets import find_targets
 from lora2_pack.lora2_core.trainer import StepEvent, train
@@ -117,7 +118,17 @@ def entropy_in_numpy(query: Tensor, key: Tensor, heads: int) -> float:
     return float(-(p * np.log(p)).sum(-1).mean())
 
 
-class TransformerTask:
+class Endless:
+    """A task whose draws are new each time, so that there is no order to remember."""
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        assert state == {}
+
+
+class TransformerTask(Endless):
     """Noise in, a fixed random map of it out; ``scale`` multiplies prediction and target."""
 
     def __init__(self, model: Transformer, scale: float = 1.0):
@@ -134,12 +145,12 @@ class TransformerTask:
     def spread(self, generator: torch.Generator, count: int, size: int) -> list[Any]:
         return [self.draw(generator, size) for _ in range(-(-count // size))]
 
-    def predict(self, batch: Any) -> tuple[Tensor, Tensor]:
+    def predict(self, batch: Any) -> Prediction:
         x, context = batch
-        return self.scale * self.model(x, context), self.scale * x @ self.matrix
+        return Prediction(self.scale * self.model(x, context), self.scale * x @ self.matrix)
 
 
-class TeacherTask:
+class TeacherTask(Endless):
     """Layers that lack an update of a known rank each: the task that ranks should follow."""
 
     def __init__(self, student: Parallel, true_ranks: Sequence[int], scale: float = 1.0):
@@ -160,9 +171,9 @@ class TeacherTask:
     def spread(self, generator: torch.Generator, count: int, size: int) -> list[Tensor]:
         return [self.draw(generator, size) for _ in range(-(-count // size))]
 
-    def predict(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+    def predict(self, batch: Tensor) -> Prediction:
         target = torch.einsum("loi,bli->blo", self.weight, batch) + self.bias
-        return self.scale * self.student(batch), self.scale * target
+        return Prediction(self.scale * self.student(batch), self.scale * target)
 
 
 def adapt(
@@ -243,7 +254,7 @@ def snapshot(net: AdaptiveRankNetwork, optimizer) -> list[dict[str, Tensor]]:
 
 def trained(net: AdaptiveRankNetwork, steps: int = 3) -> torch.optim.Adam:
     """The trainer's optimizer after a few steps."""
-    optimizer = make_adam(net.weights(), 1e-2, net.log_nu, 1e-2)
+    optimizer = make_optimizer(OptimizerConfig(), [(net.weights(), 1e-2)])
     random_steps(net, optimizer, steps)
     return optimizer
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
 from lora2_pack.lora2_core import comfy_host
-from lora2_pack.lora2_core.trainer import _Trainer
+from lora2_pack.lora2_core.trainer import Trainer
 from lora2_pack.tests.host import demo
 
 
@@ -46,7 +46,7 @@ def test_only_fp16_scales_its_loss(parts: Any, asked: str, used: str, scaled: bo
     config = demo.settings(steps=1, precision=asked)
     setup = comfy_host.prepare_training(*parts, demo.photos(), config)
     assert setup.config.precision == used
-    trainer = _Trainer(setup.network, setup.task, setup.config, setup.entropy)
+    trainer = Trainer(setup.network, setup.task, setup.config, setup.entropy)
     assert trainer.scaler.is_enabled() == scaled
 
 

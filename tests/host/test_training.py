@@ -162,9 +162,9 @@ def test_the_target_of_a_noise_model_is_the_noise(parts: Parts, model: Any):
     setup = _prepare(parts, settings())
     for batch in setup.task.spread(torch.Generator().manual_seed(0), 8, 2):
         with torch.no_grad():
-            prediction, target = setup.task.predict(batch)
-        torch.testing.assert_close(target, batch[2], rtol=1e-4, atol=1e-4)
-        assert prediction.shape == target.shape
+            said = setup.task.predict(batch)
+        torch.testing.assert_close(said.target, batch.noise, rtol=1e-4, atol=1e-4)
+        assert said.value.shape == said.target.shape
 
 
 @pytest.mark.parametrize("name", ["EPS", "V_PREDICTION"])
@@ -175,16 +175,16 @@ def test_the_difference_is_that_of_the_network_s_own_output(parts: Parts, model:
     setup.task.model.diffusion_model.register_forward_hook(lambda *a: raw.append(a[2]))
     for batch in setup.task.spread(torch.Generator().manual_seed(0), 8, 2):
         with torch.no_grad():
-            prediction, target = setup.task.predict(batch)
-        index, sigma, noise = batch
-        latent = torch.stack([setup.task.latents[i] for i in index.tolist()])
+            said = setup.task.predict(batch)
+        sigma, noise = batch.sigma, batch.noise
+        latent = torch.stack([sample.latent for sample in batch.samples])
         noised = sampling.noise_scaling(sigma, noise, latent, False)
         true = _true_output(name, sigma.view(-1, 1, 1, 1), noised, latent)
         # The reference itself: ComfyUI makes the clean latent of it.
         clean = sampling.calculate_denoised(sigma, true, noised)
         torch.testing.assert_close(clean, latent, rtol=1e-3, atol=2e-3)
         torch.testing.assert_close(
-            prediction - target, raw.pop() - true, rtol=1e-3, atol=2e-3, msg=f"σ = {sigma}"
+            said.value - said.target, raw.pop() - true, rtol=1e-3, atol=2e-3, msg=f"σ = {sigma}"
         )
 
 

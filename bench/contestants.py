@@ -1,0 +1,192 @@
+"""One training step each: ours in its variants, a frozen floor, PEFT, and ComfyUI's own trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import comfy.ops
+import torch
+from comfy.ldm.modules.attention import BasicTransformerBlock, attention_pytorch
+from lora2_pack.lora2_core import comfy_host, demo_model, trainer
+from lora2_pack.lora2_core.config import TrainConfig
+from lora2_pack.lora2_core.dataset import Photo
+from lora2_pack.lora2_core.network import AdaptiveRankNetwork
+from lora2_pack.lora2_core.objective import CrossAttentionEntropy, Prediction, denoising_loss
+from lora2_pack.lora2_core.rank_config import RankConfig
+from lora2_pack.lora2_core.targets import PRESETS, find_targets
+from torch import Tensor, nn
+
+RANK, BATCH, STEPS = 16, 2, 10_000  # the run is never finished: only its steps are timed
+RATE = 1e-4
+WIDTH, HEADS, CONTEXT, TOKENS, TEXT = 1280, 20, 2048, 256, 77  # SDXL's inner blocks at 512 px
+Step = Callable[[], Any]
+
+
+def demo_parts() -> tuple[Any, Any, Any]:
+    """MODEL, CLIP and VAE of the demo."""
+    with torch.inference_mode():
+        model, clip = comfy_host.build_sdxl(
+            demo_model.UNET_CONFIG, demo_model.text_configs(), demo_model.fill_trained
+        )
+        return model, clip, comfy_host.build_autoencoder(demo_model.autoencoder_weights())
+
+
+def photos() -> list[Photo]:
+    """Six pictures of noise: what they show costs nothing."""
+    generator = torch.Generator().manual_seed(0)
+    size = demo_model.SIZE
+    return [
+        Photo(torch.rand(size, size, 3, generator=generator), "a photo of sks cat")
+        for _ in range(6)
+    ]
+
+
+def config(mode: str = "balanced", **changes: Any) -> TrainConfig:
+    """The settings of every variant of ours; fp32, as CPUs train."""
+    rank = RankConfig.for_mode(mode, target_rank=float(RANK))
+    settings = {"steps": STEPS, "learning_rate": RATE, "batch_size": BATCH, "probes": 0}
+    fixed = {"resolution": demo_model.SIZE, "precision": "fp32", "rank": rank}
+    return TrainConfig(**{**settings, **fixed, **changes})
+
+
+def ours(parts: tuple[Any, Any, Any], settings: TrainConfig) -> Step:
+    """A step of the pack's trainer on a private copy of the demo model."""
+    setup = comfy_host.prepare_training(*parts, photos(), settings)
+    run = trainer.train(setup.network, setup.task, setup.config, setup.entropy)
+    return lambda: next(run)
+
+
+def floor(parts: tuple[Any, Any, Any]) -> Step:
+    """Forward and backward to the latent through the frozen model; nothing is learnt."""
+    task, _ = _task(parts)
+    generator = torch.Generator().manual_seed(1)
+
+    def step() -> None:
+        batch = task.draw(generator, BATCH)
+        latent = [_requiring_grad(sample) for sample in batch.samples]
+        said = task.predict(type(batch)(tuple(latent), batch.texts, batch.sigma, batch.noise))
+        denoising_loss(said.value, said.target).backward()
+
+    return step
+
+
+def peft_lora(parts: tuple[Any, Any, Any]) -> Step:
+    """PEFT's LoRA of the same rank on the same layers, with the same optimizer."""
+    task, unet = _task(parts)
+    adapters = _inject(unet)
+    optimizer = torch.optim.AdamW(adapters, RATE, weight_decay=0.0, fused=True)
+    generator = torch.Generator().manual_seed(1)
+
+    def step() -> None:
+        said = task.predict(task.draw(generator, BATCH))
+        denoising_loss(said.value, said.target).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+class Blocks(nn.Module):
+    """Two transformer blocks of SDXL's width, of ComfyUI's class, frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        operations: Any = comfy.ops.disable_weight_init
+        self.blocks = nn.ModuleList(
+            BasicTransformerBlock(
+                WIDTH, HEADS, WIDTH // HEADS, context_dim=CONTEXT, operations=operations
+            )
+            for _ in range(2)
+        )
+        demo_model.fill_seeded(self, seed=3)
+        self.requires_grad_(False)
+        plain = lambda _, *args, **kwargs: attention_pytorch(*args, **kwargs)  # noqa: E731
+        self.options = {"optimized_attention_override": plain}
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x, context, dict(self.options))
+        return x
+
+
+class BlocksTask:
+    """Noise in, noise to be said: (1, 256, 1280) with a context of (1, 77, 2048)."""
+
+    def __init__(self, model: Blocks):
+        self.model = model
+
+    def draw(self, generator: torch.Generator, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        x, target = (torch.randn(size, TOKENS, WIDTH, generator=generator) for _ in range(2))
+        return x, torch.randn(size, TEXT, CONTEXT, generator=generator), target
+
+    def spread(self, generator: torch.Generator, count: int, size: int) -> list[Any]:
+        return [self.draw(generator, size) for _ in range(count // size)]
+
+    def predict(self, batch: tuple[Tensor, Tensor, Tensor]) -> Prediction:
+        x, context, target = batch
+        return Prediction(self.model(x, context), target)
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        assert state == {}
+
+
+def wide_ours(settings: TrainConfig) -> Step:
+    """A step of the trainer on the two blocks, batch 1."""
+    model = Blocks()
+    network = AdaptiveRankNetwork(model, find_targets(model), settings.rank, 0)
+    cross = CrossAttentionEntropy([block.attn2 for block in model.blocks])
+    run = trainer.train(network, BlocksTask(model), settings, cross)
+    return lambda: next(run)
+
+
+def wide_floor() -> Step:
+    """Forward and backward to x through the two blocks."""
+    task = BlocksTask(Blocks())
+    generator = torch.Generator().manual_seed(1)
+
+    def step() -> None:
+        x, context, target = task.draw(generator, 1)
+        said = task.predict((x.requires_grad_(), context, target))
+        denoising_loss(said.value, said.target).backward()
+
+    return step
+
+
+def steps_of_train_lora_node(
+    parts: tuple[Any, Any, Any], count: int, checkpointing: bool
+) -> Iterator[None]:
+    """ComfyUI's TrainLoraNode doing its own ``count`` steps; between two of them others may run.
+
+    It is a loop inside a node: what it iterates over is replaced by us, nothing else.
+    """
+    raise NotImplementedError
+
+
+def _task(parts: tuple[Any, Any, Any]) -> tuple[Any, nn.Module]:
+    """The pack's task on a frozen copy of the model without adapters, and that copy's U-Net."""
+    setup = comfy_host.prepare_training(*parts, photos(), config())
+    private = comfy_host.private_copy(parts[0], "fp32")
+    setup.task.model = private
+    return setup.task, private.diffusion_model
+
+
+def _requiring_grad(sample: Any) -> Any:
+    latent = sample.latent.clone().requires_grad_()
+    return type(sample)(latent, sample.sizes, sample.captions)
+
+
+def _inject(model: nn.Module) -> list[nn.Parameter]:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    pattern = ".*" + PRESETS["attention"]
+    inject_adapter_in_model(
+        LoraConfig(r=RANK, lora_alpha=RANK, target_modules=pattern, lora_dropout=0.0), model
+    )
+    adapters = [p for name, p in model.named_parameters() if "lora_" in name]
+    for parameter in adapters:
+        parameter.requires_grad_(True)
+    return adapters
