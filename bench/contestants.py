@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -46,8 +47,8 @@ def config(mode: str = "balanced", **changes: Any) -> TrainConfig:
     """The settings of every variant of ours; fp32, as CPUs train."""
     rank = RankConfig.for_mode(mode, target_rank=float(RANK))
     settings = {"steps": STEPS, "learning_rate": RATE, "batch_size": BATCH, "probes": 0}
-    fixed = {"resolution": demo_model.SIZE, "precision": "fp32", "rank": rank}
-    return TrainConfig(**{**settings, **fixed, **changes})
+    common = {"resolution": demo_model.SIZE, "precision": "fp32", "rank": rank}
+    return TrainConfig(**{**settings, **common, **changes})
 
 
 def ours(parts: tuple[Any, Any, Any], settings: TrainConfig) -> Step:
@@ -134,12 +135,16 @@ class BlocksTask:
         assert state == {}
 
 
-def wide_ours(settings: TrainConfig) -> Step:
-    """A step of the trainer on the two blocks, batch 1."""
-    model = Blocks()
+def wide_trainer(settings: TrainConfig, model: Blocks) -> trainer.Trainer:
+    """The trainer on the two blocks."""
     network = AdaptiveRankNetwork(model, find_targets(model), settings.rank, 0)
     cross = CrossAttentionEntropy([block.attn2 for block in model.blocks])
-    run = trainer.train(network, BlocksTask(model), settings, cross)
+    return trainer.Trainer(network, BlocksTask(model), settings, cross)
+
+
+def wide_ours(settings: TrainConfig) -> Step:
+    """A step of the trainer on the two blocks."""
+    run = wide_trainer(settings, Blocks()).run()
     return lambda: next(run)
 
 
@@ -156,14 +161,67 @@ def wide_floor() -> Step:
     return step
 
 
-def steps_of_train_lora_node(
-    parts: tuple[Any, Any, Any], count: int, checkpointing: bool
-) -> Iterator[None]:
-    """ComfyUI's TrainLoraNode doing its own ``count`` steps; between two of them others may run.
+def run_train_lora_node(
+    parts: tuple[Any, Any, Any], steps: int, checkpointing: bool, between: Callable[[], None]
+) -> None:
+    """ComfyUI's TrainLoraNode does ``steps`` steps of its own; ``between`` is called before each.
 
-    It is a loop inside a node: what it iterates over is replaced by us, nothing else.
+    Its loop is inside the node: what it iterates over is replaced, and nothing else.
     """
-    raise NotImplementedError
+    node: Any = importlib.import_module("comfy_extras.nodes_train")
+    latents, positive = _encoded(parts)
+    original = node.trange
+    node.trange = lambda total, **_: _Range(total, between)
+    settings = {
+        "batch_size": BATCH,
+        "steps": steps,
+        "grad_accumulation_steps": 1,
+        "learning_rate": RATE,
+        "rank": RANK,
+        "optimizer": "AdamW",
+        "loss_function": "MSE",
+        "seed": 0,
+        "training_dtype": "fp32",
+        "lora_dtype": "fp32",
+        "algorithm": "LoRA",
+        "gradient_checkpointing": checkpointing,
+        "existing_lora": "[None]",
+    }
+    try:
+        with torch.inference_mode():  # as ComfyUI runs every node
+            node.TrainLoraNode.execute(
+                model=[parts[0]],
+                latents=[{"samples": latent[None]} for latent in latents],
+                positive=[positive],
+                **{name: [value] for name, value in settings.items()},
+            )
+    finally:
+        node.trange = original
+
+
+class _Range:
+    """Counts as tqdm's trange does, and lets others run before each number."""
+
+    def __init__(self, total: int, between: Callable[[], None]):
+        self.total, self.between = total, between
+
+    def __iter__(self) -> Iterator[int]:
+        for number in range(self.total):
+            self.between()
+            yield number
+        self.between()
+
+    def set_postfix(self, *_: Any) -> None:
+        """What the progress bar would show."""
+
+
+def _encoded(parts: tuple[Any, Any, Any]) -> tuple[Tensor, list[Any]]:
+    """Latents and CONDITIONING of the photos, as ComfyUI's own nodes make them."""
+    _, clip, vae = parts
+    with torch.inference_mode():
+        pixels = torch.stack([photo.pixels for photo in photos()])
+        tokens = clip.tokenize(photos()[0].caption)
+        return vae.encode(pixels), clip.encode_from_tokens_scheduled(tokens)
 
 
 def _task(parts: tuple[Any, Any, Any]) -> tuple[Any, nn.Module]:

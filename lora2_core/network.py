@@ -71,7 +71,7 @@ class AdaptiveRankNetwork(nn.Module):
 
     @property
     def ranks(self) -> list[int]:
-        return [layer.rank for layer in self.layers]
+        return list(self._ranks)
 
     @property
     def max_ranks(self) -> Tensor:
@@ -94,8 +94,8 @@ class AdaptiveRankNetwork(nn.Module):
         flat = adaptive_rank.importance_at(
             self.nu[self._component], self._position, self.config.mode
         )  # (Σ rank,)
-        for layer, values in zip(self.layers, flat.split(self.ranks), strict=True):
-            layer.importance = values
+        for layer, values in zip(self.adapters, flat.split(self._ranks), strict=True):
+            vars(layer)["importance"] = values  # past nn.Module's checks: hundreds of them a step
 
     def set_enabled(self, enabled: bool) -> None:
         """Switch all adapters on or off; off leaves exactly the frozen model."""
@@ -104,7 +104,7 @@ class AdaptiveRankNetwork(nn.Module):
 
     def mean_rank(self) -> tuple[float, ...]:
         """Mean of the ranks in use of every group, (G,), weighted as its budget is."""
-        return self.budget.mean_ranks(self.ranks)
+        return self.budget.mean_ranks(self._ranks)
 
     def expected_bytes(self) -> int:
         """Size of the file to expect, header included: what a budget in bytes allows, else at the
@@ -134,7 +134,7 @@ class AdaptiveRankNetwork(nn.Module):
         ``nu``: (L,) on the CPU. Rows that stay keep their weights and their optimizer state; new
         columns of B are zero or random as configured (section 3.3). ``average`` follows.
         """
-        current = torch.tensor(self.ranks)
+        current = torch.tensor(self._ranks)
         wanted = self._ranks_for(nu)
         if self.config.hysteresis:
             wanted = adaptive_rank.hysteresis(current, wanted)
@@ -256,7 +256,8 @@ class AdaptiveRankNetwork(nn.Module):
 
     def _index_ranks(self) -> None:
         """Which component and which 1-based position each entry of the flat Λ belongs to."""
-        ranks = torch.tensor(self.ranks)
+        self._ranks = [layer.rank for layer in self.layers]
+        ranks = torch.tensor(self._ranks)
         first = ranks.cumsum(0) - ranks  # (L,)
         component = torch.repeat_interleave(torch.arange(len(ranks)), ranks)  # (Σ rank,)
         self._component = component.to(self._device)

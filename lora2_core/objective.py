@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 # Attention scores kept in memory at once; 2²² fp32 scores are 16 MB.
 _CHUNK_ELEMENTS = 1 << 22
+# Maps up to this size are gathered, and those alike computed in one go: where layers are small,
+# calls cost more than what they compute.
+_SMALL_MAP = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,10 @@ class CrossAttentionEntropy:
 
     def __init__(self, layers: list[nn.Module]):
         self.layers = layers
+        self.gathers = True  # small maps; False computes each where it arises
         self._terms: list[Tensor] = []
+        self._gathered = 0  # layers beyond one a term
+        self._small: dict[tuple, list[tuple[Tensor, Tensor]]] = {}
         self._collects = False
 
     @property
@@ -123,7 +129,7 @@ class CrossAttentionEntropy:
     @contextmanager
     def collecting(self) -> Iterator[None]:
         """Hooks in, forget earlier terms; hooks out at the end whatever happens."""
-        self._terms = []
+        self._terms, self._small, self._gathered = [], {}, 0
         self._collects = True
         try:
             with self._hooked(self.layers, self._terms):
@@ -150,9 +156,15 @@ class CrossAttentionEntropy:
 
     def value(self) -> Tensor:
         """L_entropy, the mean over the collected layers; a scalar."""
+        small, self._small = self._small, {}
+        for (heads, *_), pairs in small.items():
+            queries, keys = zip(*pairs, strict=True)
+            together = attention_entropy(torch.cat(queries), torch.cat(keys), heads)
+            self._terms.append(len(pairs) * together)
+            self._gathered += len(pairs) - 1
         if not self._terms:
             raise RuntimeError("no cross-attention ran while its entropy was collected")
-        return torch.stack(self._terms).mean()
+        return torch.stack(self._terms).sum() / (len(self._terms) + self._gathered)
 
     def _hook(
         self, layer: nn.Module, terms: list[Tensor]
@@ -164,7 +176,12 @@ class CrossAttentionEntropy:
             query[:] = [output]
 
         def add_term(_module: nn.Module, _args: object, output: Tensor) -> None:
-            terms.append(attention_entropy(query.pop(), output, heads))
+            q = query.pop()
+            if self.gathers and q.shape[0] * heads * q.shape[1] * output.shape[1] <= _SMALL_MAP:
+                alike = heads, q.shape, output.shape, q.dtype
+                self._small.setdefault(alike, []).append((q, output))
+            else:
+                terms.append(attention_entropy(q, output, heads))
 
         yield layer.to_q.register_forward_hook(keep_query)  # type: ignore[union-attr,operator]
         yield layer.to_k.register_forward_hook(add_term)  # type: ignore[union-attr,operator]

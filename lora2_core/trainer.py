@@ -272,13 +272,17 @@ class Trainer:
         Clips the gradient of A and B where the configuration asks for it.
         """
         limit = self.config.optimizer.clip_norm
-        weights = self.network.weights()
+        groups = self.optimizer.param_groups
+        weights = [weight for group in groups for weight in group["params"]]
         if self.scaler.is_enabled():
             if limit:
                 self.scaler.unscale_(self.optimizer)
                 torch.nn.utils.clip_grad_norm_(weights, limit)
             return torch.zeros_like(like)
-        size = torch.nn.utils.clip_grad_norm_(weights, limit or math.inf)
+        gradients = [weight.grad for weight in weights if weight.grad is not None]
+        size = torch.nn.utils.get_total_norm(gradients)
+        if limit:
+            torch.nn.utils.clip_grads_with_norm_(weights, limit, size)
         nu_gradient = self.network.log_nu.grad
         return size if nu_gradient is None else torch.hypot(size, nu_gradient.norm())
 

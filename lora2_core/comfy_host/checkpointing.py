@@ -43,6 +43,8 @@ def checkpoint_blocks(
             f"{type(model).__name__} has no {_KINDS[level].__name__} to checkpoint; switch "
             "gradient_checkpointing off."
         )
+    if entropy is not None:
+        entropy.gathers = False  # a gathered map would live on outside of its block
     for block in blocks:
         block.forward = _Checkpoint(block, entropy)
 

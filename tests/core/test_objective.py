@@ -190,6 +190,29 @@ def test_collected_entropy_is_the_mean_over_the_cross_attentions() -> None:
     assert float(entropy.value()) == pytest.approx(np.mean(naive), rel=1e-5)
 
 
+@pytest.mark.parametrize("small", [0, 2 * 6 * 5 * 2, 1 << 20])
+def test_maps_gathered_and_maps_alone_are_the_same(
+    small: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Maps of 120 scores: none, all and all of them small."""
+    monkeypatch.setattr(objective, "_SMALL_MAP", small)
+    model = toy.Transformer(blocks=3)
+    network = toy.adapt(model, target_rank=4)
+    found = []
+    for gathers in (True, False):
+        entropy = collector(model)
+        entropy.gathers = gathers
+        network.refresh_importance()
+        with entropy.collecting():
+            model(*inputs())
+        value = entropy.value()
+        gradients = torch.autograd.grad(value, network.weights(), allow_unused=True)
+        found.append([value, entropy.value(), *(g for g in gradients if g is not None)])
+    assert len(found[0]) > 10
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-9)
+
+
 def test_each_collection_forgets_the_last() -> None:
     model = toy.Transformer()
     entropy = collector(model)

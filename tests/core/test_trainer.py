@@ -142,7 +142,7 @@ def test_without_weight_the_entropy_is_no_work(monkeypatch: pytest.MonkeyPatch) 
     calls = []
     plain = objective.attention_entropy
     monkeypatch.setattr(objective, "attention_entropy", lambda *a: calls.append(1) or plain(*a))
-    for weight, expected in ((0.0, 0), (1e-3, 2 * 3)):  # two cross-attentions, three steps
+    for weight, expected in ((0.0, 0), (1e-3, 3)):  # two cross-attentions at once, three steps
         model = toy.Transformer(blocks=2)
         net, hooked = toy.adapt(model, target_rank=4), []
         for block in model.blocks:

@@ -47,6 +47,7 @@ class Setting:
                 layer.lora_up.copy_(torch.randn(layer.lora_up.shape, generator=generator) / 10)
         layers = [m for n, m in self.unet.named_modules() if n.endswith(".attn2")]
         self.entropy = CrossAttentionEntropy([m for m in layers if isinstance(m, CrossAttention)])
+        self.entropy.gathers = False  # as with checkpoints: sums in another order differ in a bit
         width = self.base.model_config.unet_config["context_dim"]
         vector = self.base.model_config.unet_config["adm_in_channels"]
         self.noised = torch.randn(2, 4, 16, 16, generator=generator)
