@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -33,9 +34,12 @@ def project(
     in); ``importances``: (rank_i,); ``ups``: (out_i, rank_i), these three in any float dtype.
     Returns (…, out_i) each. Gradients go to x, A, Λ and B.
     """
-    way = _Merged if _merging_pays(x, weights, downs) else _ThroughRanks
+    if _merging_pays(x, weights, downs):
+        return _merged(x, weights, biases, downs, importances, ups)
+    if len(weights) == 1:
+        return (_through_rank(x, weights[0], biases[0], downs[0], importances[0], ups[0]),)
     parts = (*weights, *biases, *downs, *importances, *ups)
-    return way.apply(x, len(weights), *parts)  # type: ignore[no-any-return]
+    return _ThroughRanks.apply(x, len(weights), *parts)  # type: ignore[no-any-return]
 
 
 def _merging_pays(x: Tensor, weights: Sequence[Tensor], downs: Sequence[Tensor]) -> bool:
@@ -45,6 +49,31 @@ def _merging_pays(x: Tensor, weights: Sequence[Tensor], downs: Sequence[Tensor])
     sides = zip(weights, downs, strict=True)
     through_ranks = 3 * sum(down.shape[0] * sum(weight.shape) for weight, down in sides)
     return full < _MERGING_FAVOUR * through_ranks
+
+
+def _merged(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    downs: Sequence[Tensor],
+    importances: Sequence[Tensor],
+    ups: Sequence[Tensor],
+) -> tuple[Tensor, ...]:
+    parts = zip(weights, biases, downs, importances, ups, strict=True)
+    return tuple(
+        F.linear(x, torch.addmm(weight, up * scale, down), bias)
+        for weight, bias, down, scale, up in parts
+    )
+
+
+def _through_rank(
+    x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, scale: Tensor, up: Tensor
+) -> Tensor:
+    """One layer alone: what is saved by sharing does not pay for a function of our own."""
+    rows = x.reshape(-1, x.shape[-1])  # (tokens, in)
+    hidden = F.linear(rows, down.to(x.dtype)) * scale.to(x.dtype)  # (tokens, rank)
+    flat = F.linear(rows, weight, bias).addmm_(hidden, up.to(x.dtype).t())  # (tokens, out)
+    return flat.view(*x.shape[:-1], -1)
 
 
 class _ThroughRanks(torch.autograd.Function):
@@ -90,43 +119,6 @@ class _ThroughRanks(torch.autograd.Function):
             grad_x = grad_x.view_as(x)
         frozen = [None] * (2 * count)
         # autograd casts each to the dtype of its own input
-        return grad_x, None, *frozen, *grad_downs, *grad_importances, *grad_ups
-
-
-class _Merged(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, count: int, *parts: Tensor | None):  # type: ignore[override]
-        weights, biases, downs, importances, ups = _fifths(parts, count)
-        merged = _joined(
-            [
-                torch.addmm(weight, up * scale, down)
-                for weight, down, scale, up in zip(weights, downs, importances, ups, strict=True)
-            ]
-        )  # (Σ out, in)
-        sizes = [weight.shape[0] for weight in weights]
-        bias = None if biases[0] is None else _joined(biases)
-        flat = _linear(x.reshape(-1, x.shape[-1]), merged, bias)  # (tokens, Σ out)
-        ctx.save_for_backward(x, merged, *downs, *importances, *ups)
-        ctx.sizes = sizes
-        return tuple(part.view(*x.shape[:-1], -1) for part in flat.split(sizes, 1))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grads: Tensor):  # type: ignore[override]
-        x, merged, *rest = ctx.saved_tensors
-        count = len(ctx.sizes)
-        downs, importances, ups = (rest[n * count : (n + 1) * count] for n in range(3))
-        rows = x.reshape(-1, x.shape[-1])  # (tokens, in)
-        flat = _joined([grad.reshape(-1, grad.shape[-1]) for grad in grads], 1)  # (tokens, Σ out)
-        grad_x = (flat @ merged).view_as(x) if ctx.needs_input_grad[0] else None
-        grad_weights = (flat.t() @ rows).split(ctx.sizes)  # (out, in) each
-        grad_downs, grad_importances, grad_ups = [], [], []
-        for grad, down, scale, up in zip(grad_weights, downs, importances, ups, strict=True):
-            grad_scaled = grad @ down.t()  # (out, rank)
-            grad_downs.append((up * scale).t() @ grad)
-            grad_importances.append((grad_scaled * up).sum(0))
-            grad_ups.append(grad_scaled.mul_(scale))
-        frozen = [None] * (2 * count)
         return grad_x, None, *frozen, *grad_downs, *grad_importances, *grad_ups
 
 
