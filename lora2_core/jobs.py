@@ -1,7 +1,9 @@
-"""One training run in a thread of its own: started, watched, stopped, and always saved.
+"""One training run in a thread of its own: started, watched, stopped, gone on with, always saved.
 
 Whatever ends a run after its first step, be it the last step, a stop or an error, the LoRA as of
-the last complete step is written before the job is over.
+the last complete step is written before the job is over, and so is a checkpoint from which the
+same run goes on exactly. Steps, losses and pictures of before come back with it: the file of a
+run that was stopped and resumed has the same bytes as that of one that was not.
 """
 
 from __future__ import annotations
@@ -9,19 +11,26 @@ from __future__ import annotations
 import logging
 import threading
 import traceback
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from . import lora_file, metadata
+import torch
+
+from . import lora_file, memory_advice, metadata, run_keeper, run_log, shutdown
+from .atomic_file import remove_leftovers
+from .checkpoint import Checkpoint
 from .config import TrainConfig
 from .lora_file import ComponentInfo
+from .memory_advice import OutOfMemory
 from .network import AdaptiveRankNetwork
 from .objective import CrossAttentionEntropy
 from .report import TrainingHistory
-from .trainer import StepEvent, Task, Trainer
+from .run_keeper import RunKeeper
+from .sample_strip import Painter, SampleEvent, SampleStrip
+from .trainer import StepEvent, Task, Trainer, TrainingError
 
 State = Literal["queued", "running", "finished", "stopped", "failed"]
 
@@ -38,37 +47,58 @@ class TrainedLoRA:
 
 @dataclass
 class Progress:
-    """The run so far; written by the job's thread, read by anyone."""
+    """The run so far, earlier parts of it included; written by the job's thread, read by anyone."""
 
     state: State = "queued"
     step: int = 0
     events: list[StepEvent] = field(default_factory=list)
+    samples: list[SampleEvent] = field(default_factory=list)  # the newest last
+    message: str = ""  # the latest that a person should know of, such as a resume
     error: BaseException | None = None
 
 
 class TrainingJob:
     """Trains ``network`` on ``task`` and writes ``path``.
 
-    ``guard`` is entered inside the thread around the whole run; the host uses it to keep its own
-    cancel button away from the training.
+    ``guard``: entered inside the thread around the whole run; the host uses it to keep its own
+    cancel button away from the training. ``data_hash``: of photos, captions and masks.
+    ``checkpoints``: a folder for the checkpoints of this and other runs; None keeps none and
+    resumes none. A resumed run writes over the unfinished LoRA of its interruption (and never
+    over anything else), so ``path`` may change once the job has started. ``painter``: for the
+    prompts of ``config.samples``; ``strip_path``: a PNG of them. ``enable_checkpointing``: called
+    when memory runs out, before the step is tried once more.
     """
 
     def __init__(
         self,
         network: AdaptiveRankNetwork,
         task: Task,
-        entropy: CrossAttentionEntropy,
+        entropy: CrossAttentionEntropy | None,
         config: TrainConfig,
         path: Path,
         captions: tuple[str, ...] = (),
         base_hash: str = "",
         guard: Callable[[], AbstractContextManager[None]] = nullcontext,
+        *,
+        data_hash: str = "",
+        checkpoints: Path | None = None,
+        painter: Painter | None = None,
+        strip_path: Path | None = None,
+        enable_checkpointing: Callable[[], None] | None = None,
     ):
         self.network, self.task, self.entropy = network, task, entropy
         self.config, self.path, self.guard = config, path, guard
         self.captions, self.base_hash = captions, base_hash
+        self.strip_path = strip_path
+        self.enable_checkpointing = enable_checkpointing
         self.progress = Progress()
         self.result: TrainedLoRA | None = None
+        self.run = run_keeper.fingerprint(config, captions, base_hash, data_hash)
+        self._keeper = RunKeeper(checkpoints, self.run, config.keep, self._tell)
+        self._checkpointing = config.gradient_checkpointing
+        self._strip: SampleStrip | None = None
+        if painter is not None and config.samples.prompts:
+            self._strip = SampleStrip(painter, config, strip_path, "")
         self._trainer: Trainer | None = None
         self._stop = threading.Event()
         # Daemon: a server that shuts down must not wait for the last step.
@@ -88,10 +118,12 @@ class TrainingJob:
         return not self._thread.is_alive()
 
     def _run(self) -> None:
+        shutdown.enter(self)
         try:
             with self.guard():
                 self._train()
-            self.progress.state = "stopped" if self._stop.is_set() else "finished"
+            done = self.progress.step == self.config.steps
+            self.progress.state = "finished" if done else "stopped"
         except BaseException as error:  # any end must reach the waiting node, MemoryError too
             self.progress.error = error
             self.progress.state = "failed"
@@ -100,12 +132,22 @@ class TrainingJob:
         finally:
             # The copy of the model ends with the run: neither the finished job nor the frames of
             # an error may keep it in memory.
-            del self.network, self.task, self.entropy
-            self._trainer = None
+            del self.network, self.task, self.entropy, self.enable_checkpointing
+            self._trainer = self._strip = None
             if self.progress.error is not None:
                 traceback.clear_frames(self.progress.error.__traceback__)
+            shutdown.leave(self)
+
+    def _tell(self, text: str, level: int = logging.WARNING) -> None:
+        """Say something to whoever watches the run, and in the log."""
+        self.progress.message = text
+        logging.log(level, "LoRA²: %s", text)
 
     def _train(self) -> None:
+        trainer = self._trainer = Trainer(self.network, self.task, self.config, self.entropy)
+        self._resume(trainer)
+        for path in filter(None, (self.path, self.strip_path)):
+            remove_leftovers(path)
         logging.info(
             "LoRA²: training %d components for %d steps (%s mode) towards %s.",
             len(self.network.targets),
@@ -113,32 +155,170 @@ class TrainingJob:
             self.config.rank.mode,
             self.path.name,
         )
-        self._trainer = Trainer(self.network, self.task, self.config, self.entropy)
         try:
-            for event in self._trainer.run(self._stop.is_set):
-                self.progress.events.append(event)
-                self.progress.step = event.step
-        except Exception as error:
+            self._steps(trainer)
+        except BaseException as error:
             # Its frames hold the last step's graph: after running out of memory that must go
             # before anything can be saved.
             traceback.clear_frames(error.__traceback__)
-            self._save_after_error()
-            raise
-        if self.progress.events:
-            self._save()
-
-    def _save_after_error(self) -> None:
+            self._end_by(error, trainer)
         if not self.progress.events:
             return
-        try:
-            self._save()
-        except Exception as error:  # the first error is the one to tell
-            logging.error("LoRA²: after the failure nothing could be saved: %s", error)
+        if trainer.step < self.config.steps:
+            self._checkpoint(trainer)  # before the LoRA, whose folding takes longer
+        self._save(trainer)
+        if trainer.step == self.config.steps:
+            self._keeper.remove()
+            self._paint(trainer)
 
-    def _save(self) -> None:
-        with self._trainer.averaged() if self._trainer else nullcontext():
+    def _steps(self, trainer: Trainer) -> None:
+        """Every step that is left; a first lack of memory is met by gradient checkpointing."""
+        try:
+            self._run_steps(trainer)
+            return
+        except Exception as error:
+            if not memory_advice.is_out_of_memory(error):
+                raise
+            traceback.clear_frames(error.__traceback__)
+            if self._checkpointing or self.enable_checkpointing is None:
+                raise self._out_of_memory(error, trainer) from error
+            needed, _ = memory_advice.needed_and_free(str(error))
+        # Outside of the handler, which holds the error and by it what had been computed.
+        self._switch_checkpointing_on()
+        asked = "" if needed is None else f" ({memory_advice.size(needed)} more were needed)"
+        self._tell(
+            f"Out of memory in step {trainer.step + 1}{asked}: trying again with gradient "
+            "checkpointing, which computes every block twice. Setting gradient_checkpointing on "
+            "saves the failed try next time."
+        )
+        try:
+            self._run_steps(trainer)
+        except Exception as error:
+            if not memory_advice.is_out_of_memory(error):
+                raise
+            traceback.clear_frames(error.__traceback__)
+            raise self._out_of_memory(error, trainer) from error
+
+    def _run_steps(self, trainer: Trainer) -> None:
+        for event in trainer.run(self._stop.is_set):
+            self.progress.events.append(event)
+            self.progress.step = event.step
+            if event.step < self.config.steps:  # at the end the LoRA is saved first
+                self._paint(trainer)
+                if self._keeper.due(event.step):
+                    self._checkpoint(trainer)
+
+    def _switch_checkpointing_on(self) -> None:
+        if self.enable_checkpointing is not None:
+            self.enable_checkpointing()
+            self._checkpointing = True
+
+    def _out_of_memory(self, error: Exception, trainer: Trainer) -> OutOfMemory:
+        needed, free = memory_advice.needed_and_free(str(error))
+        if free is None and self.network.log_nu.device.type == "cpu":
+            free = memory_advice.free_ram()
+        step = trainer.step + 1
+        return OutOfMemory(
+            memory_advice.message(self.config, step, needed, free, self._checkpointing)
+        )
+
+    def _end_by(self, error: BaseException, trainer: Trainer) -> None:
+        """Keep what there is after an error, and raise it."""
+        if isinstance(error, TrainingError):
+            # The same settings lead to the same end from any checkpoint of this run, and other
+            # settings are another run.
+            self._keeper.remove()
+        elif self.progress.events:
+            self._checkpoint(trainer)
+        if self.progress.events:
+            try:
+                self._save(trainer)
+            except Exception as second:  # the first error is the one to tell
+                logging.error("LoRA²: after the failure nothing could be saved: %s", second)
+        if isinstance(error, TrainingError) and self._keeper.path is not None:
+            raise TrainingError(
+                f"{error} No checkpoint is kept: from it the run would end the same way."
+            ) from error
+        raise error
+
+    # --- going on later ---------------------------------------------------------------------
+
+    def _checkpoint(self, trainer: Trainer) -> None:
+        def state() -> dict[str, Any]:
+            return {
+                "trainer": trainer.state(),
+                "events": run_log.pack(self.progress.events),
+                "samples": self._strip.state() if self._strip else {},
+                "checkpointing": self._checkpointing,
+            }
+
+        self._keeper.save(trainer.step, self.path, state)
+
+    def _resume(self, trainer: Trainer) -> None:
+        kept = self._keeper.load()
+        fresh = trainer.state() if kept else {}
+        if kept and self._take(kept, trainer, fresh):
+            own = run_keeper.target_of(self.path, kept)
+            if self.strip_path is not None:
+                name = self.strip_path.name.replace(self.path.stem, own.stem)
+                self.strip_path = self.strip_path.with_name(name)
+            self.path = own
+            self._tell(
+                f"Going on after step {kept.step} of {self.config.steps} from the checkpoint of "
+                f"this run; the LoRA goes to {self.path.name}. (To start anew, switch resume off.)",
+                logging.INFO,
+            )
+        if self._strip is not None:
+            self._strip.path, self._strip.title = self.strip_path, self.path.stem
+
+    def _take(self, kept: Checkpoint, trainer: Trainer, fresh: dict[str, Any]) -> bool:
+        """Become the run that ``kept`` is of; if that fails, the ``fresh`` one again."""
+        try:
+            trainer.load_state(kept.state["trainer"])
+            events = run_log.unpack(kept.state["events"], self.config.steps)
+            if self._strip is not None and kept.state["samples"]:
+                self._strip.load_state(kept.state["samples"])
+        except Exception as error:  # a whole file that another state of the code has written
+            trainer.load_state(fresh)
+            self._keeper.set_aside(f"it does not fit this run ({error}).")
+            return False
+        self.progress.events[:] = events
+        self.progress.step = trainer.step
+        if self._strip is not None:
+            self.progress.samples[:] = self._strip.events
+        if kept.state["checkpointing"] and not self._checkpointing:
+            self._switch_checkpointing_on()
+        return True
+
+    # --- what comes out ---------------------------------------------------------------------
+
+    @contextmanager
+    def _as_saved(self, trainer: Trainer) -> Iterator[None]:
+        """Inside, the network is what would be saved now: averages if any, fresh importances."""
+        with trainer.averaged(), torch.no_grad():
+            self.network.refresh_importance()
+            yield
+
+    def _paint(self, trainer: Trainer) -> None:
+        """Pictures of the samples' prompts, when they are due; no accident here ends the run."""
+        strip = self._strip
+        if strip is None or not strip.due(trainer.step):
+            return
+        try:
+            with self._as_saved(trainer):
+                strip.paint(trainer.step, self._stop.is_set)
+        except Exception as error:
+            traceback.clear_frames(error.__traceback__)
+            self._strip = None
+            self._tell(f"Samples are off for the rest of this run: {error}")
+            return
+        self.progress.samples[:] = strip.events
+
+    def _save(self, trainer: Trainer) -> None:
+        with self._as_saved(trainer):
             components = self.network.components()
-        events = self.progress.events
+        # An explosion put an earlier state back; the file tells of the steps that are in it.
+        events = self.progress.events[: trainer.step]
         text = metadata.describe(
             config=self.config,
             captions=self.captions,
@@ -147,6 +327,7 @@ class TrainingJob:
             losses=[event.loss for event in events],
             probes=[event.probe for event in events if event.probe is not None],
             title=self.path.stem,
+            run=self.run,
         )
         rank = self.config.rank
         lora_file.save(self.path, components, text, rank.target_megabytes, rank.min_rank)
@@ -156,19 +337,5 @@ class TrainingJob:
             path=self.path,
             file=lora_file.load(self.path),
             components=tuple(lora_file.inspect(self.path)[0]),
-            history=history(events, self.config),
+            history=run_log.history(self.progress.events, self.config),
         )
-
-
-def history(events: list[StepEvent], config: TrainConfig) -> TrainingHistory:
-    """The curves of a run, for its report."""
-    probes = [(event.step, event.probe) for event in events if event.probe is not None]
-    in_megabytes = config.rank.target_megabytes is not None
-    return TrainingHistory(
-        steps=tuple(event.step for event in events),
-        losses=tuple(event.loss for event in events),
-        mean_ranks=tuple(event.mean_rank for event in events),
-        probe_steps=tuple(step for step, _ in probes),
-        probe_losses=tuple(loss for _, loss in probes),
-        target_rank=None if in_megabytes else config.rank.target_rank,
-    )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ import safetensors.torch
 from torch import Tensor
 
 from . import lora_format, size_budget
+from .atomic_file import replacing
 from .component import Component
 from .lora_format import ALPHA as _ALPHA
 from .lora_format import DOWN as _DOWN
@@ -130,19 +130,10 @@ def save(
 
 def write_atomically(path: Path, data: bytes) -> None:
     """``data`` in ``path``, whole or not at all. Raises LoRAFileError on a full or closed disk."""
-    temporary: str | None = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as file:
+        with replacing(path) as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide the file from other users
-        os.replace(temporary, path)
     except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
         raise LoRAFileError(
             f"{path} could not be written ({error.strerror or error}); it needs "
             f"{len(data) / 1e6:.1f} MB. Free some space or choose another output folder."

@@ -7,6 +7,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 _WINDOW = 20  # steps; single losses differ by ten with their timestep
 _EXPLODED = 5.0  # times the mean of the first window
 _GOOD = 2.0  # times it, at most, for a state to be worth keeping
@@ -45,10 +47,18 @@ class LossGuard:
         return self._good
 
     def state(self) -> dict[str, Any]:
-        """Plain values; the kept state is not among them, it is as old as a checkpoint."""
-        return {"recent": list(self._recent), "start": self._start}
+        """Plain values, and the kept state as it is."""
+        step, good = self._good or (0, {})
+        return {"recent": list(self._recent), "start": self._start, "step": step, "good": good}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self._recent = deque(state["recent"], maxlen=_WINDOW)
         self._start = state["start"]
-        self._good = None
+        self._good = (state["step"], _copied(state["good"])) if state["good"] else None
+
+
+def _copied(tree: Any) -> Any:
+    """Copies of all tensors: those of a checkpoint lie in its file, which is to be deleted."""
+    if isinstance(tree, dict):
+        return {name: _copied(part) for name, part in tree.items()}
+    return tree.clone() if torch.is_tensor(tree) else tree

@@ -6,6 +6,7 @@ loop adds the terms of eq. 14, steps the optimizers, lets ranks follow ν and yi
 
 from __future__ import annotations
 
+import logging
 import math
 import statistics
 import time
@@ -20,6 +21,7 @@ from torch import Tensor
 from .config import TrainConfig
 from .ema import AveragedWeights
 from .loss_guard import LossGuard
+from .memory_advice import is_out_of_memory
 from .network import AdaptiveRankNetwork
 from .objective import CrossAttentionEntropy, Prediction, gaussian_prior, loss_parts
 from .optimizer_state import load_optimizer_state, optimizer_state
@@ -151,6 +153,8 @@ class Trainer:
                 self._zero_grad()
                 self.generator.set_state(before[0])
                 self.task.load_state(before[1])
+                if self.step == 0:
+                    self._begin()  # the first step makes the optimizers' states, maybe not all
                 raise
             self.step = event.step
             yield event
@@ -318,6 +322,7 @@ class Trainer:
         if self.guard.last_good is not None:
             step, state = self.guard.last_good
             self.network.load_state(state)
+            self.step = step
             self.average = None  # it holds the explosion
             kept = f"the LoRA of step {step} was kept"
         raise TrainingError(
@@ -332,5 +337,13 @@ class Trainer:
         if not self.probes or not (step == 1 or step % self.probe_every == 0 or last):
             return None
         self.network.refresh_importance()
-        losses = [sum(loss_parts(self.task.predict(batch))) for batch in self.probes]
-        return float(torch.stack(losses).mean())  # type: ignore[arg-type]
+        try:
+            losses = [sum(loss_parts(self.task.predict(batch))) for batch in self.probes]
+            return float(torch.stack(losses).mean())  # type: ignore[arg-type]
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            # The step before it is done: it must not be repeated for a curve.
+            logging.warning("LoRA²: no memory to measure the loss on fixed noise; it is left out.")
+            self.probes = []
+            return None

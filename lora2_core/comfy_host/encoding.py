@@ -31,6 +31,11 @@ class Encoder:
         self._clip_hash = fingerprint(clip.cond_stage_model) + patches + str(clip.layer_idx)
         self.texts: dict[str, Text] = {}  # all that were asked for
 
+    @property
+    def identity(self) -> str:
+        """Changes with the VAE and with the CLIP."""
+        return content_key(self._vae_hash, self._clip_hash)
+
     def text(self, text: str) -> Text:
         """The embedding of a caption; each is computed once."""
         if text not in self.texts:

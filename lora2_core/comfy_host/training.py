@@ -105,7 +105,7 @@ def _prepare(
         task=task,
         entropy=cross,
         base_hash=base_hash,
-        data_hash=_data_hash(photos, classes),
+        data_hash=content_key(encoder.identity, _data_hash(photos, classes)),
         painter=painter if config.samples.prompts else None,
         enable_checkpointing=checkpoint,
     )

@@ -1,0 +1,97 @@
+"""When the process is asked to end, running trainings save first.
+
+``install`` puts itself before the handlers of SIGINT and SIGTERM that are there, ComfyUI's own
+among them: trainings are asked to stop and waited for, then the earlier handler does what it did
+before. A second signal goes straight to that one. Where there are no signals, ``atexit`` remains.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import signal
+import threading
+import time
+import weakref
+from types import FrameType
+from typing import Any, Protocol
+
+WAIT_SECONDS = 20.0  # for all trainings together to finish their step and save
+_NAMES = ("SIGINT", "SIGTERM", "SIGBREAK")  # the last is Windows' way to ask
+
+_running: dict[int, weakref.ref[Job]] = {}  # changed and listed in one step each, so no lock
+_previous: dict[int, Any] = {}
+_installed = False
+_hurried = False  # a second signal came while trainings were saving
+
+
+class Job(Protocol):
+    """A training that can be asked to stop and waited for."""
+
+    def stop(self) -> None: ...
+
+    def wait(self, seconds: float | None = None) -> bool: ...
+
+
+def install() -> None:
+    """Once per process, from its main thread where signals are to be seen; harmless again."""
+    global _installed
+    if not _installed:
+        atexit.register(_at_exit)
+        _installed = True
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for name in _NAMES:
+        number = getattr(signal, name, None)
+        if number is None or number in _previous:
+            continue
+        previous = signal.getsignal(number)
+        # None: not Python's. Ignored ones, as under nohup, are to stay without effect.
+        if previous is not None and previous is not signal.SIG_IGN:
+            _previous[number] = previous
+            signal.signal(number, _handle)
+
+
+def enter(job: Job) -> None:
+    """``job`` runs from now on; it is not kept alive by that."""
+    _running[id(job)] = weakref.ref(job)
+
+
+def leave(job: Job) -> None:
+    """``job`` has saved and is over."""
+    _running.pop(id(job), None)
+
+
+def stop_all(seconds: float = WAIT_SECONDS) -> bool:
+    """Ask all running trainings to stop and wait for them; whether all have ended in time."""
+    found = [reference() for reference in list(_running.values())]
+    jobs = [job for job in found if job is not None]
+    for job in jobs:
+        job.stop()
+    end = time.monotonic() + seconds
+    return all([job.wait(max(0.0, end - time.monotonic())) for job in jobs])
+
+
+def _at_exit() -> None:
+    if not _hurried:
+        stop_all()
+
+
+def _handle(number: int, frame: FrameType | None) -> None:
+    global _hurried
+    previous = _previous[number]
+    signal.signal(number, previous)  # a second signal goes straight to it
+    if _running:
+        name = signal.Signals(number).name
+        logging.warning("LoRA²: %s: the training stops after its step and saves.", name)
+        try:
+            stop_all()
+        except BaseException:  # the second signal's handler raised, as that of Ctrl-C does
+            _hurried = True
+            raise
+    if callable(previous):
+        signal.signal(number, _handle)  # it may decide to live on
+        previous(number, frame)
+    else:
+        os.kill(os.getpid(), number)  # the system's own way: the process ends by this signal

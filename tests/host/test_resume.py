@@ -1,0 +1,196 @@
+"""The demo model's training, stopped, killed and resumed: captions, buckets, class images, text."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lora2_pack.lora2_core import comfy_host, lora_file
+from lora2_pack.lora2_core.config import (
+    DataConfig,
+    KeepConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    SampleConfig,
+    TextConfig,
+    TrainConfig,
+)
+from lora2_pack.lora2_core.dataset import Photo
+from lora2_pack.lora2_core.jobs import TrainingJob
+from lora2_pack.tests.host import demo
+from PIL import Image
+
+Parts = tuple[Any, Any, Any]
+NAME = "cat_00001_.safetensors"
+KEEP = KeepConfig(checkpoint_steps=2, checkpoint_minutes=0)
+EVERYTHING: dict[str, Any] = {
+    "steps": 8,
+    "precision": "fp32",
+    "keep": KEEP,
+    "data": DataConfig(
+        buckets=True,
+        flip=True,
+        trigger="sks",
+        caption_dropout=0.3,
+        caption_shuffle=True,
+        class_prompt="a photo of a cat",
+        class_images=2,
+    ),
+    "objective": ObjectiveConfig(min_snr_gamma=5.0, noise_offset=0.05),
+}
+RUNS: dict[str, dict[str, Any]] = {
+    "adamw": {"optimizer": OptimizerConfig(ema=0.9, accumulation=2, clip_norm=1.0)},
+    "adamw8bit": {"optimizer": OptimizerConfig("adamw8bit", ema=0.9)},
+    "prodigy": {"optimizer": OptimizerConfig("prodigy"), "learning_rate": 1.0},
+    "text encoders": {"text": TextConfig(learning_rate=5e-3), "gradient_checkpointing": True},
+}
+
+
+def photos() -> list[Photo]:
+    generator = torch.Generator().manual_seed(7)
+    shapes = ((96, 64), (64, 96), (80, 80), (96, 64))
+    return [
+        Photo(torch.rand(*shape, 3, generator=generator), f"sks cat, {word}, indoors")
+        for shape, word in zip(shapes, ("red", "blue", "old", "wet"), strict=True)
+    ]
+
+
+def job(parts: Parts, path: Path, config: TrainConfig, **options: Any) -> TrainingJob:
+    """As the node makes it."""
+    given = photos()
+    classes = [Photo(photo.pixels.flip(0), config.data.class_prompt) for photo in given[:2]]
+    with torch.inference_mode():
+        setup = comfy_host.prepare_training(*parts, given, config, classes)
+    return TrainingJob(
+        setup.network,
+        setup.task,
+        setup.entropy,
+        setup.config,
+        path,
+        captions=tuple(photo.caption for photo in given),
+        base_hash=setup.base_hash,
+        guard=comfy_host.deaf_to_cancel,
+        data_hash=setup.data_hash,
+        checkpoints=path.parent / "checkpoints",
+        painter=setup.painter,
+        enable_checkpointing=setup.enable_checkpointing,
+        **options,
+    )
+
+
+def finish(found: TrainingJob) -> TrainingJob:
+    found.start()
+    assert found.wait(120)
+    if found.progress.error is not None:
+        raise found.progress.error
+    return found
+
+
+def at_draw(found: TrainingJob, number: int, act: Callable[[], None]) -> TrainingJob:
+    draw, count = found.task.draw, [0]
+
+    def counted(*args: Any) -> Any:
+        count[0] += 1
+        if count[0] == number:
+            act()
+        return draw(*args)
+
+    found.task.draw = counted  # type: ignore[method-assign]
+    return found
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_stopped_run_ends_with_the_same_bytes(
+    parts: Parts, model: Any, tmp_path: Path, name: str
+):
+    config = demo.settings(**{**EVERYTHING, **RUNS[name]})
+    whole = finish(job(parts, tmp_path / "whole" / NAME, config))
+    path = tmp_path / NAME
+    first = job(parts, path, config)
+    finish(at_draw(first, 4, first.stop))
+    assert first.progress.state == "stopped" and 0 < first.progress.step < config.steps
+    assert lora_file.load(path).state
+    second = job(parts, tmp_path / "cat_00002_.safetensors", config)
+    assert second.run == first.run
+    finish(second)
+    assert second.path == path
+    assert path.read_bytes() == whole.path.read_bytes()
+    assert second.result is not None and whole.result is not None
+    assert second.result.history == whole.result.history
+    roots = {key.split("_")[1] for key in lora_file.component_keys(lora_file.load(path).state)}
+    assert roots == ({"unet", "te1", "te2"} if "text" in RUNS[name] else {"unet"})
+
+
+def test_samples_change_nothing_and_survive_a_resume(parts: Parts, model: Any, tmp_path: Path):
+    optimizer = OptimizerConfig(ema=0.9)
+    plain = demo.settings(**{**EVERYTHING, "optimizer": optimizer})
+    samples = SampleConfig(prompts=("a photo of sks cat", "a red dog"), every=2, steps=3)
+    painted = demo.settings(**{**EVERYTHING, "optimizer": optimizer, "samples": samples})
+    whole = finish(job(parts, tmp_path / "plain" / NAME, plain))
+    folder = tmp_path / "painted"
+    seen = finish(job(parts, folder / NAME, painted, strip_path=folder / "cat_00001_.png"))
+    assert seen.path.read_bytes() == whole.path.read_bytes()
+    assert [event.step for event in seen.progress.samples] == [2, 4, 6, 8]
+    pictures = seen.progress.samples[-1].pictures
+    assert pictures.shape == (2, 64, 64, 3) and pictures.dtype == torch.uint8
+    assert not torch.equal(pictures, seen.progress.samples[0].pictures), "nothing was learnt"
+    # The same, stopped in the middle.
+    path = tmp_path / "stopped" / NAME
+    strip = path.with_suffix(".png")
+    first = job(parts, path, painted, strip_path=strip)
+    finish(at_draw(first, 5, first.stop))
+    assert [event.step for event in first.progress.samples] == [2, 4]
+    second = job(
+        parts,
+        path.with_name("cat_00002_.safetensors"),
+        painted,
+        strip_path=path.with_name("cat_00002_.png"),
+    )
+    finish(second)
+    assert path.read_bytes() == whole.path.read_bytes()
+    assert second.strip_path == strip, "the strip follows the file"
+    both = [np.asarray(Image.open(p)) for p in (strip, folder / "cat_00001_.png")]
+    assert np.array_equal(*both)
+    assert not list(path.parent.glob("cat_00002_*"))
+
+
+def test_gradient_checkpointing_in_the_middle_learns_the_same(
+    parts: Parts, model: Any, tmp_path: Path
+):
+    config = demo.settings(steps=4, precision="fp32")
+    whole = finish(job(parts, tmp_path / "whole" / NAME, config))
+    retried = job(parts, tmp_path / NAME, config)
+    finish(at_draw(retried, 3, lambda: torch.empty(10**15)))  # no machine has that
+    assert "trying again with gradient checkpointing" in retried.progress.message
+    assert retried.progress.state == "finished"
+    losses = [[event.loss for event in found.progress.events] for found in (retried, whole)]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has neither kill nor fork")
+def test_a_killed_process_loses_nothing(parts: Parts, model: Any, tmp_path: Path):
+    config = demo.settings(**{**EVERYTHING, "steps": 16, **RUNS["adamw"]})
+    whole = finish(job(parts, tmp_path / "whole" / NAME, config))
+    path = tmp_path / NAME
+    child = os.fork()
+    if not child:
+        try:
+            finish(job(parts, path, config))
+        finally:
+            os._exit(0)
+    while not list((path.parent / "checkpoints").glob("*.safetensors")):
+        assert os.waitpid(child, os.WNOHANG) == (0, 0), "it ended before its first checkpoint"
+        time.sleep(0.02)
+    os.kill(child, signal.SIGKILL)
+    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    assert not path.exists(), "it must have been killed in the middle"
+    resumed = finish(job(parts, path, config))
+    assert "Going on after step" in resumed.progress.message
+    assert path.read_bytes() == whole.path.read_bytes()
