@@ -53,9 +53,16 @@ def config(mode: str = "balanced", **changes: Any) -> TrainConfig:
 
 def ours(parts: tuple[Any, Any, Any], settings: TrainConfig) -> Step:
     """A step of the pack's trainer on a private copy of the demo model."""
+    return prepared(parts, settings)[1]
+
+
+def prepared(
+    parts: tuple[Any, Any, Any], settings: TrainConfig
+) -> tuple[comfy_host.TrainingSetup, Step]:
+    """A training of the pack, and a step of it."""
     setup = comfy_host.prepare_training(*parts, photos(), settings)
     run = trainer.train(setup.network, setup.task, setup.config, setup.entropy)
-    return lambda: next(run)
+    return setup, lambda: next(run)
 
 
 def floor(parts: tuple[Any, Any, Any]) -> Step:

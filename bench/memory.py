@@ -14,6 +14,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from typing import Any
 import runtime
 
 CAPS = (8, 64, 512)
+# Batch size, px, checkpointing: each value twice, each pair of values once.
+ESTIMATED = ((1, 192, False), (1, 384, True), (2, 192, True), (2, 384, False))
 STEPS = 6
 
 
@@ -46,7 +49,13 @@ def report() -> dict[str, Any]:
         "optimizer_state_mb": states,
         "eight_bit_share": states["adamw8bit"] / states["adamw"],
         "demo_model_mb": beside_train_lora_node(),
+        "estimates": estimates(),
     }
+
+
+def estimates() -> list[dict[str, Any]]:
+    """What the pack says before a run of the demo model, and what the run then takes."""
+    return json.loads(_child("estimates"))
 
 
 def beside_train_lora_node() -> dict[str, float]:
@@ -57,27 +66,77 @@ def beside_train_lora_node() -> dict[str, float]:
 
 def peak(name: str) -> float:
     """The figure ``name``, measured in a process of its own."""
+    return float(json.loads(_child(name)))
+
+
+def _child(name: str) -> str:
     command = [sys.executable, str(Path(__file__)), "--measure", name]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{name} failed:\n{done.stderr}")
-    return float(json.loads(done.stdout.splitlines()[-1]))
+    return done.stdout.splitlines()[-1]
 
 
-def _measure(name: str) -> float:
+def _measure(name: str) -> Any:
     runtime.enter()
     import torch
 
     torch.set_num_threads(2)
     if name.startswith("state-"):
         return _state_megabytes(name.removeprefix("state-"))
-    run = _run_of(name)
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # or what was freed so far would be filled unseen
-    before = _resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    if name == "estimates":
+        return _estimates()
+    return _growth(_run_of(name))
+
+
+def _growth(run: Callable[[], Any]) -> float:
+    before = _settled()
     run()
     return (_resident("VmHWM") - before) / 1e6
+
+
+def _settled() -> int:
+    """Resident bytes, with what is free given back and the peak so far forgotten."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # or what was freed so far would be filled unseen
+    Path("/proc/self/clear_refs").write_text("5")
+    return _resident("VmRSS")
+
+
+def _estimates() -> list[dict[str, Any]]:
+    import contestants
+
+    parts = contestants.demo_parts()
+    contestants.ours(parts, contestants.config())()  # loads what is loaded once
+    found = []
+    for batch, size, checkpointing in ESTIMATED:
+        settings = contestants.config(
+            steps=STEPS, batch_size=batch, resolution=size, gradient_checkpointing=checkpointing
+        )
+        told: list[Any] = []
+        started: list[float] = []
+
+        def run(settings: Any = settings, told: Any = told, started: Any = started) -> None:
+            setup, step = contestants.prepared(parts, settings)
+            told.append(setup.estimate)
+            del setup
+            _settled()  # photos are encoded by then: the VAE's peak is not the training's
+            started.append(time.perf_counter())
+            _steps(step)
+
+        peak_mb = _growth(run)
+        found.append(
+            {
+                "batch_size": batch,
+                "resolution": size,
+                "checkpointing": checkpointing,
+                "told_mb": told[0].memory / 1e6,
+                "taken_mb": peak_mb,
+                "told_s": told[0].seconds,
+                "taken_s": time.perf_counter() - started[0],
+            }
+        )
+    return found
 
 
 def _run_of(name: str) -> Callable[[], Any]:
@@ -135,6 +194,13 @@ def _table(found: dict[str, Any]) -> str:
     for title in ("blocks_of_width_1280_mb", "demo_model_mb", "optimizer_state_mb"):
         lines.append(title.removesuffix("_mb").replace("_", " "))
         lines += [f"  {name:<32}{value:>10.1f}" for name, value in found[title].items()]
+    lines += ["", "told before a run of the demo model, and taken", ""]
+    for row in found["estimates"]:
+        how = f"batch {row['batch_size']}, {row['resolution']} px" + (
+            ", checkpointing" if row["checkpointing"] else ""
+        )
+        told = f"{row['told_mb']:>8.1f} MB {row['told_s']:>6.2f} s"
+        lines.append(f"  {how:<32}{told}{row['taken_mb']:>10.1f} MB {row['taken_s']:>6.2f} s")
     return "\n".join([*lines, "", f"8-bit state: {found['eight_bit_share']:.1%} of fp32 state"])
 
 

@@ -2,17 +2,35 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from ..lora2_core import shutdown
 from .demo import LoRA2DemoModel
 from .images import LoRA2ImageFolder
 from .inspect import LoRA2InspectRanks
 from .load import LoRA2Load
+from .options import (
+    LoRA2DataOptions,
+    LoRA2OptimizerOptions,
+    LoRA2RankOptions,
+    LoRA2SafetyOptions,
+)
 from .train import LoRA2Train
 
 
 class LoRA2Extension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [LoRA2Train, LoRA2Load, LoRA2InspectRanks, LoRA2ImageFolder, LoRA2DemoModel]
+        return [
+            LoRA2Train,
+            LoRA2Load,
+            LoRA2InspectRanks,
+            LoRA2ImageFolder,
+            LoRA2DemoModel,
+            LoRA2DataOptions,
+            LoRA2OptimizerOptions,
+            LoRA2RankOptions,
+            LoRA2SafetyOptions,
+        ]
 
 
 async def comfy_entrypoint() -> LoRA2Extension:
+    shutdown.install()  # ComfyUI loads nodes in its main thread, where signals can be seen
     return LoRA2Extension()

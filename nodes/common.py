@@ -9,6 +9,8 @@ CATEGORY = "LoRA²"
 
 # The value is a lora2_core.jobs.TrainedLoRA.
 LoRA2Socket = io.Custom("LORA2")
+# The value is a lora2_core.presets.Options.
+OptionsSocket = io.Custom("LORA2_OPTIONS")
 
 
 def advanced(widget: io.WidgetInput) -> io.WidgetInput:

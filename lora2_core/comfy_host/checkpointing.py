@@ -37,7 +37,7 @@ def checkpoint_blocks(
     model without such blocks.
     """
     remove_checkpoints(model)
-    blocks = [module for module in model.modules() if isinstance(module, _KINDS[level])]
+    blocks = blocks_of(model, level)
     if not blocks:
         raise ValueError(
             f"{type(model).__name__} has no {_KINDS[level].__name__} to checkpoint; switch "
@@ -47,6 +47,11 @@ def checkpoint_blocks(
         entropy.gathers = False  # a gathered map would live on outside of its block
     for block in blocks:
         block.forward = _Checkpoint(block, entropy)
+
+
+def blocks_of(model: nn.Module, level: Level = "block") -> list[nn.Module]:
+    """The parts of ``model`` that :func:`checkpoint_blocks` computes twice."""
+    return [module for module in model.modules() if isinstance(module, _KINDS[level])]
 
 
 def remove_checkpoints(model: nn.Module) -> None:

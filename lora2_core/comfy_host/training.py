@@ -20,10 +20,11 @@ from ..config import TrainConfig
 from ..dataset import Photo, Sample
 from ..denoising import CachedTexts, DenoisingTask, TextSource
 from ..disk_cache import TensorCache, content_key
+from ..estimate import Estimate, estimate
 from ..network import AdaptiveRankNetwork, fingerprint
 from ..objective import CrossAttentionEntropy
 from ..targets import Target, find_targets
-from .checkpointing import checkpoint_blocks
+from .checkpointing import blocks_of, checkpoint_blocks
 from .class_images import class_images, class_samples, paints
 from .encoding import Encoder
 from .models import DTYPES, check_model, prediction_of, private_copy
@@ -43,6 +44,7 @@ class TrainingSetup:
     data_hash: str  # changes with any photo, caption, mask or class image
     painter: Painter | None  # of validation samples; None when none is asked for
     enable_checkpointing: Callable[[], None]  # for a run that is short of memory
+    estimate: Estimate  # of memory, time and file size
 
 
 def prepare_training(
@@ -95,6 +97,8 @@ def _prepare(
     # The default on the CPU splits the attention into chunks, slow to differentiate.
     options = {"optimized_attention_override": _plain_attention}
     task = DenoisingTask(private, samples, texts, options, prediction_of(model), config, extra)
+    measured = cross if config.entropy_weight > 0 else None
+    expected = estimate(network, task, measured, roots, blocks_of(unet), config)
     checkpoint = partial(checkpoint_blocks, unet, entropy=cross)
     if config.gradient_checkpointing:
         checkpoint()
@@ -108,6 +112,7 @@ def _prepare(
         data_hash=content_key(encoder.identity, _data_hash(photos, classes)),
         painter=painter if config.samples.prompts else None,
         enable_checkpointing=checkpoint,
+        estimate=expected,
     )
 
 

@@ -68,10 +68,11 @@ FAMILY = {
 }
 
 
-def _on_meta(name: str) -> Any:
+def on_meta(name: str, dtype: torch.dtype = torch.float32) -> Any:
+    """The BaseModel of a member of the family, without data."""
     unet = {key: list(v) if isinstance(v, list) else v for key, v in FAMILY[name].items()}
     config = getattr(comfy.supported_models, name)({**_COMMON, **unet})
-    config.set_inference_dtype(torch.float32, None)
+    config.set_inference_dtype(dtype, None)
     return config.get_model({}, "", torch.device("meta"))
 
 
@@ -80,7 +81,7 @@ def _on_meta(name: str) -> Any:
     [("SDXL", 560, 1_451_520), ("KOALA_700M", 168, 408_576)],
 )
 def test_what_the_paper_counts(name: str, components: int, parameters: int):
-    targets = find_targets(_on_meta(name).diffusion_model)
+    targets = find_targets(on_meta(name).diffusion_model)
     assert len(targets) == components
     assert sum(target.parameters_per_rank for target in targets) == parameters
 
@@ -102,7 +103,7 @@ def test_what_the_paper_counts(name: str, components: int, parameters: int):
     ],
 )
 def test_what_the_presets_take_of_sdxl(preset: str, components: int, parameters: int):
-    targets = find_targets(_on_meta("SDXL").diffusion_model, preset)
+    targets = find_targets(on_meta("SDXL").diffusion_model, preset)
     assert len(targets) == components
     assert sum(target.parameters_per_rank for target in targets) == parameters
 
@@ -113,7 +114,7 @@ def test_every_preset_is_counted():
 
 
 def test_what_the_preset_with_convolutions_leaves_out():
-    base = _on_meta("SDXL").diffusion_model
+    base = on_meta("SDXL").diffusion_model
     taken = {target.name for target in find_targets(base, "attention+ff+conv")}
     rest = {target.name for target in find_targets(base, "")} - taken
     assert rest == {
@@ -123,7 +124,7 @@ def test_what_the_preset_with_convolutions_leaves_out():
 
 
 def test_b_lora_takes_the_two_blocks_of_its_paper():
-    base = _on_meta("SDXL")
+    base = on_meta("SDXL")
     diffusers = comfy.utils.unet_to_diffusers(base.model_config.unet_config)
     for preset, block in (("b-lora content", "0"), ("b-lora style", "1")):
         start = rf"up_blocks\.0\.attentions\.{block}\..*\.attn[12]\.to_(q|k|v|out\.0)\.weight$"
@@ -141,12 +142,12 @@ def test_b_lora_takes_the_two_blocks_of_its_paper():
     [("self", 280), ("cross", 280), ("down", 192), ("mid", 80), ("up", 288)],
 )
 def test_the_groups_of_sdxl_s_attention(group: str, components: int):
-    targets = find_targets(_on_meta("SDXL").diffusion_model)
+    targets = find_targets(on_meta("SDXL").diffusion_model)
     assert sum(target.is_in(group) for target in targets) == components
 
 
 def test_groups_beside_attention():
-    base = _on_meta("SDXL").diffusion_model
+    base = on_meta("SDXL").diffusion_model
     targets = find_targets(base, "attention+ff+conv")
     kinds = [t for t in targets if t.is_in("self") or t.is_in("cross")]
     assert kinds == [t for t in targets if ".attn" in t.name]
@@ -158,7 +159,7 @@ def test_groups_beside_attention():
 @pytest.mark.parametrize("name", FAMILY)
 @pytest.mark.parametrize("selection", ["attention", "attention+ff+conv", "b-lora"])
 def test_every_key_that_we_write_is_comfyui_s_own(name: str, selection: str):
-    base = _on_meta(name)
+    base = on_meta(name)
     shapes = {key: value.shape for key, value in base.state_dict().items()}
     keys = demo.lora_key_map(base)
     targets = find_targets(base.diffusion_model, selection)
@@ -172,5 +173,5 @@ def test_every_key_that_we_write_is_comfyui_s_own(name: str, selection: str):
 
 @pytest.mark.parametrize("preset", ["self-attention", "cross-attention"])
 def test_the_presets_halve_the_attention(preset: str):
-    base = _on_meta("KOALA_700M").diffusion_model
+    base = on_meta("KOALA_700M").diffusion_model
     assert len(find_targets(base, preset)) == len(find_targets(base)) // 2

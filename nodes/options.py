@@ -1,0 +1,125 @@
+"""Options for training: four nodes to chain, one for each thing that one may want to change."""
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..lora2_core.config import (
+    DataConfig,
+    KeepConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    SampleConfig,
+    TextConfig,
+)
+from ..lora2_core.presets import Options
+from ..lora2_core.rank_config import GROUPS
+from . import option_widgets as widgets
+from .common import CATEGORY, OptionsSocket
+
+
+class LoRA2DataOptions(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return _schema(
+            "LoRA2DataOptions",
+            "LoRA² data options",
+            "Trigger word, captions, sizes and class images.",
+            [*widgets.pictures(), *widgets.captions(), *widgets.class_images()],
+        )
+
+    @classmethod
+    def execute(cls, options: Options | None = None, **settings: Any) -> io.NodeOutput:
+        return io.NodeOutput((options or Options()).joined(data=DataConfig(**settings)))
+
+
+class LoRA2OptimizerOptions(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return _schema(
+            "LoRA2OptimizerOptions",
+            "LoRA² optimizer options",
+            "How weights are moved, and which noise counts how much.",
+            [*widgets.optimizer(), *widgets.objective()],
+        )
+
+    @classmethod
+    def execute(cls, options: Options | None = None, **settings: Any) -> io.NodeOutput:
+        name = settings.pop("optimizer")
+        text = TextConfig(learning_rate=settings.pop("text_learning_rate"))
+        noise = ("min_snr_gamma", "noise_offset", "timestep_low", "timestep_high")
+        objective = ObjectiveConfig(**{key: settings.pop(key) for key in noise})
+        if settings["warm_up"] == widgets.BY_SCHEDULE:
+            settings["warm_up"] = None
+        return io.NodeOutput(
+            (options or Options()).joined(
+                optimizer=OptimizerConfig(**settings),
+                optimizer_name=name,
+                objective=objective,
+                text=text,
+            )
+        )
+
+
+class LoRA2RankOptions(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return _schema(
+            "LoRA2RankOptions",
+            "LoRA² rank options",
+            "How layers choose their rank. 0 leaves a setting to the mode.",
+            widgets.ranks(),
+        )
+
+    @classmethod
+    def execute(cls, options: Options | None = None, **settings: Any) -> io.NodeOutput:
+        targets = [(group, settings.pop(f"{group}_rank")) for group in GROUPS]
+        changes = {name: value for name, value in settings.items() if value}
+        if chosen := tuple((group, rank) for group, rank in targets if rank):
+            changes["group_targets"] = chosen
+        return io.NodeOutput((options or Options()).joined(rank=tuple(changes.items())))
+
+
+class LoRA2SafetyOptions(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return _schema(
+            "LoRA2SafetyOptions",
+            "LoRA² memory, checkpoints and samples",
+            "What saves memory, what survives an accident, and what is painted meanwhile.",
+            [*widgets.safety(), *widgets.samples()],
+        )
+
+    @classmethod
+    def execute(cls, options: Options | None = None, **settings: Any) -> io.NodeOutput:
+        checkpointing = {"on": True, "off": False}.get(settings["gradient_checkpointing"])
+        keep = ("checkpoint_steps", "checkpoint_minutes", "resume")
+        prompts = [line.strip() for line in settings["sample_prompts"].splitlines()]
+        samples = SampleConfig(
+            prompts=tuple(filter(None, prompts)),
+            every=settings["sample_every"],
+            seed=settings["sample_seed"],
+            steps=settings["sample_steps"],
+            guidance=settings["sample_guidance"],
+        )
+        return io.NodeOutput(
+            (options or Options()).joined(
+                gradient_checkpointing=checkpointing,
+                keep=KeepConfig(**{name: settings[name] for name in keep}),
+                samples=samples,
+            )
+        )
+
+
+def _schema(node_id: str, name: str, description: str, inputs: list[io.WidgetInput]) -> io.Schema:
+    earlier = OptionsSocket.Input(
+        "options", optional=True, tooltip="Options of another node, to have both."
+    )
+    return io.Schema(
+        node_id=node_id,
+        display_name=name,
+        category=f"{CATEGORY}/options",
+        description=f"{description} Connect it to Train LoRA² on images, or to the next options.",
+        inputs=[earlier, *inputs],
+        outputs=[OptionsSocket.Output(display_name="options", tooltip="For the training node.")],
+    )
