@@ -15,8 +15,8 @@ Resize = Callable[[Tensor], Tensor]
 class AveragedWeights:
     """Exponential moving average with a decay per step; fp32, as large as A and B themselves.
 
-    The decay grows from 0 with the steps, min(decay, (1 + n)/(10 + n)), so that the start, which
-    is random, is forgotten within a few steps.
+    The decay grows from 0 with the steps n that are behind, min(decay, n/(9 + n)), so that the
+    start, which is random, is forgotten at once.
     """
 
     def __init__(self, weights: Sequence[nn.Parameter], decay: float):
@@ -63,6 +63,7 @@ class AveragedWeights:
                 weight.data = values
 
     def state(self) -> dict[str, Any]:
+        """The averages themselves and no copies: write or copy them before the next step."""
         return {"steps": self.steps, **{str(n): a for n, a in enumerate(self._averages)}}
 
     def load_state(self, state: Mapping[str, Any]) -> None:

@@ -2,12 +2,14 @@
 
 Memory is counted, not guessed: one forward pass of the very model on tensors without data tells
 every tensor that the backward pass will want. Time is that of a real forward pass, times what a
-step takes of them.
+step takes of them. Both are right within a third on the demo model, see bench/memory.py.
 """
 
 from __future__ import annotations
 
+import logging
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -41,6 +43,7 @@ class Estimate:
     activations: int  # kept from the forward pass for the backward pass, with some to spare
     seconds: float
     file: int
+    file_shrinks: bool = False  # ranks start at their largest, so that ``file`` is a bound
 
     @property
     def memory(self) -> int:
@@ -49,10 +52,26 @@ class Estimate:
 
     def text(self) -> str:
         """One line for people."""
+        bound = "at most " if self.file_shrinks else ""
         return (
-            f"about {_size(self.memory)} of memory, {_duration(self.seconds)}, and a file of "
-            f"{_size(self.file)}"
+            f"about {size(self.memory)} of memory and {_duration(self.seconds)}, give or take a "
+            f"third, and a file of {bound}{size(self.file)}"
         )
+
+
+def attempt(*parts: Any) -> Estimate | None:
+    """What :func:`estimate` says of ``parts``, or None, with a warning in the log, where it fails.
+
+    A run must not end before it begins because a model is too unusual to be counted, or because
+    it lacks the memory even for the look ahead: training says better what to do about that.
+    """
+    try:
+        return estimate(*parts)
+    except Exception as error:
+        traceback.clear_frames(error.__traceback__)
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        logging.warning("LoRA²: what this run takes cannot be told before it starts: %s", reason)
+        return None
 
 
 def estimate(
@@ -76,6 +95,7 @@ def estimate(
         activations=activations,
         seconds=_seconds(network, task, batch, config),
         file=network.expected_bytes(),
+        file_shrinks=config.rank.mode == "paper" and config.rank.target_megabytes is None,
     )
 
 
@@ -106,10 +126,10 @@ def memory(
 def _largest(task: Any, config: TrainConfig) -> Any:
     """A draw of a whole batch, class images included, of the task's own but undone."""
     before = task.state()
-    generator = torch.Generator().manual_seed(0)
-    batch = task.draw(generator, config.batch_size)
-    task.load_state(before)
-    return batch
+    try:
+        return task.draw(torch.Generator().manual_seed(0), config.batch_size)
+    finally:
+        task.load_state(before)
 
 
 def _kept(
@@ -124,18 +144,20 @@ def _kept(
     own = [weight for root in roots.values() for weight in _weights(root)]
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     has_data = network.log_nu.device.type != "meta"
-    with fake if has_data else nullcontext(), torch.enable_grad():
-        if has_data:
-            # Held until the end: the mode forgets what nobody holds, and would make it anew.
-            own += map(fake.from_tensor, own[:])
-        counter = _Counter({_storage(weight) for weight in own})
-        network.refresh_importance()
-        with counter.counting(blocks), entropy.collecting() if entropy else nullcontext():
-            total = sum(loss_parts(task.predict(batch)))
-            if entropy:
-                total = total + entropy.value()
+    try:
+        with fake if has_data else nullcontext(), torch.enable_grad():
+            if has_data:
+                # Held until the end: the mode forgets what nobody holds, and would make it anew.
+                own += map(fake.from_tensor, own[:])
+            counter = _Counter({_storage(weight) for weight in own})
+            with counter.counting(blocks), entropy.collecting() if entropy else nullcontext():
+                network.refresh_importance()
+                total = sum(loss_parts(task.predict(batch)))
+                if entropy:
+                    total = total + entropy.value()
+    finally:
+        network.refresh_importance()  # with data again
     del own
-    network.refresh_importance()  # with data again
     return counter.outside, counter.inside, counter.inputs
 
 
@@ -187,6 +209,7 @@ class _Counter:
 
 def _seconds(network: AdaptiveRankNetwork, task: Any, batch: Any, config: TrainConfig) -> float:
     """Of the whole run: from the second of two forward passes, the first one warms up."""
+    one = 0.0
     with torch.no_grad():
         network.refresh_importance()
         for _ in range(2):
@@ -224,7 +247,8 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _size(nbytes: float) -> str:
+def size(nbytes: float) -> str:
+    """Bytes for people, in powers of ten as files and cards are sold."""
     return (
         f"{nbytes / 1e9:.1f} GB"
         if nbytes >= 1e9

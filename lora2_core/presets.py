@@ -19,12 +19,12 @@ from .config import (
 )
 from .rank_config import RankConfig
 
-AS_SET = "as set below"
+AS_SET = "as set above"
 AUTO = "auto"  # of an option: the preset's own choice, or else the default
 
-# The paper, appendix "Implementation details": 1024 px, batch 1, learning rate 5e-5, fp16 mixed
-# precision, gradient checkpointing, 8-bit Adam, λ_r = λ_e = 1e-4; 500 steps on SDXL and 800 on
-# KOALA-700m. It names no schedule. `auto` takes bf16 for fp16 where the card can.
+# The paper, appendix A1: 1024 px, batch 1, learning rate 5e-5, fp16 mixed precision, gradient
+# checkpointing, 8-bit Adam; section 4: λ_r = λ_e = 1e-4, 500 steps on SDXL and 800 on KOALA-700m.
+# It names no schedule and no decay. `auto` takes bf16 for fp16 where the card can.
 _PAPER: dict[str, Any] = {
     "mode": "paper",
     "learning_rate": 5e-5,
@@ -41,14 +41,17 @@ _PAPER: dict[str, Any] = {
     "optimizer": "adamw8bit",
     "gradient_checkpointing": True,
 }
+# `balanced`, because `paper` starts with every layer at its largest rank: 7.5 GB of them.
 _LEAN: dict[str, Any] = {
+    "mode": "balanced",
     "batch_size": 1,
     "precision": "auto",
     "targets": "attention",
     "optimizer": "adamw8bit",
     "gradient_checkpointing": True,
 }
-# What the two sizes hold of SDXL is asserted in tests/host/test_estimate.py.
+# SDXL takes 6.9 GB at 1024 px and 6.2 GB at 768 px, as estimated (tests/host/test_estimate.py); a
+# card also holds its driver's memory and often a desktop, so that 8 GB get the smaller one.
 PRESETS: dict[str, dict[str, Any]] = {
     AS_SET: {},
     "paper (SDXL)": {**_PAPER, "steps": 500},
@@ -75,6 +78,17 @@ class Options:
     def joined(self, **parts: Any) -> Options:
         """These options with ``parts`` in place of earlier ones."""
         return dataclasses.replace(self, **parts)
+
+
+def replaced(widgets: Mapping[str, Any], preset: str) -> str:
+    """What ``preset`` puts in place of ``widgets``, for people; empty where nothing differs."""
+    named = PRESETS.get(preset, {})
+    changes = {name: value for name, value in named.items() if widgets.get(name, value) != value}
+    return ", ".join(f"{name} {_shown(new)} (not {widgets[name]})" for name, new in changes.items())
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def build_config(
@@ -140,5 +154,5 @@ def _agree(preset: str, ranks: dict[str, Any], named: Mapping[str, Any], options
 def _contradiction(preset: str, setting: str, wanted: str, asked: str) -> ConfigError:
     return ConfigError(
         f"{setting} is {asked} in the connected options, and the preset {preset!r} sets it to "
-        f"{wanted}: choose {wanted} or auto there, or the preset {AS_SET!r}."
+        f"{wanted}: choose {wanted} or the default there, or the preset {AS_SET!r}."
     )

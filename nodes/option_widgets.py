@@ -7,6 +7,8 @@ from ..lora2_core.presets import AUTO
 from ..lora2_core.rank_config import GROUPS
 
 BY_SCHEDULE = -1.0  # the value of warm_up that leaves it to the schedule
+BY_MODE = -1.0  # of settings of ranks for which 0 is a value like others
+GROWTHS = ("zero", "random")
 
 
 def _share(name: str, default: float, tooltip: str, step: float = 0.01) -> io.Float.Input:
@@ -119,6 +121,11 @@ def optimizer() -> list[io.WidgetInput]:
             step=0.01,
             tooltip="Share of the steps in which the rate rises. -1 leaves it to the schedule.",
         ),
+    ]
+
+
+def training() -> list[io.WidgetInput]:
+    return [
         io.Int.Input(
             "accumulation",
             default=1,
@@ -171,7 +178,7 @@ def objective() -> list[io.WidgetInput]:
     ]
 
 
-def ranks() -> list[io.WidgetInput]:
+def rank_targets() -> list[io.WidgetInput]:
     where = {
         "self": "self-attention",
         "cross": "cross-attention",
@@ -195,8 +202,30 @@ def ranks() -> list[io.WidgetInput]:
             "min_rank", default=0, min=0, max=4096, tooltip="Smallest rank of a layer. 0: it is 1."
         ),
         *groups,
-        _share(
-            "freeze_fraction", 0.0, "Share of the steps at the end in which ranks stay; 0: 0.2."
+    ]
+
+
+def rank_movement() -> list[io.WidgetInput]:
+    return [
+        io.Float.Input(
+            "freeze_fraction",
+            default=BY_MODE,
+            min=BY_MODE,
+            max=1.0,
+            step=0.01,
+            tooltip=(
+                "Share of the steps at the end in which ranks stay, for the weights to settle. -1: "
+                "0.2 in balanced, 0 in paper."
+            ),
+        ),
+        io.Combo.Input(
+            "growth",
+            options=[AUTO, *GROWTHS],
+            default=AUTO,
+            tooltip=(
+                "How a new rank begins: zero leaves the picture as it was, random is the paper's. "
+                "auto: the mode's own."
+            ),
         ),
         _share("quantile", 0.0, "q of the paper: where a rank's importance ends. 0: it is 0.9."),
         io.Float.Input(
@@ -210,12 +239,15 @@ def ranks() -> list[io.WidgetInput]:
         ),
         io.Float.Input(
             "rank_weight",
-            default=0.0,
-            min=0.0,
+            default=BY_MODE,
+            min=BY_MODE,
             max=1e6,
             step=1e-4,
             round=1e-7,
-            tooltip="λ_r of the paper; where the controller starts in balanced mode. 0: its own.",
+            tooltip=(
+                "λ_r of the paper, the pull towards the target rank; in balanced mode where the "
+                "controller of it starts. -1: the mode's own."
+            ),
         ),
     ]
 

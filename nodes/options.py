@@ -12,7 +12,7 @@ from ..lora2_core.config import (
     SampleConfig,
     TextConfig,
 )
-from ..lora2_core.presets import Options
+from ..lora2_core.presets import AUTO, Options
 from ..lora2_core.rank_config import GROUPS
 from . import option_widgets as widgets
 from .common import CATEGORY, OptionsSocket
@@ -40,7 +40,7 @@ class LoRA2OptimizerOptions(io.ComfyNode):
             "LoRA2OptimizerOptions",
             "LoRA² optimizer options",
             "How weights are moved, and which noise counts how much.",
-            [*widgets.optimizer(), *widgets.objective()],
+            [*widgets.optimizer(), *widgets.training(), *widgets.objective()],
         )
 
     @classmethod
@@ -67,14 +67,16 @@ class LoRA2RankOptions(io.ComfyNode):
         return _schema(
             "LoRA2RankOptions",
             "LoRA² rank options",
-            "How layers choose their rank. 0 leaves a setting to the mode.",
-            widgets.ranks(),
+            "How layers choose their rank. As they are, all settings are left to the mode.",
+            [*widgets.rank_targets(), *widgets.rank_movement()],
         )
 
     @classmethod
     def execute(cls, options: Options | None = None, **settings: Any) -> io.NodeOutput:
         targets = [(group, settings.pop(f"{group}_rank")) for group in GROUPS]
-        changes = {name: value for name, value in settings.items() if value}
+        of_mode = {"freeze_fraction": widgets.BY_MODE, "rank_weight": widgets.BY_MODE}
+        of_mode["growth"] = AUTO
+        changes = {name: v for name, v in settings.items() if v != of_mode.get(name, 0)}
         if chosen := tuple((group, rank) for group, rank in targets if rank):
             changes["group_targets"] = chosen
         return io.NodeOutput((options or Options()).joined(rank=tuple(changes.items())))
@@ -85,8 +87,8 @@ class LoRA2SafetyOptions(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return _schema(
             "LoRA2SafetyOptions",
-            "LoRA² memory, checkpoints and samples",
-            "What saves memory, what survives an accident, and what is painted meanwhile.",
+            "LoRA² safety options",
+            "Memory, checkpoints, and samples painted meanwhile.",
             [*widgets.safety(), *widgets.samples()],
         )
 

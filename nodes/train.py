@@ -1,19 +1,24 @@
 """Train LoRA² on images."""
 
 import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
 from comfy_api.latest import io, ui
 
-from ..lora2_core import comfy_host, lora_file, report
-from ..lora2_core.adaptive_rank import MODES
-from ..lora2_core.config import PRECISIONS, SCHEDULES, TrainConfig
-from ..lora2_core.dataset import check_photos
+from ..lora2_core import comfy_host, estimate, lora_file, memory_advice, report
+from ..lora2_core.config import TrainConfig
+from ..lora2_core.dataset import Photo, check_photos
 from ..lora2_core.jobs import TrainedLoRA, TrainingJob
-from ..lora2_core.rank_config import RankConfig
+from ..lora2_core.presets import AS_SET, build_config, replaced
+from . import routes, train_widgets
 from .common import CATEGORY, LoRA2Socket, advanced, to_image
 
 _POLL_SECONDS = 0.1
+# Widgets that are no settings of the run itself.
+_OF_THE_NODE = ("model", "clip", "vae", "instance_prompt", "file_name", "preset", "options")
 
 
 class LoRA2Train(io.ComfyNode):
@@ -29,7 +34,11 @@ class LoRA2Train(io.ComfyNode):
             ),
             is_input_list=True,  # images of different sizes arrive as a list
             is_output_node=True,
-            inputs=[*_sockets(), *_settings(), *map(advanced, _advanced_settings())],
+            inputs=[
+                *train_widgets.sockets(),
+                *train_widgets.settings(),
+                *map(advanced, train_widgets.advanced_settings()),
+            ],
             outputs=[
                 io.Model.Output(display_name="MODEL", tooltip="The model with the LoRA applied."),
                 io.Clip.Output(display_name="CLIP", tooltip="The CLIP, ready for your prompts."),
@@ -37,52 +46,108 @@ class LoRA2Train(io.ComfyNode):
                 io.String.Output(display_name="path", tooltip="Where the file was written."),
                 io.Image.Output(display_name="report", tooltip="Loss, mean rank and rank map."),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, **lists: list[Any]) -> io.NodeOutput:
-        images, captions = lists.pop("images"), lists.pop("captions", None)
+        pictures = {name: lists.pop(name, None) for name in ("images", "captions", "masks")}
+        class_images = lists.pop("class_images", None)
         one = {name: values[0] for name, values in lists.items()}
-        config = _config(one)
-        photos = check_photos(images, captions, one["instance_prompt"])
+        settings = {name: value for name, value in one.items() if name not in _OF_THE_NODE}
+        preset = one.get("preset", AS_SET)
+        config = build_config(settings, preset, one.get("options"))
+        photos = check_photos(
+            pictures["images"],
+            pictures["captions"],
+            one["instance_prompt"],
+            pictures["masks"],
+            config.data.trigger,
+        )
         path = comfy_host.new_lora_path(one["file_name"])
-        model, clip = one["model"], one["clip"]
-        setup = comfy_host.prepare_training(model, clip, one["vae"], photos, config)
+        notes = _Notes(cls.hidden.unique_id)
+        if changes := replaced(settings, preset):
+            notes.say(f"The preset {preset} sets {changes}.")
+        setup = comfy_host.prepare_training(
+            *(one[name] for name in ("model", "clip", "vae")),
+            photos,
+            config,
+            _class_photos(class_images, config),
+            comfy_host.cache_folder(),
+        )
         lora_file.check_writable(path, setup.network.expected_bytes())
-        job = TrainingJob(
-            setup.network,
-            setup.task,
-            setup.entropy,
-            setup.config,
-            path,
-            captions=tuple(photo.caption for photo in photos),
-            base_hash=setup.base_hash,
-            guard=comfy_host.deaf_to_cancel,
-        )
+        for line in _about_run(setup):
+            notes.say(line)
+        job = _job(setup, path, photos)
         del setup  # the job alone holds the private copy, and lets go of it at its end
-        trained = _wait_for(job)
-        patched, patched_clip = comfy_host.apply_state(
-            model, clip, trained.file.state, 1.0, 1.0, path.name
-        )
-        picture = to_image(
-            report.training_picture(
-                trained.components,
-                trained.history,
-                path.stem,
-                lora_file.headline(trained.file.metadata),
-            )
-        )
-        return io.NodeOutput(
-            patched,
-            patched_clip,
-            trained,
-            str(path),
-            picture,
-            ui=ui.PreviewImage(picture, cls=cls),
-        )
+        trained = _wait_for(job, notes)
+        return _outputs(cls, one["model"], one["clip"], trained)
 
 
-def _wait_for(job: TrainingJob) -> TrainedLoRA:
+def _class_photos(images: list[torch.Tensor] | None, config: TrainConfig) -> Sequence[Photo]:
+    if not images:
+        return ()
+    if not config.data.class_prompt.strip():
+        raise ValueError(
+            "class_images is connected, but class_prompt is empty; write what those images show in "
+            "a LoRA² data options node, or disconnect them."
+        )
+    return check_photos(images, None, config.data.class_prompt)
+
+
+def _about_run(setup: comfy_host.TrainingSetup) -> Iterator[str]:
+    """What the run will take, and what to do where that is more than there is."""
+    expected = setup.estimate
+    if expected is None:
+        return
+    yield f"This run takes {expected.text()}."
+    needed = expected.learning + expected.activations  # the model is there by now
+    free = comfy_host.free_memory()
+    if needed > free:
+        ways = memory_advice.suggestions(setup.config, needed, free)
+        text = f"That may be too much: {estimate.size(free)} are free for {estimate.size(needed)}."
+        help_ = f" What would help: {'; or '.join(way.text for way in ways)}." if ways else ""
+        yield text + help_
+
+
+class _Notes:
+    """What a person should know of a run, in the log and in the node."""
+
+    def __init__(self, node_id: str):
+        self.node_id = node_id
+        self.lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        """One more line, for both."""
+        logging.info("LoRA²: %s", line)
+        self.show(line)
+
+    def show(self, line: str) -> None:
+        """One that the log has by now; nothing where it is empty or there already."""
+        if line and line not in self.lines:
+            self.lines.append(line)
+            routes.show_text(self.node_id, "\n".join(self.lines))
+
+
+def _job(setup: comfy_host.TrainingSetup, path: Path, photos: Sequence[Photo]) -> TrainingJob:
+    return TrainingJob(
+        setup.network,
+        setup.task,
+        setup.entropy,
+        setup.config,
+        path,
+        captions=tuple(photo.caption for photo in photos),
+        base_hash=setup.base_hash,
+        guard=comfy_host.deaf_to_cancel,
+        data_hash=setup.data_hash,
+        checkpoints=comfy_host.checkpoint_folder(),
+        painter=setup.painter,
+        strip_path=comfy_host.strip_path(path),
+        enable_checkpointing=setup.enable_checkpointing,
+    )
+
+
+def _wait_for(job: TrainingJob, notes: _Notes) -> TrainedLoRA:
     """Show progress until the job ends; Cancel stops it after its current step and saves."""
     bar = comfy_host.progress_bar(job.config.steps)
     shown = 0
@@ -92,6 +157,7 @@ def _wait_for(job: TrainingJob) -> TrainedLoRA:
             if job.progress.step != shown:
                 shown = job.progress.step
                 bar(shown)
+            notes.show(job.progress.message)
             comfy_host.raise_if_cancelled()
     except BaseException:
         job.stop()
@@ -102,196 +168,17 @@ def _wait_for(job: TrainingJob) -> TrainedLoRA:
     bar(job.progress.step)
     if job.progress.error is not None:
         raise job.progress.error
-    assert job.result is not None  # a job without error has saved
+    if job.result is None:
+        raise RuntimeError("The training was stopped before its first step; there is no LoRA.")
     return job.result
 
 
-def _config(one: dict[str, Any]) -> TrainConfig:
-    # 0 leaves a setting to the mode.
-    chosen = ("target_rank", "target_megabytes", "max_rank")
-    ranks = {name: one[name] for name in chosen if one[name]}
-    return TrainConfig(
-        steps=one["steps"],
-        learning_rate=one["learning_rate"],
-        batch_size=one["batch_size"],
-        resolution=one["resolution"],
-        seed=one["seed"],
-        precision=one["precision"],
-        schedule=one["schedule"],
-        entropy_weight=one["entropy_weight"],
-        targets=one["targets"],
-        rank=RankConfig.for_mode(one["mode"], **ranks),
+def _outputs(cls: type[io.ComfyNode], model: Any, clip: Any, trained: TrainedLoRA) -> io.NodeOutput:
+    path = trained.path
+    patched = comfy_host.apply_state(model, clip, trained.file.state, 1.0, 1.0, path.name)
+    headline = lora_file.headline(trained.file.metadata)
+    picture = to_image(
+        report.training_picture(trained.components, trained.history, path.stem, headline)
     )
-
-
-def _sockets() -> list[io.Input]:
-    return [
-        io.Model.Input("model", tooltip="An SDXL-family model. It is left exactly as it is."),
-        io.Clip.Input("clip", tooltip="The CLIP of the same checkpoint, to read the prompts."),
-        io.Vae.Input("vae", tooltip="The VAE of the same checkpoint, to encode the photos."),
-        io.Image.Input("images", tooltip="3 to 30 photos of your subject, as a batch or a list."),
-        io.String.Input(
-            "captions",
-            optional=True,
-            force_input=True,
-            tooltip=(
-                "Optional: one caption per image, in the same order, or one for all. Empty ones "
-                "use the instance prompt."
-            ),
-        ),
-    ]
-
-
-def _settings() -> list[io.WidgetInput]:
-    return [
-        io.String.Input(
-            "instance_prompt",
-            default="a photo of sks subject",
-            tooltip=(
-                "What the photos show, with a rare word that will stand for your subject: 'a photo "
-                "of sks cat'. Use the same words when you paint."
-            ),
-        ),
-        io.Int.Input(
-            "steps",
-            default=500,
-            min=1,
-            max=1_000_000,
-            tooltip="Training steps. The paper uses 500 for SDXL and 800 for KOALA-700m.",
-        ),
-        io.Float.Input(
-            "learning_rate",
-            default=1e-4,
-            min=1e-7,
-            max=1.0,
-            step=1e-6,
-            round=1e-8,
-            tooltip="How fast the LoRA learns. The paper uses 0.00005.",
-        ),
-        io.Combo.Input(
-            "mode",
-            options=list(MODES),
-            default="balanced",
-            tooltip=(
-                "balanced: ranks follow what each layer needs, within a budget. paper: every "
-                "formula of arXiv 2603.21884 to the letter; files come out several times larger. "
-                "fixed: a plain LoRA to compare with, the target rank in every layer."
-            ),
-        ),
-        *_budget(),
-        io.String.Input(
-            "file_name",
-            default="lora2/subject",
-            tooltip="Name below output/loras; a number is added, nothing is ever overwritten.",
-        ),
-    ]
-
-
-def _budget() -> list[io.WidgetInput]:
-    return [
-        io.Float.Input(
-            "target_rank",
-            default=0.0,
-            min=0.0,
-            max=4096.0,
-            step=1.0,
-            tooltip=(
-                "Mean rank to aim at. 0 takes the mode's own: 16 in balanced and fixed, 1 in paper "
-                "(where it is a pull, not a budget)."
-            ),
-        ),
-        io.Float.Input(
-            "target_megabytes",
-            default=0.0,
-            min=0.0,
-            max=100_000.0,
-            step=1.0,
-            tooltip=(
-                "Aim at a file of about this size instead of a mean rank (in paper mode a pull, "
-                "not a budget). 0 is off."
-            ),
-        ),
-    ]
-
-
-def _advanced_settings() -> list[io.WidgetInput]:
-    return [
-        io.Int.Input(
-            "max_rank",
-            default=0,
-            min=0,
-            max=4096,
-            tooltip=(
-                "Largest rank of a single layer. 0 takes the mode's own: 128 in balanced, 512 in "
-                "paper and fixed, less where the layers are smaller."
-            ),
-        ),
-        io.Int.Input(
-            "batch_size",
-            default=1,
-            min=1,
-            max=256,
-            tooltip="Photos per step. More is smoother and needs more memory.",
-        ),
-        io.Int.Input(
-            "resolution",
-            default=1024,
-            min=64,
-            max=4096,
-            step=32,
-            tooltip="Side of the square the photos are cut to, in px. SDXL is at home at 1024.",
-        ),
-        io.Int.Input(
-            "seed",
-            default=0,
-            min=0,
-            max=2**63 - 1,
-            control_after_generate=False,
-            tooltip="The same seed and settings give the same file on the same machine.",
-        ),
-        *_expert_settings(),
-    ]
-
-
-def _expert_settings() -> list[io.WidgetInput]:
-    return [
-        io.Combo.Input(
-            "precision",
-            options=list(PRECISIONS),
-            default="auto",
-            tooltip=(
-                "Of the frozen model while training; auto takes ComfyUI's, but bf16 rather than "
-                "fp16 where the card can (in fp16 the entropy term fades away). The LoRA itself "
-                "always trains in fp32."
-            ),
-        ),
-        io.Float.Input(
-            "entropy_weight",
-            default=1e-4,
-            min=0.0,
-            max=10.0,
-            step=1e-5,
-            round=1e-7,
-            tooltip=(
-                "λ_e of the paper: sharpens which words each image region listens to. 0 switches "
-                "it off and saves time."
-            ),
-        ),
-        io.String.Input(
-            "targets",
-            default="attention",
-            tooltip=(
-                "Layers to adapt: attention (the paper), self-attention, cross-attention, or a "
-                "regular expression over layer names."
-            ),
-        ),
-        io.Combo.Input(
-            "schedule",
-            options=list(SCHEDULES),
-            default="constant",
-            tooltip=(
-                "Of the learning rate. cosine warms up and then falls to 0: it bears a higher rate "
-                "and ends cleaner. constant is the plain recipe."
-            ),
-        ),
-    ]
+    shown = ui.PreviewImage(picture, cls=cls)
+    return io.NodeOutput(*patched, trained, str(path), picture, ui=shown)

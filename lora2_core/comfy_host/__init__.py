@@ -9,14 +9,17 @@ from .encoding import Encoder
 from .errors import HostError
 from .models import build_autoencoder, build_sdxl, check_model, prediction_of, private_copy
 from .paths import (
+    cache_folder,
+    checkpoint_folder,
     dataset_folder,
     dataset_folders,
     lora_fingerprint,
     lora_names,
     lora_path,
     new_lora_path,
+    strip_path,
 )
-from .running import deaf_to_cancel, progress_bar, raise_if_cancelled
+from .running import deaf_to_cancel, free_memory, progress_bar, raise_if_cancelled
 from .training import TrainingSetup, prepare_training
 
 __all__ = [
@@ -26,10 +29,13 @@ __all__ = [
     "apply_state",
     "build_autoencoder",
     "build_sdxl",
+    "cache_folder",
     "check_model",
+    "checkpoint_folder",
     "dataset_folder",
     "dataset_folders",
     "deaf_to_cancel",
+    "free_memory",
     "lora_fingerprint",
     "lora_names",
     "lora_path",
@@ -39,4 +45,5 @@ __all__ = [
     "private_copy",
     "progress_bar",
     "raise_if_cancelled",
+    "strip_path",
 ]

@@ -41,12 +41,12 @@ def class_images(
     missing = config.data.class_images - len(classes)
     if missing <= 0 or painter is None:
         return classes
-    logging.info("LoRA²: the model paints %d class images of %r.", missing, prompt)
     size = (config.resolution, config.resolution)
     for seed in range(missing):
         key = content_key("class", base_hash, prompt, seed, *size, _STEPS)
 
         def paint(seed: int = seed) -> dict[str, Tensor]:
+            logging.info("LoRA²: painting class image %d of %d, %r.", seed + 1, missing, prompt)
             found = painter.paint([prompt], seed, size, _STEPS, _GUIDANCE)
             return {"pixels": found[0]}
 

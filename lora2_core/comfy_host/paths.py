@@ -48,6 +48,27 @@ def new_lora_path(file_name: str) -> Path:
     return Path(folder) / f"{name}_{counter:05}_.safetensors"
 
 
+def strip_path(lora: Path) -> Path:
+    """Where the pictures go that are painted while ``lora`` is trained."""
+    root = Path(folder_paths.get_output_directory()).resolve()
+    folder = lora.parent.relative_to(root / "loras")
+    return root / "lora2_samples" / folder / f"{lora.stem}.png"
+
+
+def cache_folder() -> Path:
+    """Where encoded photos and texts are kept, to be computed once."""
+    return _own_folder() / "cache"
+
+
+def checkpoint_folder() -> Path:
+    """Where unfinished runs are kept, to go on with."""
+    return _own_folder() / "checkpoints"
+
+
+def _own_folder() -> Path:
+    return Path(folder_paths.get_user_directory()).resolve() / "lora2"
+
+
 def dataset_folders() -> list[str]:
     """Subfolders of ComfyUI's input folder, for a list to choose from."""
     return sorted(folder_paths.get_input_subfolders())

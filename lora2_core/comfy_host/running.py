@@ -24,3 +24,9 @@ def raise_if_cancelled() -> None:
 def progress_bar(total: int) -> Callable[[int], None]:
     """ComfyUI's progress bar of the node that runs now; call it with the steps done."""
     return comfy.utils.ProgressBar(total).update_absolute
+
+
+def free_memory() -> int:
+    """Bytes that are free on the device that trains, as ComfyUI counts them."""
+    device = comfy.model_management.get_torch_device()
+    return int(comfy.model_management.get_free_memory(device))

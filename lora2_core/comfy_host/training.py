@@ -20,7 +20,7 @@ from ..config import TrainConfig
 from ..dataset import Photo, Sample
 from ..denoising import CachedTexts, DenoisingTask, TextSource
 from ..disk_cache import TensorCache, content_key
-from ..estimate import Estimate, estimate
+from ..estimate import Estimate, attempt
 from ..network import AdaptiveRankNetwork, fingerprint
 from ..objective import CrossAttentionEntropy
 from ..targets import Target, find_targets
@@ -44,7 +44,7 @@ class TrainingSetup:
     data_hash: str  # changes with any photo, caption, mask or class image
     painter: Painter | None  # of validation samples; None when none is asked for
     enable_checkpointing: Callable[[], None]  # for a run that is short of memory
-    estimate: Estimate  # of memory, time and file size
+    estimate: Estimate | None  # of memory, time and file size; None where it cannot be told
 
 
 def prepare_training(
@@ -98,7 +98,7 @@ def _prepare(
     options = {"optimized_attention_override": _plain_attention}
     task = DenoisingTask(private, samples, texts, options, prediction_of(model), config, extra)
     measured = cross if config.entropy_weight > 0 else None
-    expected = estimate(network, task, measured, roots, blocks_of(unet), config)
+    expected = attempt(network, task, measured, roots, blocks_of(unet), config)
     checkpoint = partial(checkpoint_blocks, unet, entropy=cross)
     if config.gradient_checkpointing:
         checkpoint()
