@@ -1,8 +1,8 @@
 """What a run will take, told before it starts: memory, time, and the size of its file.
 
-Memory is counted, not guessed: one forward pass of the very model on tensors without data tells
-every tensor that the backward pass will want. Time is that of a real forward pass, times what a
-step takes of them. Both are right within a third on the demo model, see bench/memory.py.
+Memory is counted, not guessed: one forward pass of the very model tells every tensor that the
+backward pass will want. Time is that of a forward pass, times what a step takes of them. Both are
+right within a third on the demo model, see bench/memory.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from .config import TrainConfig
 from .network import AdaptiveRankNetwork
@@ -141,34 +141,31 @@ def _kept(
     batch: Any,
 ) -> tuple[int, dict[int, int], int]:
     """Bytes kept for the backward pass outside of ``blocks``, in each of them, and their inputs."""
-    own = [weight for root in roots.values() for weight in _weights(root)]
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    has_data = network.log_nu.device.type != "meta"
+    counter = _Counter([weight for root in roots.values() for weight in _weights(root)])
     try:
-        with fake if has_data else nullcontext(), torch.enable_grad():
-            if has_data:
-                # Held until the end: the mode forgets what nobody holds, and would make it anew.
-                own += map(fake.from_tensor, own[:])
-            counter = _Counter({_storage(weight) for weight in own})
-            with counter.counting(blocks), entropy.collecting() if entropy else nullcontext():
-                network.refresh_importance()
-                total = sum(loss_parts(task.predict(batch)))
-                if entropy:
-                    total = total + entropy.value()
+        looking = entropy.collecting() if entropy else nullcontext()
+        with torch.enable_grad(), counter.counting(blocks), looking:
+            network.refresh_importance()
+            total = sum(loss_parts(task.predict(batch)))
+            if entropy:
+                total = total + entropy.value()
     finally:
-        network.refresh_importance()  # with data again
-    del own
+        network.refresh_importance()  # not of the graph whose tensors are gone
     return counter.outside, counter.inside, counter.inputs
 
 
 class _Counter:
-    """Counts the memory of what autograd saves, each only once, by the block it is saved in."""
+    """Counts the memory of what autograd saves, each only once, by the block it is saved in.
 
-    def __init__(self, own: set[int]):
+    Nothing is held: what is counted is free again at once, so that looking ahead takes no more
+    memory than a forward pass without gradients.
+    """
+
+    def __init__(self, own: Sequence[Tensor]):
         self.outside, self.inputs = 0, 0
         self.inside: dict[int, int] = {}
-        self._seen = set(own)
-        self._alive: list[Tensor] = []  # or a later tensor could get an earlier one's address
+        # Weak references keep the identity of a storage from being given to a later one.
+        self._seen = {StorageWeakRef(weight.untyped_storage()) for weight in own}
         self._block: int | None = None
 
     @contextmanager
@@ -178,7 +175,7 @@ class _Counter:
             handles.append(block.register_forward_pre_hook(self._entering(number)))
             handles.append(block.register_forward_hook(self._leaving))
         try:
-            with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor):
+            with torch.autograd.graph.saved_tensors_hooks(self._pack, _forgotten):
                 yield
         finally:
             for handle in handles:
@@ -194,17 +191,20 @@ class _Counter:
     def _leaving(self, *_: Any) -> None:
         self._block = None
 
-    def _pack(self, tensor: Tensor) -> Tensor:
-        storage = _storage(tensor)
-        if storage not in self._seen:
-            self._seen.add(storage)
-            self._alive.append(tensor)
-            size = tensor.untyped_storage().nbytes()
-            if self._block is None:
-                self.outside += size
-            else:
-                self.inside[self._block] = self.inside.get(self._block, 0) + size
-        return tensor
+    def _pack(self, tensor: Tensor) -> None:
+        storage = StorageWeakRef(tensor.untyped_storage())
+        if storage in self._seen:
+            return
+        self._seen.add(storage)
+        size = tensor.untyped_storage().nbytes()
+        if self._block is None:
+            self.outside += size
+        else:
+            self.inside[self._block] = self.inside.get(self._block, 0) + size
+
+
+def _forgotten(_: Any) -> Tensor:
+    raise RuntimeError("Counting what a backward pass wants is no preparation of one.")
 
 
 def _seconds(network: AdaptiveRankNetwork, task: Any, batch: Any, config: TrainConfig) -> float:
@@ -237,10 +237,6 @@ def _synchronize(device: torch.device) -> None:
 def _weights(root: nn.Module) -> Iterator[Tensor]:
     yield from root.parameters()
     yield from root.buffers()
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
 
 
 def _bytes(tensor: Tensor) -> int:

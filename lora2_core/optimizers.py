@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 from .config import OptimizerConfig
 
 _ONE_KERNEL = ("cpu", "cuda")  # where Adam updates hundreds of small tensors in one call
+_OLDEST_EIGHT_BIT = (0, 44)  # before it bitsandbytes kept a scale for 2048 numbers, not for 256
 
 
 class OptimizerError(ValueError):
@@ -62,12 +64,19 @@ def schedule_factor(schedule: str, step: int, steps: int, warm_up: float | None 
 
 def _eight_bit(parts: list[dict], weight_decay: float) -> torch.optim.Optimizer:
     try:
+        import bitsandbytes
         from bitsandbytes.optim.adamw import AdamW8bit
     except ImportError as error:
         raise OptimizerError(
             "optimizer is adamw8bit, which needs the package bitsandbytes: install it into "
             "ComfyUI's Python (pip install bitsandbytes) or choose adamw."
         ) from error
+    version = bitsandbytes.__version__
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < _OLDEST_EIGHT_BIT:
+        raise OptimizerError(
+            f"optimizer is adamw8bit, which needs bitsandbytes 0.44 or newer, and {version} is "
+            "installed: update it (pip install --upgrade bitsandbytes) or choose adamw."
+        )
     return AdamW8bit(parts, weight_decay=weight_decay)
 
 

@@ -4,6 +4,7 @@ import { app } from "../../scripts/app.js";
 
 const TEXT_NODES = new Set(["LoRA2InspectRanks"]);
 const WIDGET = "lora2_text";
+const NOTES = "$$node-text-preview"; // ComfyUI's name of its widget for text
 const MIN_HEIGHT = 220;
 
 app.registerExtension({
@@ -11,6 +12,7 @@ app.registerExtension({
   nodeCreated(node) {
     if (!node.comfyClass?.startsWith("LoRA2")) return;
     showSmallNumbers(node);
+    saveNoNotes(node);
     if (!TEXT_NODES.has(node.comfyClass)) return;
     const previous = node.onExecuted;
     node.onExecuted = function (output) {
@@ -27,6 +29,17 @@ function showSmallNumbers(node) {
   for (const widget of node.widgets ?? []) {
     if (widget.options?.precision > 3) widget.options.maxFractionDigits = widget.options.precision;
   }
+}
+
+// What a training says in its node is shown by ComfyUI, which would save it as the value of a widget
+// behind the last one: where a later version has a widget of its own.
+function saveNoNotes(node) {
+  const previous = node.onSerialize;
+  node.onSerialize = function (saved) {
+    previous?.call(this, saved);
+    const place = this.widgets?.findIndex((w) => w.name === NOTES) ?? -1;
+    if (place >= 0) saved.widgets_values?.splice(place, 1);
+  };
 }
 
 function showText(node, text) {

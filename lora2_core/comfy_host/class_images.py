@@ -12,6 +12,7 @@ from ..dataset import Photo, Sample, cut
 from ..disk_cache import TensorCache, content_key
 from .encoding import Encoder
 from .painting import Painter
+from .running import raise_if_cancelled
 
 _STEPS, _GUIDANCE = 25, 5.0  # how class images are painted
 
@@ -30,10 +31,13 @@ def class_images(
     given: Sequence[Photo],
     painter: Painter | None,
     config: TrainConfig,
-    base_hash: str,
+    identity: str,
     disk: TensorCache,
 ) -> list[Photo]:
-    """The class images: those given, and what lacks painted by the base model itself."""
+    """The class images: those given, and what lacks painted by the base model itself.
+
+    ``identity``: changes with all that a painted picture depends on. ComfyUI's Cancel ends it.
+    """
     prompt = config.data.class_prompt.strip()
     if not prompt:
         return []
@@ -43,7 +47,8 @@ def class_images(
         return classes
     size = (config.resolution, config.resolution)
     for seed in range(missing):
-        key = content_key("class", base_hash, prompt, seed, *size, _STEPS)
+        raise_if_cancelled()  # a hundred of them take minutes
+        key = content_key("class", identity, prompt, seed, *size, _STEPS, _GUIDANCE)
 
         def paint(seed: int = seed) -> dict[str, Tensor]:
             logging.info("LoRA²: painting class image %d of %d, %r.", seed + 1, missing, prompt)

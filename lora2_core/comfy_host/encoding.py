@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import comfy.model_base
+import comfy.model_management
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -27,8 +29,10 @@ class Encoder:
     def __init__(self, base: comfy.model_base.BaseModel, clip: Any, vae: Any, cache: TensorCache):
         self.base, self.clip, self.vae, self.cache = base, clip, vae, cache
         self._vae_hash = fingerprint(vae.first_stage_model)
-        patches = str(clip.patcher.patches_uuid) if clip.patcher.patches else ""
-        self._clip_hash = fingerprint(clip.cond_stage_model) + patches + str(clip.layer_idx)
+        # While a patched clone of this CLIP is resident the weights are that clone's. With its own
+        # patches in them their hash is the same tomorrow, which the id of the patches is not.
+        comfy.model_management.load_models_gpu([clip.patcher], force_full_load=True)
+        self._clip_hash = fingerprint(clip.cond_stage_model) + str(clip.layer_idx)
         self.texts: dict[str, Text] = {}  # all that were asked for
 
     @property
@@ -39,20 +43,24 @@ class Encoder:
     def text(self, text: str) -> Text:
         """The embedding of a caption; each is computed once."""
         if text not in self.texts:
-            key = content_key("text", self._clip_hash, text)
-            found = _usable(self.cache.get_or_make(key, lambda: self._encode_text(text)))
+            tokens = self.clip.tokenize(text)
+            key = content_key("text", self._clip_hash, *_flat(tokens))
+            found = _usable(self.cache.get_or_make(key, lambda: self._encode_text(tokens)))
             self.texts[text] = Text(found["context"], found["pooled"])
         return self.texts[text]
 
+    @torch.inference_mode(False)
     def sample(self, crop: Crop, captions: tuple[str, ...]) -> Sample:
         """A cut of a photo as the U-Net is trained on it."""
-        key = content_key("latent", self._vae_hash, crop.pixels)
-        latent = _usable(self.cache.get_or_make(key, lambda: self._encode_image(crop.pixels)))
+        key = content_key("vae", self._vae_hash, crop.pixels)
+        found = _usable(self.cache.get_or_make(key, lambda: self._encode_image(crop.pixels)))
+        # Scaled after the cache, which may be read for a model that scales otherwise.
+        latent = self.base.process_latent_in(found["latent"][None])[0]  # (4, h, w)
         mask = crop.mask
         if mask is not None:
-            height, width = latent["latent"].shape[1:]
+            height, width = latent.shape[1:]
             mask = F.adaptive_avg_pool2d(mask[None, None].float(), (height, width))[0]  # (1, h, w)
-        return Sample(latent["latent"], self._sizes(crop), captions, mask)
+        return Sample(latent, self._sizes(crop), captions, mask)
 
     def _sizes(self, crop: Crop) -> Tensor:
         height, width = crop.pixels.shape[:2]
@@ -69,9 +77,8 @@ class Encoder:
         return _plain(vector)[0, -SIZES:].clone()
 
     @torch.inference_mode()
-    def _encode_text(self, text: str) -> dict[str, Tensor]:
-        clip = self.clip
-        context, pooled = clip.encode_from_tokens(clip.tokenize(text), return_pooled=True)
+    def _encode_text(self, tokens: dict[str, Any]) -> dict[str, Tensor]:
+        context, pooled = self.clip.encode_from_tokens(tokens, return_pooled=True)
         config = self.base.model_config.unet_config
         widths = context.shape[-1], 0 if pooled is None else pooled.shape[-1]
         wanted = config["context_dim"], config["adm_in_channels"] - SIZES
@@ -90,13 +97,27 @@ class Encoder:
                 f"vae gives latents of shape {tuple(latent.shape)} where SDXL takes 4 channels; "
                 "connect the VAE of the same checkpoint."
             )
-        scaled = self.base.process_latent_in(_plain(latent))[0]
-        if not scaled.isfinite().all():
+        plain = _plain(latent)[0]
+        if not plain.isfinite().all():
             raise HostError(
                 "vae gave latents that are not finite; SDXL's own VAE overflows in fp16: start "
                 "ComfyUI with --fp32-vae or load the fp16-fix VAE."
             )
-        return {"latent": scaled}
+        return {"latent": plain}
+
+
+def _flat(tokens: dict[str, Any]) -> Iterator[str | int | float | Tensor]:
+    """What ComfyUI's tokenizer made of a text, in a row.
+
+    A learnt embedding is in it as its tensor: another file of the same name is another text.
+    """
+    for name in sorted(tokens):
+        yield name
+        for window in tokens[name]:
+            yield len(window)
+            for token, weight in window:
+                yield token
+                yield float(weight)
 
 
 def _usable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

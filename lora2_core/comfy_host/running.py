@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import comfy.model_management
 import comfy.utils
@@ -29,4 +30,5 @@ def progress_bar(total: int) -> Callable[[int], None]:
 def free_memory() -> int:
     """Bytes that are free on the device that trains, as ComfyUI counts them."""
     device = comfy.model_management.get_torch_device()
-    return int(comfy.model_management.get_free_memory(device))
+    free: Any = comfy.model_management.get_free_memory(device)
+    return int(free)

@@ -29,6 +29,7 @@ from .class_images import class_images, class_samples, paints
 from .encoding import Encoder
 from .models import DTYPES, check_model, prediction_of, private_copy
 from .painting import Painter
+from .running import raise_if_cancelled
 from .text_encoders import TextEncoders
 
 
@@ -41,7 +42,7 @@ class TrainingSetup:
     task: DenoisingTask
     entropy: CrossAttentionEntropy
     base_hash: str
-    data_hash: str  # changes with any photo, caption, mask or class image
+    data_hash: str  # changes with any photo, caption, mask, class image, VAE, CLIP or sampling
     painter: Painter | None  # of validation samples; None when none is asked for
     enable_checkpointing: Callable[[], None]  # for a run that is short of memory
     estimate: Estimate | None  # of memory, time and file size; None where it cannot be told
@@ -86,17 +87,20 @@ def _prepare(
         encoder.text("")  # says when the CLIP is of another family
     private = private_copy(model, config.precision)
     unet = private.diffusion_model
-    base_hash = fingerprint(unet)
+    base_hash, prediction = fingerprint(unet), prediction_of(model)
+    sampling = private.model_sampling.sigmas.float()
+    identity = content_key(encoder.identity, prediction, sampling)  # of all beside the U-Net
     texts: TextSource = live or CachedTexts(encoder.texts, next(unet.parameters()).device)
     painter = Painter(private, vae, texts) if paints(config, class_photos) else None
-    classes = class_images(class_photos, painter, config, base_hash, disk)
+    painted_by = content_key(base_hash, identity)
+    classes = class_images(class_photos, painter, config, painted_by, disk)
     extra = class_samples(encoder, classes, samples, config)
     roots: dict[str, nn.Module] = {"unet": unet, **(live.roots if live else {})}
     network = AdaptiveRankNetwork(roots, _targets(roots, config), config.rank, config.seed)
     cross = _cross_attention(unet)
     # The default on the CPU splits the attention into chunks, slow to differentiate.
     options = {"optimized_attention_override": _plain_attention}
-    task = DenoisingTask(private, samples, texts, options, prediction_of(model), config, extra)
+    task = DenoisingTask(private, samples, texts, options, prediction, config, extra)
     measured = cross if config.entropy_weight > 0 else None
     expected = attempt(network, task, measured, roots, blocks_of(unet), config)
     checkpoint = partial(checkpoint_blocks, unet, entropy=cross)
@@ -109,7 +113,7 @@ def _prepare(
         task=task,
         entropy=cross,
         base_hash=base_hash,
-        data_hash=content_key(encoder.identity, _data_hash(photos, classes)),
+        data_hash=content_key(identity, _data_hash(photos, classes)),
         painter=painter if config.samples.prompts else None,
         enable_checkpointing=checkpoint,
         estimate=expected,
@@ -117,16 +121,18 @@ def _prepare(
 
 
 def _samples(encoder: Encoder, photos: Sequence[Photo], config: TrainConfig) -> list[Sample]:
-    return [
-        encoder.sample(found, variants(photo.caption, config.data, config.seed))
-        for photo, found in crops(photos, config)
-    ]
+    samples = []
+    for photo, found in crops(photos, config):
+        raise_if_cancelled()
+        texts = variants(photo.caption, config.data, config.seed)
+        samples.append(encoder.sample(found, texts))
+    return samples
 
 
 def _read_ahead(encoder: Encoder, samples: Sequence[Sample], config: TrainConfig) -> None:
     """Encode every text that training may ask for, so that the CLIP can leave the memory."""
     wanted = {text for sample in samples for text in sample.captions}
-    wanted |= {*config.samples.prompts, "", config.data.class_prompt}
+    wanted |= {*config.samples.prompts, "", config.data.class_prompt.strip()}
     for text in sorted(wanted):
         encoder.text(text)
 
@@ -146,7 +152,7 @@ def _cross_attention(unet: nn.Module) -> CrossAttentionEntropy:
 
 
 def _data_hash(photos: Sequence[Photo], classes: Sequence[Photo]) -> str:
-    parts: list[str | Tensor] = []
+    parts: list[str | int | Tensor] = [len(photos)]  # where the class images begin
     for photo in [*photos, *classes]:
         parts += [photo.pixels, photo.caption, "" if photo.mask is None else photo.mask]
     return content_key(*parts)

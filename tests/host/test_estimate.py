@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from comfy.ldm.modules.attention import attention_pytorch
 from lora2_pack.lora2_core import comfy_host, estimate
 from lora2_pack.lora2_core.comfy_host.checkpointing import blocks_of
 from lora2_pack.lora2_core.config import TrainConfig
@@ -22,14 +22,23 @@ from lora2_pack.lora2_core.presets import build_config
 from lora2_pack.lora2_core.targets import find_targets
 from lora2_pack.tests.host.demo import photos, settings
 from lora2_pack.tests.host.test_family import on_meta
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
-MOST = {"12 GB": 12e9, "8 GB": 8e9, "paper (SDXL)": 24e9}  # bytes
+# Bytes, one GB less than a card has: it also holds its driver's memory, and often a desktop.
+MOST = {"12 GB": 11e9, "8 GB": 7e9, "paper (SDXL)": 15e9}
 
 
 def _config(preset: str, **changes: Any) -> TrainConfig:
     widgets = {"mode": "balanced", "learning_rate": 1e-4, "precision": "auto"}
     return build_config({**widgets, **changes}, preset)
+
+
+def _flash(_: Any, query: Tensor, key: Tensor, value: Tensor, heads: int, **__: Any) -> Tensor:
+    """Attention as a card computes it. Without a device PyTorch takes the way that keeps maps."""
+    q, k, v = (t.unflatten(2, (heads, -1)).transpose(1, 2) for t in (query, key, value))
+    found = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
+    return found.transpose(1, 2).flatten(2)
 
 
 def _memory_on_meta(name: str, config: TrainConfig) -> tuple[int, int, int]:
@@ -45,7 +54,7 @@ def _memory_on_meta(name: str, config: TrainConfig) -> tuple[int, int, int]:
         base,
         [sample],
         CachedTexts(text, torch.device("meta")),
-        {"optimized_attention_override": lambda _, *a, **k: attention_pytorch(*a, **k)},
+        {"optimized_attention_override": _flash},
         "EPS",
         config,
     )
@@ -90,7 +99,7 @@ def test_the_memory_told_is_what_a_run_takes():
     shares = [row["told_mb"] / row["taken_mb"] for row in rows]
     assert all(0.85 < share < 1.3 for share in shares), rows
     # Six steps are too few for more than the order of the time, on a machine that others use.
-    assert all(0.3 < row["told_s"] / row["taken_s"] < 3 for row in rows), rows
+    assert 0.3 < statistics.median(row["told_s"] / row["taken_s"] for row in rows) < 3, rows
 
 
 def test_an_estimate_changes_no_run(parts: tuple[Any, Any, Any]):
@@ -116,11 +125,15 @@ def test_what_is_asked_for_is_in_the_time(parts: tuple[Any, Any, Any]):
 @pytest.mark.parametrize(
     ("nbytes", "seconds", "text"),
     [
-        ((5_200_000_000, 300_000_000, 2_400_000_000), 700.0, "about 7.9 GB of memory, 12 minutes"),
-        ((35_600_000, 7_600_000, 60_000_000), 14.2, "about 103 MB of memory, 14 seconds"),
-        ((5_200_000_000, 0, 0), 7 * 3600.0, "about 5.2 GB of memory, 7.0 hours"),
+        (
+            (5.2e9, 0.3e9, 2.4e9),
+            700.0,
+            "about 7.9 GB of memory and 12 minutes",
+        ),
+        ((35.6e6, 7.6e6, 60e6), 14.2, "about 103 MB of memory and 14 seconds"),
+        ((5.2e9, 0, 0), 7 * 3600.0, "about 5.2 GB of memory and 7.0 hours"),
     ],
 )
-def test_the_line_that_people_read(nbytes: tuple[int, int, int], seconds: float, text: str):
-    found = estimate.Estimate(*nbytes, seconds, 45_000_000).text()
-    assert found == f"{text}, and a file of 45 MB"
+def test_the_line_that_people_read(nbytes: tuple[float, float, float], seconds: float, text: str):
+    found = estimate.Estimate(*map(int, nbytes), seconds, 45_000_000).text()
+    assert found == f"{text}, give or take a third, and a file of 45 MB"
