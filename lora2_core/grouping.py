@@ -6,6 +6,7 @@ the others hand out what lies ready, as long as they are asked with the very sam
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -32,7 +33,7 @@ class ProjectionGroup:
         # Looked up once: hundreds of lookups a step through modules would show on small models.
         self._weights: list[Tensor] = [layer.base.weight for layer in layers]  # type: ignore[misc]
         self._biases: list[Tensor | None] = [layer.base.bias for layer in layers]  # type: ignore[misc]
-        self._input: Tensor | None = None
+        self._asked: tuple[object, ...] = ()  # what the outputs at hand were computed for
         self._ready: dict[int, Tensor] = {}
 
     def takes(self, x: Tensor) -> bool:
@@ -42,12 +43,14 @@ class ProjectionGroup:
 
     def output(self, place: int, x: Tensor) -> Tensor:
         """The output of the layer at ``place`` for ``x``: (…, in) → (…, out)."""
-        if self._input is x and place in self._ready:
+        layers = self.layers
+        # The importance is a new tensor each step: what an interrupted pass left is void by then.
+        asked = (x, layers[0].importance, torch.is_grad_enabled())
+        if place in self._ready and all(map(operator.is_, asked, self._asked)):
             found = self._ready.pop(place)
             if not self._ready:
-                self._input = None  # nothing may be kept alive until the next pass
+                self._asked = ()  # nothing may be kept alive until the next pass
             return found
-        layers = self.layers
         outputs = project(
             x,
             self._weights,
@@ -58,12 +61,12 @@ class ProjectionGroup:
         )
         if len(outputs) > 1:
             self._ready = {n: out for n, out in enumerate(outputs) if n != place}
-            self._input = x
+            self._asked = asked
         return outputs[place]
 
     def clear(self) -> None:
         """Forget what an interrupted pass left."""
-        self._input, self._ready = None, {}
+        self._asked, self._ready = (), {}
 
 
 def groups_of(names: Sequence[str]) -> list[list[int]]:

@@ -19,7 +19,7 @@ from .component import Component
 from .ema import AveragedWeights
 from .grouping import join_projections
 from .layers import AdaptiveLoRA, wrap
-from .optimizer_state import replace_parameters
+from .optimizer_state import begin_rows, replace_parameters
 from .rank_config import RankConfig
 from .targets import Target
 
@@ -147,7 +147,7 @@ class AdaptiveRankNetwork(nn.Module):
         old_ranks = [layer.rank for layer in layers]
         self._replace(layers, sizes, optimizer, average)
         for layer, old, std in zip(layers, old_ranks, stds[changed], strict=True):
-            self._init_new_rows(layer, old, std, average)
+            self._init_new_rows(layer, old, std, optimizer, average)
         self._index_ranks()
         return len(changed)
 
@@ -242,7 +242,12 @@ class AdaptiveRankNetwork(nn.Module):
             layer.lora_down, layer.lora_up = down, up
 
     def _init_new_rows(
-        self, layer: AdaptiveLoRA, old_rank: int, std: Tensor, average: AveragedWeights | None
+        self,
+        layer: AdaptiveLoRA,
+        old_rank: int,
+        std: Tensor,
+        optimizer: torch.optim.Optimizer,
+        average: AveragedWeights | None,
     ) -> None:
         if layer.rank <= old_rank:
             return
@@ -250,6 +255,8 @@ class AdaptiveRankNetwork(nn.Module):
         layer.init_down(self._down_std(std), rows, self._generator)
         if self.config.growth == "random":
             layer.init_up(self.config.growth_std, rows, self._generator)
+        begin_rows(optimizer, layer.lora_down, rows, dim=0)
+        begin_rows(optimizer, layer.lora_up, rows, dim=1)
         if average is not None:
             average.start_rows(layer.lora_down, rows, dim=0)
             average.start_rows(layer.lora_up, rows, dim=1)

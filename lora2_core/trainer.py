@@ -112,9 +112,7 @@ class Trainer:
         self.step = 0
         self.control = RankControl(network, config.steps)
         self.guard = LossGuard()
-        # fp16 gradients of a small loss underflow; the scaler is a no-op for the rest.
-        device = network.log_nu.device.type
-        self.scaler = torch.amp.GradScaler(device, enabled=config.precision == "fp16")
+        self.scaler = self._new_scaler()
         # Not the seed itself: the adapters were drawn from that, number for number.
         self.generator = torch.Generator().manual_seed(config.seed ^ _NOISE_SEED)
         probe_generator = torch.Generator().manual_seed(_PROBE_SEED)
@@ -123,12 +121,12 @@ class Trainer:
             task.spread(probe_generator, _PROBE_DRAWS, config.batch_size) if config.probes else []
         )
         self._freeze_from = config.steps - int(config.steps * config.rank.freeze_fraction)
-        network.log_nu.requires_grad_(True)  # an earlier run may have frozen it
         self._begin()
 
     def _begin(self) -> None:
         """Optimizers for the parameters that the network has now."""
         network, config = self.network, self.config
+        network.log_nu.requires_grad_(True)  # steps that went on further may have frozen it
         self.ranks = tuple(network.ranks)  # made anew only when they change: events keep it
         self.rates = (config.learning_rate, config.text.learning_rate)
         parts = (network.weights(text=False), network.weights(text=True))
@@ -151,15 +149,26 @@ class Trainer:
                 event = self._step(self.step + 1)
             except BaseException:
                 self._zero_grad()
+                scale = self.scaler.state_dict()
+                self.scaler = self._new_scaler()  # forgets that gradients were unscaled
+                if scale:
+                    self.scaler.load_state_dict(scale)
                 self.generator.set_state(before[0])
                 self.task.load_state(before[1])
                 if self.step == 0:
                     self._begin()  # the first step makes the optimizers' states, maybe not all
                 raise
             self.step = event.step
+            # Before the event: whoever keeps the state then must not miss what this step told.
+            exploded = self.guard.exploded(event.step, event.loss, self.network.state)
             yield event
-            if self.guard.exploded(event.step, event.loss, self.network.state):
+            if exploded:
                 self._go_back(event)
+
+    def _new_scaler(self) -> torch.amp.GradScaler:
+        # fp16 gradients of a small loss underflow; the scaler is a no-op for the rest.
+        device = self.network.log_nu.device.type
+        return torch.amp.GradScaler(device, enabled=self.config.precision == "fp16")
 
     def averaged(self) -> AbstractContextManager[None]:
         """Inside, A and B hold their running averages, if there are any: what is to be saved."""
