@@ -97,8 +97,8 @@ def be_signalled(path: Path, name: str) -> None:
     job.start()
     while job.progress.step < 5:
         time.sleep(0.01)
-    print(json.dumps({"ready": True}), flush=True)
-    try:
+    try:  # the signal may come as soon as the parent has read the line
+        print(json.dumps({"ready": True}), flush=True)
         job.wait(60)
     except KeyboardInterrupt:
         print(json.dumps({"interrupted": True, "state": job.progress.state}), flush=True)
