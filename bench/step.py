@@ -32,7 +32,7 @@ LIMITS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--rounds", type=int, default=40, help="timed steps each, at least 15")
+    parser.add_argument("--rounds", type=int, default=60, help="timed steps each, at least 15")
     options = parser.parse_args()
     if options.rounds < 15:
         parser.error("--rounds must be at least 15")
