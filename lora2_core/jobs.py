@@ -3,19 +3,21 @@
 Whatever ends a run after its first step, be it the last step, a stop or an error, the LoRA as of
 the last complete step is written before the job is over, and so is a checkpoint from which the
 same run goes on exactly. Steps, losses and pictures of before come back with it: the file of a
-run that was stopped and resumed has the same bytes as that of one that was not.
+run that was stopped and resumed has the same bytes as that of one that was not. Between two steps
+a run can be held for as long as anyone likes, and waits for prompts if it is told to.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -27,12 +29,13 @@ from .lora_file import ComponentInfo
 from .memory_advice import OutOfMemory
 from .network import AdaptiveRankNetwork
 from .objective import CrossAttentionEntropy
+from .progress import ENDED, State
+from .progress import Progress as Progress
 from .report import TrainingHistory
 from .run_keeper import RunKeeper
-from .sample_strip import Painter, SampleEvent, SampleStrip
-from .trainer import StepEvent, Task, Trainer, TrainingError
-
-State = Literal["queued", "running", "finished", "stopped", "failed"]
+from .sample_strip import Painter, SampleStrip
+from .step_gate import StepGate
+from .trainer import Task, Trainer, TrainingError
 
 
 @dataclass(frozen=True)
@@ -45,18 +48,6 @@ class TrainedLoRA:
     history: TrainingHistory
 
 
-@dataclass
-class Progress:
-    """The run so far, earlier parts of it included; written by the job's thread, read by anyone."""
-
-    state: State = "queued"
-    step: int = 0
-    events: list[StepEvent] = field(default_factory=list)
-    samples: list[SampleEvent] = field(default_factory=list)  # the newest last
-    message: str = ""  # the latest that a person should know of, such as a resume
-    error: BaseException | None = None
-
-
 class TrainingJob:
     """Trains ``network`` on ``task`` and writes ``path``.
 
@@ -66,7 +57,9 @@ class TrainingJob:
     resumes none. A resumed run writes over the unfinished LoRA of its interruption (and never
     over anything else), so ``path`` may change once the job has started. ``painter``: for the
     prompts of ``config.samples``; ``strip_path``: a PNG of them. ``enable_checkpointing``: called
-    when memory runs out, before the step is tried once more.
+    when memory runs out, before the step is tried once more. ``busy``: while it is true the job
+    waits between steps. ``watch``, to be set before the start, is called in the job's thread after
+    every step and change; ``ended`` last of all, when the model is gone from memory.
     """
 
     def __init__(
@@ -85,6 +78,7 @@ class TrainingJob:
         painter: Painter | None = None,
         strip_path: Path | None = None,
         enable_checkpointing: Callable[[], None] | None = None,
+        busy: Callable[[], bool] = lambda: False,
     ):
         self.network, self.task, self.entropy = network, task, entropy
         self.config, self.path, self.guard = config, path, guard
@@ -100,60 +94,112 @@ class TrainingJob:
         if painter is not None and config.samples.prompts:
             self._strip = SampleStrip(painter, config, strip_path, "")
         self._trainer: Trainer | None = None
-        self._stop = threading.Event()
+        self.watch: Callable[[], None] = lambda: None
+        self.ended: Callable[[], None] = lambda: None
+        self._gate = StepGate(self.progress, busy, lambda: self.watch())
         # Daemon: a server that shuts down must not wait for the last step.
         self._thread = threading.Thread(target=self._run, name=f"LoRA² {path.stem}", daemon=True)
 
     def start(self) -> None:
-        self.progress.state = "running"
-        self._thread.start()
+        self.progress.started = time.time()
+        self._gate.begin()
+        try:
+            self._thread.start()
+        except RuntimeError as error:  # the system has no thread left
+            self.progress.error = error
+            self._over("failed")
+            raise
 
     def stop(self) -> None:
         """Ask for an end after the step that runs now; what was learnt is saved."""
-        self._stop.set()
+        self._gate.stop()
+
+    @property
+    def stopping(self) -> bool:
+        """Whether an end was asked for."""
+        return self._gate.stopping
+
+    def pause(self) -> bool:
+        """Hold the run after the step that runs now; False when there is nothing to hold."""
+        return self._gate.pause()
+
+    def unpause(self) -> bool:
+        """Let a held run go on; False when it is not held."""
+        return self._gate.unpause()
+
+    def drop(self) -> None:
+        """Never start: the model goes, and there is nothing to save."""
+        self._over("stopped")
+
+    def move_to(self, path: Path) -> None:
+        """Write to ``path`` instead, and the samples beside it; before the first step."""
+        if self.strip_path is not None:
+            name = self.strip_path.name.replace(self.path.stem, path.stem)
+            self.strip_path = self.strip_path.with_name(name)
+        self.path = path
 
     def wait(self, seconds: float | None = None) -> bool:
         """Wait at most ``seconds``; whether the job is over and its thread gone."""
+        if self._thread.ident is None:
+            return self.progress.state in ENDED
         self._thread.join(seconds)
         return not self._thread.is_alive()
 
+    def slim(self) -> None:
+        """Of a job that is over, keep what a list shows; the LoRA itself is in its file."""
+        self.progress.slim()
+        if self.result is not None:
+            history = run_log.history(self.progress.events, self.config)
+            file = replace(self.result.file, state={})
+            self.result = replace(self.result, file=file, history=history)
+
     def _run(self) -> None:
         shutdown.enter(self)
+        state: State = "failed"
         try:
+            self.watch()
             with self.guard():
                 self._train()
-            done = self.progress.step == self.config.steps
-            self.progress.state = "finished" if done else "stopped"
+            state = "finished" if self.progress.step == self.config.steps else "stopped"
         except BaseException as error:  # any end must reach the waiting node, MemoryError too
             self.progress.error = error
-            self.progress.state = "failed"
             if not isinstance(error, Exception):
                 raise
         finally:
-            # The copy of the model ends with the run: neither the finished job nor the frames of
-            # an error may keep it in memory.
-            del self.network, self.task, self.entropy, self.enable_checkpointing
-            self._trainer = self._strip = None
-            if self.progress.error is not None:
-                traceback.clear_frames(self.progress.error.__traceback__)
-            shutdown.leave(self)
+            self._over(state)
+            try:
+                self.ended()
+            finally:
+                shutdown.leave(self)
+
+    def _over(self, state: State) -> None:
+        # The copy of the model ends with the run: neither the finished job nor the frames of an
+        # error may keep it in memory.
+        del self.network, self.task, self.entropy, self.enable_checkpointing
+        self._trainer = self._strip = None
+        if self.progress.error is not None:
+            traceback.clear_frames(self.progress.error.__traceback__)
+        self._gate.end(state)
 
     def _tell(self, text: str, level: int = logging.WARNING) -> None:
         """Say something to whoever watches the run, and in the log."""
         self.progress.message = text
+        self.progress.log.append(text)
         logging.log(level, "LoRA²: %s", text)
+
+    def _note(self, text: str) -> None:
+        """Say something that matters to whoever reads the log."""
+        self.progress.log.append(text[:1].upper() + text[1:])
+        logging.info("LoRA²: %s", text)
 
     def _train(self) -> None:
         trainer = self._trainer = Trainer(self.network, self.task, self.config, self.entropy)
         self._resume(trainer)
         for path in filter(None, (self.path, self.strip_path)):
             remove_leftovers(path)
-        logging.info(
-            "LoRA²: training %d components for %d steps (%s mode) towards %s.",
-            len(self.network.targets),
-            self.config.steps,
-            self.config.rank.mode,
-            self.path.name,
+        self._note(
+            f"training {len(self.network.targets)} components for {self.config.steps} steps "
+            f"({self.config.rank.mode} mode) towards {self.path.name}."
         )
         try:
             self._steps(trainer)
@@ -200,9 +246,9 @@ class TrainingJob:
             raise self._out_of_memory(error, trainer) from error
 
     def _run_steps(self, trainer: Trainer) -> None:
-        for event in trainer.run(self._stop.is_set):
-            self.progress.events.append(event)
-            self.progress.step = event.step
+        for event in trainer.run(self._gate):
+            self.progress.add(event)
+            self.watch()
             if event.step < self.config.steps:  # at the end the LoRA is saved first
                 self._paint(trainer)
                 if self._keeper.due(event.step):
@@ -258,11 +304,7 @@ class TrainingJob:
         kept = self._keeper.load()
         fresh = trainer.state() if kept else {}
         if kept and self._take(kept, trainer, fresh):
-            own = run_keeper.target_of(self.path, kept)
-            if self.strip_path is not None:
-                name = self.strip_path.name.replace(self.path.stem, own.stem)
-                self.strip_path = self.strip_path.with_name(name)
-            self.path = own
+            self.move_to(run_keeper.target_of(self.path, kept))
             self._tell(
                 f"Going on after step {kept.step} of {self.config.steps} from the checkpoint of "
                 f"this run; the LoRA goes to {self.path.name}. (To start anew, switch resume off.)",
@@ -282,8 +324,7 @@ class TrainingJob:
             trainer.load_state(fresh)
             self._keeper.set_aside(f"it does not fit this run ({error}).")
             return False
-        self.progress.events[:] = events
-        self.progress.step = trainer.step
+        self.progress.take(events, trainer.step)
         if self._strip is not None:
             self.progress.samples[:] = self._strip.events
         if kept.state["checkpointing"] and not self._checkpointing:
@@ -306,13 +347,14 @@ class TrainingJob:
             return
         try:
             with self._as_saved(trainer):
-                strip.paint(trainer.step, self._stop.is_set)
+                strip.paint(trainer.step, self._gate)
         except Exception as error:
             traceback.clear_frames(error.__traceback__)
             self._strip = None
             self._tell(f"Samples are off for the rest of this run: {error}")
             return
         self.progress.samples[:] = strip.events
+        self.watch()
 
     def _save(self, trainer: Trainer) -> None:
         with self._as_saved(trainer):
@@ -332,6 +374,7 @@ class TrainingJob:
         rank = self.config.rank
         lora_file.save(self.path, components, text, rank.target_megabytes, rank.min_rank)
         size = self.path.stat().st_size / 1e6
+        self.progress.log.append(f"Wrote {self.path.name}, {size:.2f} MB.")
         logging.info("LoRA²: wrote %s, %.2f MB, after %d steps.", self.path, size, len(events))
         self.result = TrainedLoRA(
             path=self.path,

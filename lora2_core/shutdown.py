@@ -1,8 +1,9 @@
 """When the process is asked to end, running trainings save first.
 
 ``install`` puts itself before the handlers of SIGINT and SIGTERM that are there, ComfyUI's own
-among them: trainings are asked to stop and waited for, then the earlier handler does what it did
-before. A second signal goes straight to that one. Where there are no signals, ``atexit`` remains.
+among them: trainings are asked to stop and waited for, those that wait their turn never start,
+then the earlier handler does what it did before. A second signal goes straight to that one. Where
+there are no signals, ``atexit`` remains.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import signal
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from types import FrameType
 from typing import Any, Protocol
 
@@ -21,6 +23,7 @@ WAIT_SECONDS = 20.0  # for all trainings together to finish their step and save
 _NAMES = ("SIGINT", "SIGTERM", "SIGBREAK")  # the last is Windows' way to ask
 
 _running: dict[int, weakref.ref[Job]] = {}  # changed and listed in one step each, so no lock
+_before: list[weakref.WeakMethod[Callable[[], None]]] = []
 _previous: dict[int, Any] = {}
 _installed = False
 _hurried = False  # a second signal came while trainings were saving
@@ -63,8 +66,23 @@ def leave(job: Job) -> None:
     _running.pop(id(job), None)
 
 
+def before_stopping(close: Callable[[], None]) -> None:
+    """Call the method ``close`` before trainings are stopped: it sees to it that none begins.
+
+    Its object is not kept alive by that.
+    """
+    _before[:] = [found for found in _before if found() is not None]
+    _before.append(weakref.WeakMethod(close))
+
+
 def stop_all(seconds: float = WAIT_SECONDS) -> bool:
     """Ask all running trainings to stop and wait for them; whether all have ended in time."""
+    for close in [reference() for reference in _before]:
+        if close is not None:
+            try:
+                close()
+            except Exception:  # what runs must be saved all the same
+                logging.exception("LoRA²: trainings that wait their turn could not be taken off.")
     found = [reference() for reference in list(_running.values())]
     jobs = [job for job in found if job is not None]
     for job in jobs:

@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from ..lora2_core import shutdown
+from . import routes
 from .demo import LoRA2DemoModel
 from .images import LoRA2ImageFolder
 from .inspect import LoRA2InspectRanks
@@ -33,4 +34,5 @@ class LoRA2Extension(ComfyExtension):
 
 async def comfy_entrypoint() -> LoRA2Extension:
     shutdown.install()  # ComfyUI loads nodes in its main thread, where signals can be seen
+    routes.register()
     return LoRA2Extension()

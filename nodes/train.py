@@ -1,7 +1,7 @@
 """Train LoRA² on images."""
 
-import logging
-from collections.abc import Iterator, Sequence
+import secrets
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,29 @@ from comfy_api.latest import io, ui
 from ..lora2_core import comfy_host, estimate, lora_file, memory_advice, report
 from ..lora2_core.config import TrainConfig
 from ..lora2_core.dataset import Photo, check_photos
+from ..lora2_core.job_queue import Origin
 from ..lora2_core.jobs import TrainedLoRA, TrainingJob
 from ..lora2_core.presets import AS_SET, build_config, replaced
+from ..lora2_core.prompt_graph import base_of, needed_by
 from . import routes, train_widgets
+from .background import job_queue
 from .common import CATEGORY, LoRA2Socket, advanced, to_image
+from .train_notes import Notes
+from .train_widgets import BACKGROUND, WAIT
+from .waiting import wait_for
 
-_POLL_SECONDS = 0.1
 # Widgets that are no settings of the run itself.
-_OF_THE_NODE = ("model", "clip", "vae", "instance_prompt", "file_name", "preset", "options")
+_OF_THE_NODE = (
+    "model",
+    "clip",
+    "vae",
+    "instance_prompt",
+    "file_name",
+    "preset",
+    "options",
+    "run",
+    "yield_to_prompts",
+)
 
 
 class LoRA2Train(io.ComfyNode):
@@ -38,6 +53,7 @@ class LoRA2Train(io.ComfyNode):
                 *train_widgets.sockets(),
                 *train_widgets.settings(),
                 *map(advanced, train_widgets.advanced_settings()),
+                *train_widgets.when(),
             ],
             outputs=[
                 io.Model.Output(display_name="MODEL", tooltip="The model with the LoRA applied."),
@@ -46,8 +62,15 @@ class LoRA2Train(io.ComfyNode):
                 io.String.Output(display_name="path", tooltip="Where the file was written."),
                 io.Image.Output(display_name="report", tooltip="Loss, mean rank and rank map."),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, **lists: list[Any]) -> str:
+        """A prompt that starts a training in the background starts one every time it is sent; one
+        that waits is left out by ComfyUI when nothing has changed, as ever."""
+        run = lists.get("run") or [WAIT]
+        return secrets.token_hex(8) if run[0] == BACKGROUND else ""
 
     @classmethod
     def execute(cls, **lists: list[Any]) -> io.NodeOutput:
@@ -64,8 +87,9 @@ class LoRA2Train(io.ComfyNode):
             pictures["masks"],
             config.data.trigger,
         )
-        path = comfy_host.new_lora_path(one["file_name"])
-        notes = _Notes(cls.hidden.unique_id)
+        queue = job_queue()
+        path = comfy_host.new_lora_path(one["file_name"], queue.paths())
+        notes = Notes(cls.hidden.unique_id)
         if changes := replaced(settings, preset):
             notes.say(f"The preset {preset} sets {changes}.")
         setup = comfy_host.prepare_training(
@@ -78,10 +102,27 @@ class LoRA2Train(io.ComfyNode):
         lora_file.check_writable(path, setup.network.expected_bytes())
         for line in _about_run(setup):
             notes.say(line)
-        job = _job(setup, path, photos)
+        background = one.get("run", WAIT) == BACKGROUND
+        job = _job(setup, path, photos, _busy(background and one.get("yield_to_prompts", True)))
         del setup  # the job alone holds the private copy, and lets go of it at its end
-        trained = _wait_for(job, notes)
-        return _outputs(cls, one["model"], one["clip"], trained)
+        entry = queue.add(job, _origin(cls.hidden, path), background)
+        if background:
+            notes.show("This runs in the background; see the LoRA² tab.")
+            return io.NodeOutput(*[comfy_host.blocked() for _ in cls.define_schema().outputs])
+        return _outputs(cls, one["model"], one["clip"], wait_for(queue, entry, notes))
+
+
+def _busy(yields: bool) -> Callable[[], bool]:
+    """Whether a training should wait for a prompt; never for one that waits for a training."""
+    if not yields:
+        return lambda: False
+    queue = job_queue()
+    return lambda: routes.prompt_running() and not queue.prompt_waits()
+
+
+def _origin(hidden: Any, path: Path) -> Origin:
+    prompt, node_id = hidden.prompt or {}, hidden.unique_id
+    return Origin(path.stem, node_id, needed_by(prompt, node_id), base_of(prompt, node_id))
 
 
 def _class_photos(images: list[torch.Tensor] | None, config: TrainConfig) -> Sequence[Photo]:
@@ -110,26 +151,12 @@ def _about_run(setup: comfy_host.TrainingSetup) -> Iterator[str]:
         yield text + help_
 
 
-class _Notes:
-    """What a person should know of a run, in the log and in the node."""
-
-    def __init__(self, node_id: str):
-        self.node_id = node_id
-        self.lines: list[str] = []
-
-    def say(self, line: str) -> None:
-        """One more line, for both."""
-        logging.info("LoRA²: %s", line)
-        self.show(line)
-
-    def show(self, line: str) -> None:
-        """One that the log has by now; nothing where it is empty or there already."""
-        if line and line not in self.lines:
-            self.lines.append(line)
-            routes.show_text(self.node_id, "\n".join(self.lines))
-
-
-def _job(setup: comfy_host.TrainingSetup, path: Path, photos: Sequence[Photo]) -> TrainingJob:
+def _job(
+    setup: comfy_host.TrainingSetup,
+    path: Path,
+    photos: Sequence[Photo],
+    busy: Callable[[], bool],
+) -> TrainingJob:
     return TrainingJob(
         setup.network,
         setup.task,
@@ -144,33 +171,8 @@ def _job(setup: comfy_host.TrainingSetup, path: Path, photos: Sequence[Photo]) -
         painter=setup.painter,
         strip_path=comfy_host.strip_path(path),
         enable_checkpointing=setup.enable_checkpointing,
+        busy=busy,
     )
-
-
-def _wait_for(job: TrainingJob, notes: _Notes) -> TrainedLoRA:
-    """Show progress until the job ends; Cancel stops it after its current step and saves."""
-    bar = comfy_host.progress_bar(job.config.steps)
-    shown = 0
-    job.start()
-    try:
-        while not job.wait(_POLL_SECONDS):
-            if job.progress.step != shown:
-                shown = job.progress.step
-                bar(shown)
-            notes.show(job.progress.message)
-            comfy_host.raise_if_cancelled()
-    except BaseException:
-        job.stop()
-        job.wait()
-        if job.progress.error is not None:
-            logging.error("LoRA²: stopped, but not saved: %s", job.progress.error)
-        raise
-    bar(job.progress.step)
-    if job.progress.error is not None:
-        raise job.progress.error
-    if job.result is None:
-        raise RuntimeError("The training was stopped before its first step; there is no LoRA.")
-    return job.result
 
 
 def _outputs(cls: type[io.ComfyNode], model: Any, clip: Any, trained: TrainedLoRA) -> io.NodeOutput:

@@ -7,6 +7,8 @@ from ..lora2_core.config import PRECISIONS, SCHEDULES
 from ..lora2_core.presets import AS_SET, PRESETS
 from .common import OptionsSocket
 
+WAIT, BACKGROUND = "wait", "background"
+
 
 def sockets() -> list[io.Input]:
     return [
@@ -222,3 +224,29 @@ def _preset() -> io.WidgetInput:
             "Adam (package bitsandbytes)."
         ),
     )
+
+
+def when() -> list[io.WidgetInput]:
+    """The last two, not of the run but of when it happens."""
+    return [
+        io.Combo.Input(
+            "run",
+            options=[WAIT, BACKGROUND],
+            default=WAIT,
+            optional=True,  # as above
+            tooltip=(
+                "wait: the prompt goes on when the LoRA is there. background: the prompt is done "
+                "at once, what hangs on this node is left out, and the training goes on in the "
+                "LoRA² tab. One runs at a time, in the order they were started."
+            ),
+        ),
+        io.Boolean.Input(
+            "yield_to_prompts",
+            default=True,
+            optional=True,
+            tooltip=(
+                "In the background only: training waits between two steps while a prompt runs, so "
+                "that you can paint at full speed."
+            ),
+        ),
+    ]

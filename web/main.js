@@ -1,86 +1,25 @@
-// Shows the text output of LoRA² nodes inside the node, and small numbers as they are.
-// Pictures are shown by ComfyUI itself.
+// What the LoRA² nodes are in the browser: each training in its node, every file's ranks, and the
+// LoRA² tab. Pictures that come out of nodes are shown by ComfyUI itself.
 import { app } from "../../scripts/app.js";
-
-const TEXT_NODES = new Set(["LoRA2InspectRanks"]);
-const WIDGET = "lora2_text";
-const NOTES = "$$node-text-preview"; // ComfyUI's name of its widget for text
-const MIN_HEIGHT = 220;
+import { inspectIn } from "./lib/inspection.mjs";
+import { saveNoNotes, showResults, showSmallNumbers } from "./lib/notes.mjs";
+import { registerSidebar } from "./lib/sidebar.mjs";
+import { ready } from "./lib/text.mjs";
+import { adopt, watchTrainings } from "./lib/trainings.mjs";
 
 app.registerExtension({
-  name: "comfyui-lora2.text",
+  name: "comfyui-lora2",
+  async setup() {
+    await ready; // the words of this language, before any is shown
+    registerSidebar(app);
+    watchTrainings();
+  },
   nodeCreated(node) {
     if (!node.comfyClass?.startsWith("LoRA2")) return;
     showSmallNumbers(node);
     saveNoNotes(node);
-    if (!TEXT_NODES.has(node.comfyClass)) return;
-    const previous = node.onExecuted;
-    node.onExecuted = function (output) {
-      previous?.call(this, output);
-      const text = output?.text?.join("");
-      if (text) showText(this, text);
-    };
+    showResults(node);
+    inspectIn(node);
+    adopt(node);
   },
 });
-
-// Nodes 2.0 rounds every number to three decimals, in the field and in the value that is typed:
-// a learning rate of 0.00005 would become 0 and then the smallest or largest allowed.
-function showSmallNumbers(node) {
-  for (const widget of node.widgets ?? []) {
-    if (widget.options?.precision > 3) widget.options.maxFractionDigits = widget.options.precision;
-  }
-}
-
-// What a training says in its node is shown by ComfyUI, which would save it as the value of a widget
-// behind the last one: where a later version has a widget of its own.
-function saveNoNotes(node) {
-  const previous = node.onSerialize;
-  node.onSerialize = function (saved) {
-    previous?.call(this, saved);
-    const place = this.widgets?.findIndex((w) => w.name === NOTES) ?? -1;
-    if (place >= 0) saved.widgets_values?.splice(place, 1);
-  };
-}
-
-function showText(node, text) {
-  const widget = node.widgets?.find((w) => w.name === WIDGET) ?? createTextWidget(node);
-  widget.element.firstChild.textContent = text;
-  app.canvas?.setDirty(true, true);
-}
-
-function createTextWidget(node) {
-  // The text lies absolutely in its frame: in Nodes 2.0 a node grows with what it contains, and
-  // this one should scroll instead.
-  const frame = document.createElement("div");
-  Object.assign(frame.style, {
-    position: "relative",
-    height: "100%",
-    minHeight: `${MIN_HEIGHT}px`,
-  });
-  const text = frame.appendChild(document.createElement("pre"));
-  text.tabIndex = 0; // to scroll with the keyboard
-  text.setAttribute("role", "region");
-  text.setAttribute("aria-label", "Ranks of this LoRA");
-  Object.assign(text.style, {
-    position: "absolute",
-    inset: "0",
-    margin: "0",
-    padding: "6px 8px",
-    overflow: "auto",
-    font: "11px/1.35 ui-monospace, Menlo, Consolas, monospace",
-    color: "var(--input-text)",
-    background: "var(--comfy-input-bg)",
-    borderRadius: "6px",
-    userSelect: "text",
-  });
-  // What the node last found out is not a setting: it belongs neither into a saved graph nor
-  // into a prompt.
-  const widget = node.addDOMWidget(WIDGET, "lora2_text", frame, {
-    serialize: false,
-    getMinHeight: () => MIN_HEIGHT,
-  });
-  widget.serialize = false;
-  const [width, height] = node.computeSize();
-  node.setSize([Math.max(node.size[0], width, 520), Math.max(node.size[1], height)]);
-  return widget;
-}

@@ -5,6 +5,7 @@ model patches, and resolves every path a user names.
 """
 
 from .applying import apply_state
+from .blocking import blocked
 from .encoding import Encoder
 from .errors import HostError
 from .models import build_autoencoder, build_sdxl, check_model, prediction_of, private_copy
@@ -13,6 +14,7 @@ from .paths import (
     checkpoint_folder,
     dataset_folder,
     dataset_folders,
+    jobs_folder,
     lora_fingerprint,
     lora_names,
     lora_path,
@@ -27,6 +29,7 @@ __all__ = [
     "HostError",
     "TrainingSetup",
     "apply_state",
+    "blocked",
     "build_autoencoder",
     "build_sdxl",
     "cache_folder",
@@ -36,6 +39,7 @@ __all__ = [
     "dataset_folders",
     "deaf_to_cancel",
     "free_memory",
+    "jobs_folder",
     "lora_fingerprint",
     "lora_names",
     "lora_path",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import folder_paths
@@ -28,11 +29,11 @@ def lora_fingerprint(name: str) -> str:
     return str(Path(path).stat().st_mtime_ns) if path else ""
 
 
-def new_lora_path(file_name: str) -> Path:
+def new_lora_path(file_name: str, taken: Collection[Path] = ()) -> Path:
     """A path under output/loras that does not exist yet, from the name a user typed.
 
-    ``file_name`` may hold subfolders and marks like %year%. Raises HostError for a name that
-    leaves the folder.
+    ``file_name`` may hold subfolders and marks like %year%. ``taken``: paths that will exist, of
+    trainings under way. Raises HostError for a name that leaves the folder.
     """
     clean = file_name.strip().removesuffix(".safetensors").replace("\\", "/")
     name = clean.rpartition("/")[2]
@@ -45,7 +46,9 @@ def new_lora_path(file_name: str) -> Path:
         )
     root = Path(folder_paths.get_output_directory()).resolve() / "loras"
     folder, name, counter, _, _ = folder_paths.get_save_image_path(clean, str(root))
-    return Path(folder) / f"{name}_{counter:05}_.safetensors"
+    while (path := Path(folder) / f"{name}_{counter:05}_.safetensors") in taken:
+        counter += 1
+    return path
 
 
 def strip_path(lora: Path) -> Path:
@@ -63,6 +66,11 @@ def cache_folder() -> Path:
 def checkpoint_folder() -> Path:
     """Where unfinished runs are kept, to go on with."""
     return _own_folder() / "checkpoints"
+
+
+def jobs_folder() -> Path:
+    """Where it is noted what trainings there are and were."""
+    return _own_folder() / "jobs"
 
 
 def _own_folder() -> Path:

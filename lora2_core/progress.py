@@ -1,0 +1,79 @@
+"""The run so far, as anyone may read it while the job's thread writes it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from .sample_strip import CELL, SampleEvent
+from .trainer import StepEvent
+
+State = Literal["queued", "running", "paused", "finished", "stopped", "failed"]
+ENDED: tuple[State, ...] = ("finished", "stopped", "failed")
+
+_LINES = 200  # of the log
+_POINTS = 2000  # of the curves of a run that is over
+
+
+@dataclass
+class Progress:
+    """One run, earlier parts of it included; written by the job's thread, read by anyone."""
+
+    state: State = "queued"
+    step: int = 0
+    events: list[StepEvent] = field(default_factory=list)
+    samples: list[SampleEvent] = field(default_factory=list)  # the newest last
+    message: str = ""  # the latest that a person should know of, such as a resume
+    error: BaseException | None = None
+    waits: bool = False  # for a prompt to be done; the state is "running" all the same
+    log: deque[str] = field(default_factory=lambda: deque(maxlen=_LINES))
+    started: float = 0.0  # Unix time of the job's start; 0 while it is queued
+    seconds: float = 0.0  # spent in steps, those before a resume included
+
+    def add(self, event: StepEvent) -> None:
+        """One more finished step."""
+        self.events.append(event)
+        self.step = event.step
+        self.seconds += event.seconds
+
+    def take(self, events: Sequence[StepEvent], step: int) -> None:
+        """Become the run that had come to ``step``."""
+        self.events[:] = events
+        self.step = step
+        self.seconds = sum(event.seconds for event in events)
+
+    def slim(self) -> None:
+        """Keep of a run that is over what a list of runs shows: curves, not every step's ranks.
+
+        The ranks of the last step stay, and all pictures at the size of the strip.
+        """
+        every = max(1, -(-len(self.events) // _POINTS))
+        shown = [
+            event
+            for event in self.events[:-1]
+            if event.probe is not None or event.step % every == 0
+        ]
+        self.events = [dataclasses.replace(event, ranks=()) for event in shown] + self.events[-1:]
+        self.samples = [_small(event) for event in self.samples]
+
+    def forget_pictures(self) -> None:
+        """Keep only the newest pictures."""
+        self.samples = self.samples[-1:]
+
+
+def _small(event: SampleEvent) -> SampleEvent:
+    """No side above that of the strip, whose filter is finer; here only memory counts."""
+    height, width = event.pictures.shape[1:3]
+    if max(height, width) <= CELL:
+        return event
+    scale = CELL / max(height, width)
+    size = max(1, round(height * scale)), max(1, round(width * scale))
+    pixels = event.pictures.movedim(-1, 1).float()  # (prompts, 3, height, width)
+    small = torch.nn.functional.interpolate(pixels, size, mode="area").round()
+    pictures = small.movedim(1, -1).to(torch.uint8).contiguous()
+    return SampleEvent(event.step, event.prompts, pictures)

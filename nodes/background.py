@@ -1,0 +1,13 @@
+"""The one queue of trainings of this process."""
+
+from functools import cache
+
+from ..lora2_core import comfy_host
+from ..lora2_core.job_queue import JobQueue
+from ..lora2_core.job_store import JobStore
+
+
+@cache
+def job_queue() -> JobQueue:
+    """Made when it is first asked for, while ComfyUI loads the pack."""
+    return JobQueue(JobStore(comfy_host.jobs_folder()))

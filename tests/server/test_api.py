@@ -1,0 +1,162 @@
+"""The REST interface and its events on a booted server, as docs/api.md describes them."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+from lora2_pack.tests.server import api_schema
+from lora2_pack.tests.server.asking import (
+    SECONDS,
+    Ear,
+    ask,
+    check_error,
+    get,
+    in_background,
+    of_name,
+    post,
+    until,
+)
+from lora2_pack.tests.server.studio import Studio
+from PIL import Image
+
+
+@pytest.fixture(scope="module")
+def trained(studio: Studio) -> Iterator[dict[str, Any]]:
+    """A training in the background: paused, gone on with, finished; and all its events."""
+    server = studio.server
+    with Ear(server) as ear:
+        started = time.monotonic()
+        studio.run(in_background("api/whole", 16))
+        job = until(lambda: of_name(server, "whole", "running"))
+        paused = post(server, job["id"], "pause")
+        twice = ask(server, f"/lora2/jobs/{job['id']}/pause", "POST")
+        held = get(server, f"/lora2/jobs/{job['id']}", "job")
+        resumed = post(server, job["id"], "resume")
+        until(lambda: of_name(server, "whole", "finished"))
+        until(lambda: ear.states(job["id"])[-1:] == ["finished"], 10)
+    yield {
+        "id": job["id"], "first": job, "paused": paused, "twice": twice, "held": held,
+        "resumed": resumed, "ear": ear, "seconds": ear.heard[-1][0] - started,
+    }  # fmt: skip
+
+
+def test_a_training_is_listed_paused_and_gone_on_with(trained: dict[str, Any]):
+    first = trained["first"]
+    assert (first["node_id"], first["steps"], first["background"]) == ("3", 16, True)
+    assert first["target_rank"] == 2 and first["bytes"] > 0
+    assert trained["paused"]["state"] == "paused" and trained["paused"]["resumable"]
+    assert "paused" in check_error(trained["twice"], 409)
+    assert trained["held"]["components"] and trained["held"]["step"] < 16
+    assert trained["resumed"]["state"] == "running"
+
+
+def test_what_is_finished_can_be_looked_at(studio: Studio, trained: dict[str, Any]):
+    server, id = studio.server, trained["id"]
+    job = get(server, f"/lora2/jobs/{id}", "job")
+    assert job["state"] == "finished" and job["history"]["steps"] == list(range(1, 17))
+    assert [sample["step"] for sample in job["samples"]] == [4, 8, 12, 16]
+    assert job["file"].startswith("api/whole_") and job["log"]
+    assert job["bytes"] == (studio.loras / job["file"]).stat().st_size
+    for url in job["samples"][-1]["urls"]:
+        for prefix in ("", "/api"):
+            status, data = ask(server, prefix + url)
+            assert status == 200 and Image.open(io.BytesIO(data)).format == "PNG"
+    status, data = ask(server, f"/lora2/jobs/{id}/report")
+    assert status == 200 and Image.open(io.BytesIO(data)).size[0] == 1280
+    rows = list(dict.fromkeys(c["row"] for c in job["components"]))
+    assert rows[0].startswith("down") and rows[-1].startswith("up")
+    assert all(0 < c["rank"] <= c["max_rank"] for c in job["components"])
+    for what in ("cancel", "pause", "resume"):
+        check_error(ask(server, f"/lora2/jobs/{id}/{what}", "POST"), 409)
+
+
+def test_the_file_can_be_inspected(studio: Studio, trained: dict[str, Any]):
+    server = studio.server
+    job = get(server, f"/lora2/jobs/{trained['id']}", "job")
+    file = get(server, f"/lora2/inspect?name={quote(job['file'])}", "file")
+    assert file["bytes"] == job["bytes"] and file["mean_rank"] == job["mean_rank"]
+    assert [c["module"] for c in file["components"]] == [c["module"] for c in job["components"]]
+    assert [c["rank"] for c in file["components"]] == [c["rank"] for c in job["components"]]
+    assert "16 steps" in file["headline"] and file["metadata"]["ss_steps"] == "16"
+    assert str(studio.server.directory) not in json.dumps([file, job])
+
+
+def test_events(trained: dict[str, Any]):
+    ear, id = trained["ear"], trained["id"]
+    mine = [(at, event) for at, _, event in ear.heard if event["job"]["id"] == id]
+    for _, event in mine:
+        assert api_schema.complaints(event, "lora2.progress") == []
+    # The pause is short: what came and went between two slots need not be told.
+    assert [s for s in ear.states(id) if s != "paused"][-1] == "finished"
+    points = [point for _, event in mine for point in event["points"]]
+    assert [step for step, _, _ in points] == list(range(1, 17))
+    assert mine[0][1].get("ranks") and mine[-1][1]["job"]["file"]
+    assert {4, 8, 12, 16} >= {e["sample"] for _, e in mine if e["sample"]} >= {16}
+    assert len(ear.heard) <= 3 * trained["seconds"] + 3
+    for n, (at, *_) in enumerate(ear.heard[3:]):  # not a fourth within a second
+        assert at - ear.heard[n][0] > 0.9
+
+
+def test_two_trainings_one_after_the_other_and_a_cancel_of_each(studio: Studio):
+    server = studio.server
+    studio.run(in_background("api/one", 5000))
+    studio.run(in_background("api/two", 5000))
+    one = until(lambda: of_name(server, "one", "running"))
+    two = until(lambda: of_name(server, "two", "queued"))
+    assert two["position"] == 1 and two["step"] == 0
+    check_error(ask(server, f"/lora2/jobs/{two['id']}/pause", "POST"), 409)
+    assert post(server, two["id"], "cancel")["state"] == "stopped"
+    until(lambda: get(server, f"/lora2/jobs/{one['id']}", "job")["step"] > 1)
+    post(server, one["id"], "cancel")
+    stopped = until(lambda: of_name(server, "one", "stopped"))
+    assert stopped["file"] and stopped["file"] in ask(server, "/models/loras")[1]
+    assert of_name(server, "two", "stopped")["file"] is None
+
+
+# --- after an accident ------------------------------------------------------------------------
+
+
+def test_an_interrupted_training_goes_on(runtime: Any, tmp_path: Path):
+    from lora2_tools.server import Server
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        with Server(runtime, tmp_path / "server") as server:
+            demo = {"class_type": "LoRA2DemoModel", "inputs": {}}
+            server.run(in_background("api/cut", 24, demo), timeout=SECONDS)
+            until(lambda: (of_name(server, "cut", "running") or {"step": 0})["step"] >= 7)
+            assert server._process is not None
+            server._process.kill()
+            server._process.wait()
+            server.start()
+            _check_going_on(server)
+
+
+def _check_going_on(server: Any) -> None:
+    cut = of_name(server, "cut", "interrupted")
+    assert cut and cut["resumable"] and cut["node_id"] == "3"
+    get(server, f"/lora2/jobs/{cut['id']}", "job")
+    for what in ("pause", "cancel"):
+        check_error(ask(server, f"/lora2/jobs/{cut['id']}/{what}", "POST"), 409)
+    check_error(ask(server, f"/lora2/jobs/{cut['id']}/resume", "POST", b"[", **_JSON), 400)
+    assert post(server, cut["id"], "resume")["id"] == cut["id"]
+    second = ask(server, f"/lora2/jobs/{cut['id']}/resume", "POST")
+    assert second[0] in (404, 409), second  # under way, or already gone on with
+    new = until(lambda: of_name(server, "cut", "running", "finished"))
+    assert new["id"] != cut["id"]
+    done = until(lambda: of_name(server, "cut", "finished"))
+    assert "Going on after step" in done["message"] and str(server.directory) not in done["message"]
+    job = get(server, f"/lora2/jobs/{done['id']}", "job")
+    assert job["history"]["steps"] == list(range(1, 25))
+    jobs = get(server, "/lora2/jobs", "jobs")["jobs"]
+    assert [found["id"] for found in jobs] == [done["id"]]
+
+
+_JSON = {"Content_Type": "application/json"}

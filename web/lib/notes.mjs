@@ -1,0 +1,87 @@
+// What ComfyUI's own widgets need for our nodes: small numbers as they are, notes that are not
+// saved, and the text of a node's result.
+import { app } from "../../../scripts/app.js";
+import { make } from "./style.mjs";
+import { t } from "./text.mjs";
+
+const TEXT_NODES = new Set(["LoRA2InspectRanks"]);
+const WIDGET = "lora2_text";
+const NOTES = "$$node-text-preview"; // ComfyUI's name of its widget for text
+const MIN_HEIGHT = 220;
+
+// Nodes 2.0 rounds every number to three decimals, in the field and in the value that is typed:
+// a learning rate of 0.00005 would become 0 and then the smallest or largest allowed.
+export function showSmallNumbers(node) {
+  for (const widget of node.widgets ?? []) {
+    if (widget.options?.precision > 3) widget.options.maxFractionDigits = widget.options.precision;
+  }
+}
+
+// What a training says in its node is shown by ComfyUI, which would save it as the value of a widget
+// behind the last one: where a later version has a widget of its own. Our own parts are not saved,
+// but leave holes before what is.
+export function saveNoNotes(node) {
+  const previous = node.onSerialize;
+  node.onSerialize = function (saved) {
+    previous?.call(this, saved);
+    const widgets = this.widgets ?? [];
+    saved.widgets_values = saved.widgets_values?.filter((_, place) => {
+      const widget = widgets[place];
+      return widget?.serialize !== false && widget?.name !== NOTES;
+    });
+  };
+}
+
+/** Show the text that a node like Inspect Ranks found out, inside of it. */
+export function showResults(node) {
+  if (!TEXT_NODES.has(node.comfyClass)) return;
+  const previous = node.onExecuted;
+  node.onExecuted = function (output) {
+    previous?.call(this, output);
+    const text = output?.text?.join("");
+    if (text) showText(this, text);
+  };
+}
+
+function showText(node, text) {
+  const widget = node.widgets?.find((w) => w.name === WIDGET) ?? createTextWidget(node);
+  widget.element.firstChild.textContent = text;
+  app.canvas?.setDirty(true, true);
+}
+
+function createTextWidget(node) {
+  // The text lies absolutely in its frame: in Nodes 2.0 a node grows with what it contains, and
+  // this one should scroll instead.
+  const text = make("pre");
+  const frame = make("div", "", text);
+  Object.assign(frame.style, {
+    position: "relative",
+    height: "100%",
+    minHeight: `${MIN_HEIGHT}px`,
+  });
+  text.tabIndex = 0; // to scroll with the keyboard
+  text.setAttribute("role", "region");
+  text.setAttribute("aria-label", t("inspect_text"));
+  Object.assign(text.style, {
+    position: "absolute",
+    inset: "0",
+    margin: "0",
+    padding: "6px 8px",
+    overflow: "auto",
+    font: "11px/1.35 ui-monospace, Menlo, Consolas, monospace",
+    color: "var(--input-text)",
+    background: "var(--comfy-input-bg)",
+    borderRadius: "6px",
+    userSelect: "text",
+  });
+  // What the node last found out is not a setting: it belongs neither into a saved graph nor
+  // into a prompt.
+  const widget = node.addDOMWidget(WIDGET, "lora2_text", frame, {
+    serialize: false,
+    getMinHeight: () => MIN_HEIGHT,
+  });
+  widget.serialize = false;
+  const [width, height] = node.computeSize();
+  node.setSize([Math.max(node.size[0], width, 520), Math.max(node.size[1], height)]);
+  return widget;
+}

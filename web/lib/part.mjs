@@ -1,0 +1,56 @@
+// A part of a node that is no setting of it: neither saved with the graph nor sent with a prompt.
+import { addStyle, make } from "./style.mjs";
+
+const LEAST_WIDTH = 420;
+const MARGIN = 20; // what the classic canvas leaves around an element, above and below together
+
+/** Show `content` in `node` at the height that it has; returns {drop()}, which takes it out. */
+export function addPart(node, name, content) {
+  addStyle();
+  const frame = make("div", "lora2-frame", content);
+  let [height, dropped] = [0, false];
+  const before = node.size[1]; // what the node needs without this, or more
+  const spare = () => Math.max(0, node.size[1] - before);
+  const widget = node.addDOMWidget(name, name, frame, {
+    serialize: false,
+    getMinHeight: () => height + MARGIN,
+    getMaxHeight: () => height + MARGIN,
+  });
+  widget.serialize = false;
+  const watch = new ResizeObserver(() => {
+    const now = content.offsetHeight; // 0 while the node is collapsed or out of sight
+    if (!now || now === height) return;
+    const less = Math.max(0, height - now);
+    height = now;
+    fit(node, Math.min(less, spare()));
+  });
+  watch.observe(content);
+  saveNoHeight(node, () => (dropped ? 0 : Math.min(height + MARGIN, spare())));
+  fit(node);
+  const drop = () => {
+    watch.disconnect();
+    dropped = true;
+    if (!node.widgets?.includes(widget)) return; // the node itself is gone
+    node.removeWidget(widget);
+    fit(node, Math.min(height + MARGIN, spare()));
+  };
+  return { drop };
+}
+
+/** Make a node as large as what it holds needs, and no larger by `less`. */
+function fit(node, less = 0) {
+  const [width, height] = node.computeSize();
+  const size = [Math.max(node.size[0], width, LEAST_WIDTH), Math.max(node.size[1] - less, height)];
+  if (size[0] !== node.size[0] || size[1] !== node.size[1]) node.setSize(size);
+  node.graph?.setDirtyCanvas(true, true);
+}
+
+/** A graph that is opened again has no part yet, and its place would be empty. */
+function saveNoHeight(node, height) {
+  const previous = node.onSerialize;
+  node.onSerialize = function (saved) {
+    previous?.call(this, saved);
+    const [width, high] = saved.size ?? [0, 0];
+    if (high) saved.size = [width, Math.max(high - height(), 0)];
+  };
+}
