@@ -57,7 +57,7 @@ class Announcer:
             elif entry.id not in self._changed:
                 self._stepped.setdefault(entry.id, entry)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="LoRA² news", daemon=True)
+                self._thread = threading.Thread(target=self._run, name="lora2-news", daemon=True)
                 self._thread.start()
         self._news.set()
 

@@ -224,6 +224,7 @@ def test_cancel_takes_what_waits_its_turn_off_the_queue(studio: Studio):
 async def _texts_until(server: Any, workflow: Workflow, wanted: str) -> list[str]:
     """Send a prompt; the texts shown in its node until one has ``wanted`` in it. Then cancel."""
     import aiohttp
+    from lora2_tools.client import WorkflowInterrupted
 
     client, texts = uuid.uuid4().hex, list[str]()
     address = f"{server.url.replace('http', 'ws', 1)}/ws?clientId={client}"
@@ -236,6 +237,8 @@ async def _texts_until(server: Any, workflow: Workflow, wanted: str) -> list[str
                     if wanted in texts[-1]:
                         break
         server.interrupt(prompt)
+    with contextlib.suppress(WorkflowInterrupted):
+        server.wait(prompt, timeout=60)  # the next one must not be told what this one is
     return texts
 
 

@@ -37,7 +37,7 @@ export function addPart(node, name, content) {
   return { drop };
 }
 
-/** Make a node as large as what it holds needs, and no larger by `less`. */
+/** Take `less` from a node's height, and make it as large as what it holds needs. */
 function fit(node, less = 0) {
   const [width, height] = node.computeSize();
   const size = [Math.max(node.size[0], width, LEAST_WIDTH), Math.max(node.size[1] - less, height)];
