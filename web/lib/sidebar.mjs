@@ -24,7 +24,7 @@ define({
   sidebar_ended: "The LoRA {name} is ready",
   sidebar_ended_hint: "Mean rank {rank}, {size}. The tab LoRA² adds it to your graph.",
   sidebar_stopped: "Training {name} was stopped",
-  sidebar_stopped_hint: "What it had learnt in {step} steps is saved.",
+  sidebar_stopped_hint: "What it had learnt by step {step} is saved.",
   sidebar_failed: "Training {name} failed",
   sidebar_not_connected: "The loader is in the graph",
   sidebar_not_connected_hint:
