@@ -50,8 +50,11 @@ class Progress:
     def slim(self) -> None:
         """Keep of a run that is over what a list of runs shows: curves, not every step's ranks.
 
-        The ranks of the last step stay, and all pictures at the size of the strip.
+        The ranks of the last step stay, and all pictures at the size of the strip. Of an error only
+        its text stays: wherever it was raised, its frames hold models.
         """
+        if self.error is not None:
+            self.error = RuntimeError(str(self.error) or type(self.error).__name__)
         every = max(1, -(-len(self.events) // _POINTS))
         shown = [
             event

@@ -35,9 +35,9 @@ UNNAMED = """() => [...document.querySelectorAll(".lora2-side button")]
   .map(button => button.outerHTML)"""
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["classic", "nodes 2.0"])
-def opened(request: pytest.FixtureRequest, browser: Any, server: Any) -> Iterator[Page]:
-    page = Page(browser, server, request.param)
+@pytest.fixture(scope="module")  # in one renderer: the tab is no part of the graph that they draw
+def opened(browser: Any, server: Any) -> Iterator[Page]:
+    page = Page(browser, server, nodes2=False)
     yield page
     page.page.context.close()
 
