@@ -175,7 +175,7 @@ def test_other_files_say_what_they_are(tmp_path: Path, monkeypatch: pytest.Monke
         {"a": {"": 1}},
         {"a/b": 1},
         {"a": torch.zeros(1, dtype=torch.complex64)},
-        {"a": object()},
+        {"a": ...},
     ],
     ids=str,
 )
