@@ -124,4 +124,3 @@ def _other_of(key: str) -> tuple[str, str] | None:
 
 def _is_factor(key: str) -> bool:
     return any(key.endswith(end) for ends in PAIR_ENDINGS for end in ends)
-
