@@ -17,16 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-import safetensors.torch
+import torch
 from torch import Tensor
 
-from . import lora_format, size_budget
+from . import lora_format, lora_header, lora_keys, size_budget
 from .atomic_file import replacing
 from .component import Component
 from .lora_format import ALPHA as _ALPHA
 from .lora_format import DOWN as _DOWN
 from .lora_format import FORMAT_VERSION, PREFIXES, LoRAFileError, encode, fold, kohya_key, to_state
 from .lora_format import UP as _UP
+from .lora_header import Header, TensorEntry
+from .lora_keys import Pair
 
 __all__ = [
     "FORMAT_VERSION",
@@ -49,19 +51,19 @@ __all__ = [
 ]
 
 _MID = ".lora_mid.weight"  # a third factor that some convolution LoRAs of others have
-_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 
 
 @dataclass(frozen=True)
 class ComponentInfo:
     """What a file's header says about one component."""
 
-    key: str  # kohya key without suffix, "lora_unet_input_blocks_4_1_…_attn1_to_q"
+    key: str  # as in the file, without suffix: "lora_unet_input_blocks_4_1_…_attn1_to_q"
     rank: int  # columns stored; 0 when the component was left out
     in_features: int
     out_features: int
     nu: float | None  # None in files that LoRA² did not train
-    nbytes: int  # of both tensors
+    nbytes: int  # of its factors
+    kind: str = "lora"  # or "conv", "dora", "loha", "lokr", "glora", "oft", "difference", "norm"
 
 
 @dataclass(frozen=True)
@@ -172,26 +174,61 @@ def headline(metadata: Mapping[str, str]) -> str:
 
 
 def load(path: Path) -> LoRAFile:
-    """Tensors and metadata of a LoRA file. Raises LoRAFileError for anything unreadable."""
-    _, metadata = _read_header(path)
+    """Tensors and metadata of a LoRA file; the tensors are mapped, and read when they are used.
+
+    Raises LoRAFileError for anything unreadable.
+    """
+    header = lora_header.read_header(path)
     try:
-        return LoRAFile(safetensors.torch.load_file(path), metadata)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise _unreadable(path, error) from error
+        with safetensors.safe_open(path, "pt") as file:
+            state = {key: file.get_tensor(key) for key in header.entries}
+    except (OSError, safetensors.SafetensorError) as error:  # it has changed since
+        reason = str(error).splitlines()[0]
+        raise LoRAFileError(f"{path} cannot be read ({reason}). Copy it again.") from error
+    return LoRAFile(state, header.metadata)
+
+
+def check_finite(state: Mapping[str, Tensor], source: str) -> None:
+    """Raises LoRAFileError, naming the tensor, if a weight is infinite or not a number."""
+    for key, tensor in state.items():
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        wide = tensor.float() if tensor.itemsize == 1 else tensor  # fp8 knows no comparisons
+        low, high = torch.aminmax(wide)  # copies nothing; both are NaN where one weight is
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise LoRAFileError(
+                f"{source} is damaged: {lora_header.shown(key)} holds weights that are not finite. "
+                "Copy or download it again, or train again with a lower learning_rate."
+            )
 
 
 def inspect(path: Path) -> tuple[list[ComponentInfo], dict[str, str]]:
     """Components and metadata from the header alone; no tensor is read.
 
-    Components that training left out as zero are listed with rank 0. Raises LoRAFileError when
-    the file is missing, cut short, no safetensors file or no LoRA in kohya form.
+    Of LoRAs of any trainer and kind. Components that training left out as zero are listed with
+    rank 0. Raises LoRAFileError when the file is missing, cut short, no safetensors file or holds
+    no LoRA.
     """
-    entries, metadata = _read_header(path)
-    trained = _trained_components(metadata)
-    infos = [_info(path, entries, key, trained.get(key)) for key in component_keys(entries)]
+    return describe(lora_header.read_header(path))
+
+
+def describe(header: Header) -> tuple[list[ComponentInfo], dict[str, str]]:
+    """:func:`inspect` of a header that was read already."""
+    parts = lora_keys.split(header.entries)
+    trained = _trained_components(header.metadata)
+    if parts.lonely:
+        raise LoRAFileError(
+            f"{header.path} is damaged: {lora_header.shown(parts.lonely[0])} lacks its other half."
+        )
+    infos = [_info(header, pair, trained.get(pair.name)) for pair in parts.pairs]
+    infos += [
+        _other(header, kind, name, keys)
+        for kind, components in parts.others.items()
+        for name, keys in components.items()
+    ]
     if not infos:
         raise LoRAFileError(
-            f"{path} holds no LoRA in kohya form (no key ends in {_DOWN}); "
+            f"{header.path} holds no LoRA (no key ends in {_DOWN} or any other LoRA's ending); "
             "choose a LoRA file, not a checkpoint."
         )
     present = {info.key for info in infos}
@@ -202,51 +239,7 @@ def inspect(path: Path) -> tuple[list[ComponentInfo], dict[str, str]]:
     ]
     order = {key: position for position, key in enumerate(trained)}
     infos.sort(key=lambda info: order.get(info.key, len(order)))
-    return infos, metadata
-
-
-@dataclass(frozen=True)
-class _Entry:
-    shape: tuple[int, ...]
-    dtype: str
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * _ITEM_BYTES.get(self.dtype, 4)
-
-
-def _read_header(path: Path) -> tuple[dict[str, _Entry], dict[str, str]]:
-    """Shapes and types of all tensors, and the metadata; the library checks the header."""
-    if not path.is_file():
-        raise LoRAFileError(f"{path} does not exist; choose a file from the loras folder.")
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-            entries = {
-                key: _Entry(tuple(part.get_shape()), part.get_dtype())
-                for key, part in slices.items()
-            }
-            return entries, dict(file.metadata() or {})
-    except (OSError, safetensors.SafetensorError) as error:
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path, error: Exception) -> LoRAFileError:
-    try:
-        with path.open("rb") as file:
-            starts_right = file.read(9)[8:] == b"{"
-    except OSError as refused:
-        return LoRAFileError(f"{path} cannot be read: {refused.strerror}. Check its permissions.")
-    reason = str(error).splitlines()[0]
-    if starts_right and ("not fully covered" in reason or "invalid header length" in reason):
-        return LoRAFileError(
-            f"{path} is cut short: its safetensors header announces another size than its "
-            f"{path.stat().st_size} bytes. Download or copy it again."
-        )
-    return LoRAFileError(
-        f"{path} is not a safetensors file ({reason}); only .safetensors LoRAs are read (pickled "
-        ".pt and .ckpt files can run code)."
-    )
+    return infos, header.metadata
 
 
 def _trained_components(metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -258,21 +251,54 @@ def _trained_components(metadata: Mapping[str, str]) -> dict[str, Any]:
             str(key): {"nu": float(e["nu"]), "in": int(e["in"]), "out": int(e["out"])}
             for key, e in listed.items()
         }
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
         return {}
 
 
-def _info(
-    path: Path, entries: Mapping[str, _Entry], key: str, trained: Mapping[str, Any] | None
-) -> ComponentInfo:
-    down, up = entries[key + _DOWN], entries.get(key + _UP)
-    if up is None or not down.shape or not up.shape:
-        raise LoRAFileError(f"{path} is damaged: {key} has a lora_down without its lora_up.")
+def _info(header: Header, pair: Pair, trained: Mapping[str, Any] | None) -> ComponentInfo:
+    down, up = header[pair.down], header[pair.up]
+    sound = len(down.shape) >= 2 and len(up.shape) >= 2 and down.shape[0] == up.shape[1]
+    if not sound:
+        raise LoRAFileError(
+            f"{header.path} is damaged: the two halves of {lora_header.shown(pair.name)} do not "
+            f"fit together ({_shape(down)} and {_shape(up)})."
+        )
+    kind = "dora" if pair.dora_scale else "conv" if math.prod(down.shape[2:]) > 1 else "lora"
+    area = math.prod(header[pair.mid].shape[2:]) if pair.mid else 1
     return ComponentInfo(
-        key=key,
+        key=pair.name,
         rank=down.shape[0],
-        in_features=math.prod(down.shape[1:]),
+        in_features=math.prod(down.shape[1:]) * area,
         out_features=up.shape[0],
         nu=trained["nu"] if trained else None,
-        nbytes=down.nbytes + up.nbytes,
+        nbytes=down.nbytes + up.nbytes + (header[pair.mid].nbytes if pair.mid else 0),
+        kind="conv" if kind == "lora" and area > 1 else kind,
     )
+
+
+def _other(header: Header, kind: str, name: str, keys: Sequence[str]) -> ComponentInfo:
+    """A component of another kind than two factors; 0 for what its tensors do not tell."""
+    shapes = {key.removeprefix(name): header[key].shape for key in keys}
+    rank = in_features = out_features = 0
+    if kind == "loha":
+        rank = _size(shapes.get(".hada_w1_b"), 0)
+        in_features, out_features = (
+            _size(shapes.get(".hada_w1_b"), 1),
+            _size(shapes.get(".hada_w1_a"), 0),
+        )
+    elif kind == "lokr":
+        rank = _size(shapes.get(".lokr_w2_b"), 0) or _size(shapes.get(".lokr_w1_b"), 0)
+    elif kind == "glora":
+        rank = _size(shapes.get(".b1.weight"), 0)
+    elif kind == "difference" and len(shapes.get(".diff", ())) >= 2:
+        out_features, in_features = shapes[".diff"][0], math.prod(shapes[".diff"][1:])
+    nbytes = sum(header[key].nbytes for key in keys)
+    return ComponentInfo(name, rank, in_features, out_features, None, nbytes, kind)
+
+
+def _size(shape: tuple[int, ...] | None, dimension: int) -> int:
+    return shape[dimension] if shape is not None and len(shape) > dimension else 0
+
+
+def _shape(entry: TensorEntry) -> str:
+    return "×".join(map(str, entry.shape)) or "a single number"

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .component import Component
+from .lora_header import LoRAFileError as LoRAFileError
 
 FORMAT_VERSION = "1"
 PREFIXES = {"unet": "lora_unet_", "te1": "lora_te1_", "te2": "lora_te2_"}
@@ -28,10 +29,6 @@ _NAMES = {torch.float32: "F32", torch.float16: "F16"}
 _BYTES = {"F32": 4, "F16": 2}
 
 Shape = tuple[str, tuple[int, ...]]  # type and shape of a tensor, as a header names them
-
-
-class LoRAFileError(ValueError):
-    """A file cannot be read or written; the message names the file, the cause and the fix."""
 
 
 def kohya_key(name: str, root: str = "unet") -> str:

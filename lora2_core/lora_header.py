@@ -139,7 +139,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         seen: set[str] = set()
         twice = next(name for name, _ in pairs if name in seen or seen.add(name))
-        raise _Flaw(f"{_shown(twice)} stands in its header twice")
+        raise _Flaw(f"{shown(twice)} stands in its header twice")
     return found
 
 
@@ -149,17 +149,17 @@ def _constant(name: str) -> Any:
 
 def _entry(key: str, value: Any) -> TensorEntry:
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
-        raise _Flaw(f"the header's entry of {_shown(key)} is not that of a tensor")
+        raise _Flaw(f"the header's entry of {shown(key)} is not that of a tensor")
     dtype, shape, places = value["dtype"], value["shape"], value["data_offsets"]
     if dtype not in ITEM_BYTES if isinstance(dtype, str) else True:
-        raise _Flaw(f"{_shown(key)} is of the unknown type {_shown(dtype)}")
+        raise _Flaw(f"{shown(key)} is of the unknown type {shown(dtype)}")
     if not _whole(shape) or not _whole(places) or len(places) != 2:
-        raise _Flaw(f"shape or place of {_shown(key)} are not whole numbers from 0 up")
+        raise _Flaw(f"shape or place of {shown(key)} are not whole numbers from 0 up")
     if len(shape) > _MOST_DIMENSIONS or math.prod(shape) > _LARGEST_NUMBER:
-        raise _Flaw(f"the shape of {_shown(key)} is beyond all measure")
+        raise _Flaw(f"the shape of {shown(key)} is beyond all measure")
     start, end = places
     if end - start != math.prod(shape) * ITEM_BYTES[dtype]:
-        raise _Flaw(f"the place of {_shown(key)} is of another size than its shape and type")
+        raise _Flaw(f"the place of {shown(key)} is of another size than its shape and type")
     return TensorEntry(tuple(shape), dtype, start, end)
 
 
@@ -175,7 +175,7 @@ def _check_places(entries: dict[str, TensorEntry], there: int) -> None:
     for key, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
         if entry.start != end:
             what = "overlaps another tensor" if entry.start < end else "lies behind a gap"
-            raise _Flaw(f"{_shown(key)} {what}")
+            raise _Flaw(f"{shown(key)} {what}")
         end = entry.end
     if end != there:
         raise _Flaw(f"{there - end} bytes behind its last tensor belong to none")
@@ -188,7 +188,7 @@ def _no_safetensors(path: Path, reason: str) -> LoRAFileError:
     )
 
 
-def _shown(text: object) -> str:
+def shown(text: object) -> str:
     """A stranger's words in a message: one line, and not too long."""
     line = "".join(c if c.isprintable() else "?" for c in str(text)[:81])
     return line if len(line) <= 80 else line[:79] + "…"

@@ -269,6 +269,7 @@ def infos_in_memory(components: Sequence[Component]) -> list[lora_file.Component
             out_features=c.lora_up.shape[0],
             nu=c.nu,
             nbytes=2 * (c.lora_down.numel() + c.lora_up.numel()) if c.lora_up.any() else 0,
+            kind="conv" if c.lora_up.any() and c.lora_down[0, 0].numel() > 1 else "lora",
         )
         for c in components
     ]
@@ -333,7 +334,7 @@ GOOD = raw_file(PAIR, bytes(28))
 
 UNREADABLE = {
     "cut in its data": (GOOD[:-1], "is cut short: .* Download or copy it again"),
-    "cut in its header": (GOOD[:50], "safetensors"),
+    "cut in its header": (GOOD[:50], "is cut short: .*its header.* Download or copy it again"),
     "empty": (b"", "is not a safetensors file"),
     "random": (bytes(range(7, 256)) * 9, "is not a safetensors file"),
     "pickle": (pickle.dumps({"a": [1.0]}), "is not a safetensors file.*pickled"),
