@@ -16,8 +16,8 @@ class Component:
     lora_down: Tensor  # (rank, in, …), fp32
     lora_up: Tensor  # (out, rank, …), fp32
     importance: Tensor  # (rank,), fp32
-    nu: float
-    root: str = "unet"  # or "te1", "te2": the text encoders
+    nu: float | None  # None where LoRA² did not learn the rank
+    root: str = "unet"  # or "te1", "te2": the text encoders; "file": ``name`` is a file's own key
 
     @property
     def rank(self) -> int:

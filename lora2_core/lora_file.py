@@ -248,17 +248,20 @@ def _trained_components(metadata: Mapping[str, str]) -> dict[str, Any]:
     try:
         listed = json.loads(metadata.get("lora2.components", "{}"))
         return {
-            str(key): {"nu": float(e["nu"]), "in": int(e["in"]), "out": int(e["out"])}
+            str(key): {"nu": _number(e["nu"]), "in": int(e["in"]), "out": int(e["out"])}
             for key, e in listed.items()
         }
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
         return {}
 
 
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
 def _info(header: Header, pair: Pair, trained: Mapping[str, Any] | None) -> ComponentInfo:
     down, up = header[pair.down], header[pair.up]
-    sound = len(down.shape) >= 2 and len(up.shape) >= 2 and down.shape[0] == up.shape[1]
-    if not sound:
+    if min(len(down.shape), len(up.shape)) < 2 or down.shape[0] != up.shape[1]:
         raise LoRAFileError(
             f"{header.path} is damaged: the two halves of {lora_header.shown(pair.name)} do not "
             f"fit together ({_shape(down)} and {_shape(up)})."
@@ -278,26 +281,22 @@ def _info(header: Header, pair: Pair, trained: Mapping[str, Any] | None) -> Comp
 
 def _other(header: Header, kind: str, name: str, keys: Sequence[str]) -> ComponentInfo:
     """A component of another kind than two factors; 0 for what its tensors do not tell."""
-    shapes = {key.removeprefix(name): header[key].shape for key in keys}
-    rank = in_features = out_features = 0
-    if kind == "loha":
-        rank = _size(shapes.get(".hada_w1_b"), 0)
-        in_features, out_features = (
-            _size(shapes.get(".hada_w1_b"), 1),
-            _size(shapes.get(".hada_w1_a"), 0),
-        )
-    elif kind == "lokr":
-        rank = _size(shapes.get(".lokr_w2_b"), 0) or _size(shapes.get(".lokr_w1_b"), 0)
-    elif kind == "glora":
-        rank = _size(shapes.get(".b1.weight"), 0)
-    elif kind == "difference" and len(shapes.get(".diff", ())) >= 2:
-        out_features, in_features = shapes[".diff"][0], math.prod(shapes[".diff"][1:])
+    shapes: dict[str, tuple[int, ...]] = {key.removeprefix(name): header[key].shape for key in keys}
+
+    def size(key: str, dimension: int) -> int:
+        shape = shapes.get(key)
+        return shape[dimension] if shape and len(shape) > dimension else 0
+
+    rank = {
+        "loha": size(".hada_w1_b", 0),
+        "lokr": size(".lokr_w2_b", 0) or size(".lokr_w1_b", 0),
+        "glora": size(".b1.weight", 0),
+    }.get(kind, 0)
+    in_features, out_features = size(".hada_w1_b", 1), size(".hada_w1_a", 0)
+    if kind == "difference" and len(shapes.get(".diff", ())) >= 2:
+        out_features, in_features = size(".diff", 0), math.prod(shapes[".diff"][1:])
     nbytes = sum(header[key].nbytes for key in keys)
     return ComponentInfo(name, rank, in_features, out_features, None, nbytes, kind)
-
-
-def _size(shape: tuple[int, ...] | None, dimension: int) -> int:
-    return shape[dimension] if shape is not None and len(shape) > dimension else 0
 
 
 def _shape(entry: TensorEntry) -> str:

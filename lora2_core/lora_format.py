@@ -20,7 +20,7 @@ from .component import Component
 from .lora_header import LoRAFileError as LoRAFileError
 
 FORMAT_VERSION = "1"
-PREFIXES = {"unet": "lora_unet_", "te1": "lora_te1_", "te2": "lora_te2_"}
+PREFIXES = {"unet": "lora_unet_", "te1": "lora_te1_", "te2": "lora_te2_", "file": ""}
 DOWN, UP, ALPHA = ".lora_down.weight", ".lora_up.weight", ".alpha"
 # A component whose fp16 ΔW would be off by more than this is kept in fp32.
 _HALF_ERROR = 5e-4
@@ -33,7 +33,7 @@ Shape = tuple[str, tuple[int, ...]]  # type and shape of a tensor, as a header n
 
 def kohya_key(name: str, root: str = "unet") -> str:
     """``input_blocks.4.1…attn1.to_q`` → ``lora_unet_input_blocks_4_1_…_attn1_to_q``."""
-    return PREFIXES[root] + name.replace(".", "_")
+    return name if root == "file" else PREFIXES[root] + name.replace(".", "_")
 
 
 def fold(component: Component) -> tuple[Tensor, Tensor]:
@@ -110,10 +110,19 @@ def complete(
     metadata: Mapping[str, str], components: Iterable[Component], ranks: Iterable[int]
 ) -> dict[str, str]:
     """``metadata`` and what a reader needs of every component at its rank, in forward order."""
-    entries = {
-        kohya_key(c.name, c.root): listed(c.nu, rank, c.in_features, c.out_features)
-        for c, rank in zip(components, ranks, strict=True)
-    }
+    return complete_listing(
+        metadata,
+        {
+            kohya_key(c.name, c.root): listed(c.nu, rank, c.in_features, c.out_features)
+            for c, rank in zip(components, ranks, strict=True)
+        },
+    )
+
+
+def complete_listing(
+    metadata: Mapping[str, str], entries: Mapping[str, Mapping[str, float | None]]
+) -> dict[str, str]:
+    """:func:`complete` with lines of :func:`listed` by the component's key."""
     return {
         **metadata,
         "lora2.format_version": FORMAT_VERSION,
@@ -121,7 +130,9 @@ def complete(
     }
 
 
-def listed(nu: float, rank: int, in_features: int, out_features: int) -> dict[str, float]:
+def listed(
+    nu: float | None, rank: int, in_features: int, out_features: int
+) -> dict[str, float | None]:
     """One line of the list of components in the metadata."""
     return {"nu": nu, "rank": rank, "in": in_features, "out": out_features}
 
@@ -137,22 +148,47 @@ def encode(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     kohya = {name: text for name, text in metadata.items() if name.startswith("ss_")}
     raw = safetensors.torch.save(dict(state), kohya)
     (length,) = struct.unpack("<Q", raw[:8])
-    header, data = raw[8 : 8 + length], raw[8 + length :]
-    tensors = {key: entry for key, entry in json.loads(header).items() if key != "__metadata__"}
+    head, data = raw[8 : 8 + length], raw[8 + length :]
+    tensors = {key: entry for key, entry in json.loads(head).items() if key != "__metadata__"}
     digest = hashlib.sha256(data).hexdigest()
     legacy = hashlib.sha256(raw[0x100000:0x110000]).hexdigest()[:8]
-    return _header(tensors, metadata, digest, legacy) + data
+    return header(tensors, metadata, digest, legacy) + data
 
 
 def encoded_bytes(shapes: Mapping[str, Shape], metadata: Mapping[str, str]) -> int:
     """The length of what :func:`encode` returns for tensors of these shapes; hashes nothing."""
-    tensors, end = {}, 0
-    # In the library's order, larger items first: the places of tensors are part of the header.
-    for key in sorted(shapes, key=lambda key: (-_BYTES[shapes[key][0]], key)):
+    end = sum(map(nbytes, shapes.values()))
+    return len(header(places(shapes), metadata, "0" * 64, "0" * 8)) + end
+
+
+def in_file_order(shapes: Mapping[str, Shape]) -> list[str]:
+    """The keys in the library's order: larger items first, then by name."""
+    return sorted(shapes, key=lambda key: (-_BYTES[shapes[key][0]], key))
+
+
+def nbytes(shape: Shape) -> int:
+    """What a tensor takes."""
+    return _BYTES[shape[0]] * math.prod(shape[1])
+
+
+def places(shapes: Mapping[str, Shape]) -> dict[str, dict[str, object]]:
+    """The entries of a header for tensors of these shapes; their places are part of it."""
+    tensors: dict[str, dict[str, object]] = {}
+    end = 0
+    for key in in_file_order(shapes):
+        start, end = end, end + nbytes(shapes[key])
         name, shape = shapes[key]
-        start, end = end, end + _BYTES[name] * math.prod(shape)
         tensors[key] = {"dtype": name, "shape": list(shape), "data_offsets": [start, end]}
-    return len(_header(tensors, metadata, "0" * 64, "0" * 8)) + end
+    return tensors
+
+
+def kohya_header_bytes(shapes: Mapping[str, Shape], metadata: Mapping[str, str]) -> int:
+    """Where the data would start in the library's own file with the ``ss_*`` metadata alone."""
+    kohya = {name: text for name, text in metadata.items() if name.startswith("ss_")}
+    full: dict[str, object] = {"__metadata__": kohya, **places(shapes)}
+    # An empty dictionary stays in, as the library writes it.
+    text = json.dumps(full, separators=(",", ":"), ensure_ascii=False).encode()
+    return 8 + len(text) + -len(text) % 8
 
 
 def shapes_of(state: Mapping[str, Tensor]) -> dict[str, Shape]:
@@ -174,7 +210,7 @@ def component_shapes(
     return {key + DOWN: (name, (rank, *kernel)), key + UP: (name, up), key + ALPHA: ("F32", ())}
 
 
-def _header(
+def header(
     tensors: Mapping[str, object], metadata: Mapping[str, str], digest: str, legacy: str
 ) -> bytes:
     """The header with its length before it."""

@@ -108,7 +108,7 @@ def plan(targets: Sequence[Target], config: RankConfig) -> RankBudget:
 def file_bytes(targets: Sequence[Target], ranks: Sequence[int]) -> int:
     """Size of an fp16 file of these ranks, header and METADATA_BYTES included."""
     shapes: dict[str, lora_format.Shape] = {}
-    listing: dict[str, dict[str, float]] = {}
+    listing: dict[str, dict[str, float | None]] = {}
     for target, rank in zip(targets, ranks, strict=True):
         key = lora_format.kohya_key(target.name, target.root)
         kernel = (target.in_features,)  # as long in the header as a convolution's, to a few bytes

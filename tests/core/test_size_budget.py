@@ -13,7 +13,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lora2_pack.lora2_core import lora_file, lora_format, rank_budget, size_budget
+from lora2_pack.lora2_core import (
+    factors,
+    lora_file,
+    lora_format,
+    rank_budget,
+    rank_choice,
+    size_budget,
+)
 from lora2_pack.lora2_core.lora_file import LoRAFileError
 from lora2_pack.lora2_core.network import Component
 from lora2_pack.tests.core import toy
@@ -73,7 +80,7 @@ def error(state: dict[str, Tensor], components: tuple[Component, ...]) -> float:
 )
 def test_taking_apart_keeps_every_delta(rank, shape, scale, seed) -> None:
     component = toy.component(rank=rank, shape=shape, seed=seed, up_scale=scale)
-    svd = size_budget.decompose(component)
+    svd = factors.decompose(component)
     exact = toy.exact_delta(component)
     assert float((toy.exact_delta(svd) - exact).norm() / exact.norm()) < 1e-5
     assert (svd.importance.diff() <= 0).all()
@@ -92,12 +99,12 @@ def test_columns_that_add_nothing_are_gone() -> None:
     component = toy.component(rank=6)
     component.lora_up[:, 3:] = 0  # just grown
     component.lora_down[1] = 2 * component.lora_down[0]
-    svd = size_budget.decompose(component)
+    svd = factors.decompose(component)
     assert svd.rank == 2
     exact = toy.exact_delta(component)
     assert float((toy.exact_delta(svd) - exact).norm() / exact.norm()) < 1e-5
     component.lora_up.zero_()
-    assert size_budget.decompose(component).rank == 0
+    assert factors.decompose(component).rank == 0
 
 
 @settings(deadline=None, max_examples=30)
@@ -106,7 +113,7 @@ def test_at_equal_ranks_the_svd_loses_no_more_than_the_prefix(rank: int, seed: i
     for component in trained(seed, count=3):
         kept = min(rank, component.rank)
         exact = toy.exact_delta(component)
-        best = size_budget.decompose(component).first(kept)
+        best = factors.decompose(component).first(kept)
         prefix = component.first(kept)
         lost = (toy.exact_delta(best) - exact).norm()
         assert lost <= (toy.exact_delta(prefix) - exact).norm() + 1e-5 * exact.norm()
@@ -237,7 +244,7 @@ def part(energies: list[float], size: tuple[int, int] = (10, 10), header: int = 
     svd = Component("x", torch.zeros(len(energies), size[1]), torch.zeros(size[0], len(energies)),
                     torch.tensor(energies).sqrt(), 0.1)  # fmt: skip
     fits = half.get("half") or [True] * len(energies)
-    return size_budget.Part(svd, tuple(energies), tuple(fits), header)
+    return rank_choice.Part(rank_choice.Outline.of(svd), tuple(energies), tuple(fits), header)
 
 
 falling = st.lists(st.floats(0, 100), min_size=1, max_size=3).map(
@@ -262,18 +269,18 @@ def test_chosen_ranks_are_nearly_the_best_that_fit(spectra, sizes, halves, share
     def taken(ranks) -> int:
         return sum(p.costs[rank] for p, rank in zip(parts, ranks, strict=True))
 
-    chosen = size_budget.choose_ranks(parts, available)
+    chosen = rank_choice.choose_ranks(parts, available)
     assert taken(chosen) <= available
     fitting = [
         ranks
         for ranks in itertools.product(*(range(p.rank + 1) for p in parts))
         if taken(ranks) <= available
     ]
-    best = max(size_budget.kept_energy(parts, ranks) for ranks in fitting)
+    best = max(rank_choice.kept_energy(parts, ranks) for ranks in fitting)
     total = sum(sum(p.energies) for p in parts)
     # As for any knapsack, greedy by ratio misses at most one step of the hull.
-    step = max(gain for p in parts for _, gain, _ in size_budget._hull(p, 0)) / max(total, 1e-9)
-    assert size_budget.kept_energy(parts, chosen) >= best - step - 1e-9
+    step = max(gain for p in parts for _, gain, _ in rank_choice._hull(p, 0)) / max(total, 1e-9)
+    assert rank_choice.kept_energy(parts, chosen) >= best - step - 1e-9
     for index, p in enumerate(parts):  # nothing more fits
         if chosen[index] < p.rank:
             assert taken([*chosen[:index], chosen[index] + 1, *chosen[index + 1 :]]) > available
@@ -282,28 +289,28 @@ def test_chosen_ranks_are_nearly_the_best_that_fit(spectra, sizes, halves, share
 def test_energy_is_weighed_by_its_bytes() -> None:
     small, large = part([4.0, 3.0, 2.0], (10, 10)), part([6.0, 5.0, 4.0], (40, 40))
     available = small.costs[3] + large.costs[1]
-    assert size_budget.choose_ranks([small, large], available) == [3, 1]
+    assert rank_choice.choose_ranks([small, large], available) == [3, 1]
 
 
 def test_a_header_that_is_not_worth_its_bytes_leaves_the_file() -> None:
     faint, strong = part([0.1]), part([10.0, 5.0, 1.0])
     available = strong.costs[3] + faint.costs[1] - 1
-    assert size_budget.choose_ranks([faint, strong], available) == [0, 3]
+    assert rank_choice.choose_ranks([faint, strong], available) == [0, 3]
     # A first rank pays for the header of those behind it.
     flat = part([1.0] * 30, header=1000)
     rival = part([1.9, 0.1], header=1000)
-    assert size_budget.choose_ranks([rival, flat], flat.costs[30]) == [0, 30]
+    assert rank_choice.choose_ranks([rival, flat], flat.costs[30]) == [0, 30]
 
 
 def test_a_smallest_rank_is_left_to_all_where_it_fits() -> None:
     parts = [part([0.1, 0.01, 0.001]), part([10.0] * 9), part([0.2])]
     available = sum(p.costs[-1] for p in parts) - 8 * 40
-    assert size_budget.choose_ranks(parts, available, min_rank=2)[0] >= 2
-    assert size_budget.choose_ranks(parts, available, min_rank=2)[2] == 1  # it has no more
+    assert rank_choice.choose_ranks(parts, available, min_rank=2)[0] >= 2
+    assert rank_choice.choose_ranks(parts, available, min_rank=2)[2] == 1  # it has no more
     tight = sum(p.costs[min(2, p.rank)] for p in parts)
-    assert size_budget.choose_ranks(parts, tight, min_rank=2) == [2, 2, 1]
-    assert size_budget.choose_ranks(parts, tight, min_rank=50) == [2, 2, 1]
-    assert size_budget.choose_ranks(parts, tight - 1, min_rank=2)[1] > 2  # for none then
+    assert rank_choice.choose_ranks(parts, tight, min_rank=2) == [2, 2, 1]
+    assert rank_choice.choose_ranks(parts, tight, min_rank=50) == [2, 2, 1]
+    assert rank_choice.choose_ranks(parts, tight - 1, min_rank=2)[1] > 2  # for none then
 
 
 def test_what_learnt_nothing_takes_no_room() -> None:

@@ -1,0 +1,239 @@
+"""Which ranks to keep of components whose columns are known by what they hold and what they cost.
+
+Source: ours. Ranks learnt by gradient descent say where capacity is needed while training; once
+the weights stand, the best ranks for a number of bytes or a share of the energy can be computed:
+across all components those columns are kept that hold most energy (their share of ‖ΔW‖²) a byte.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from . import factors, lora_format
+from .component import Component
+from .lora_format import LoRAFileError, Shape
+
+_ROUNDS = 8  # of fitting the bytes that the exact header leaves over
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A component without its tensors."""
+
+    key: str  # in the file, without suffix
+    kernel: tuple[int, ...]  # (in,) of a linear layer, (in, height, width) of a convolution
+    out_features: int
+    nu: float | None = None
+
+    @classmethod
+    def of(cls, component: Component) -> Outline:
+        key = lora_format.kohya_key(component.name, component.root)
+        kernel = tuple(component.lora_down.shape[1:])
+        return cls(key, kernel, component.out_features, component.nu)
+
+    @property
+    def in_features(self) -> int:
+        """Of the unrolled weight (out, in · kernel area)."""
+        return math.prod(self.kernel)
+
+    def shapes(self, rank: int, half: bool = True) -> dict[str, Shape]:
+        """What a file holds of the component at a rank."""
+        return lora_format.component_shapes(self.key, rank, self.kernel, self.out_features, half)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What each column of one component holds and costs."""
+
+    outline: Outline
+    energies: tuple[float, ...]  # (rank,), what each column adds to those before it
+    half: tuple[bool, ...]  # (rank,), whether fp16 will do for the first 1, 2, … columns
+    header_bytes: int  # at most, of the three entries in the file's header
+
+    @property
+    def rank(self) -> int:
+        return len(self.energies)
+
+    @cached_property
+    def costs(self) -> list[int]:
+        """Bytes at rank 0, 1, …: what is stored, and at most that much header."""
+        row = self.outline.in_features + self.outline.out_features
+        scalar = 4 + self.header_bytes  # alpha is one fp32 number
+        sizes = [2 if half else 4 for half in self.half]
+        return [0] + [scalar + size * row * rank for rank, size in enumerate(sizes, 1)]
+
+    def shapes(self, rank: int) -> dict[str, Shape]:
+        """What the file holds of the component at a rank."""
+        return self.outline.shapes(rank, rank == 0 or self.half[rank - 1])
+
+    def first(self, rank: int) -> Part:
+        """As if there were no more than ``rank`` columns; what the others hold is forgotten."""
+        return Part(self.outline, self.energies[:rank], self.half[:rank], self.header_bytes)
+
+
+def part_of(component: Component, place: int, decomposed: bool = False) -> Part:
+    """What the columns of ``component`` hold and cost, in the order they have.
+
+    ``place``: no tensor of the file lies beyond this byte; it decides how long an entry of the
+    header can get. ``decomposed``: its importance is its singular values.
+    """
+    outline = Outline.of(component)
+    if not component.rank:
+        return Part(outline, (), (), 0)
+    if not decomposed and factors.is_half_exactly(component):
+        half = (True,) * component.rank
+    else:
+        _, errors = lora_format.sizes_and_errors(*lora_format.fold(component))
+        half = tuple(lora_format.fits_half(errors).tolist())
+    entries = {
+        name: {"dtype": dtype, "shape": shape, "data_offsets": [place, place]}
+        for name, (dtype, shape) in outline.shapes(component.rank).items()
+    }
+    if decomposed:
+        found = component.importance.double().square()
+    else:
+        found = factors.energies(component).clamp(min=0)
+    return Part(outline, tuple(found.tolist()), half, len(json.dumps(entries)))
+
+
+def kept_energy(parts: Sequence[Part], ranks: Sequence[int]) -> float:
+    """The share of Σ ‖ΔW‖² that the first columns hold; 1 when there is nothing to keep."""
+    total = sum(sum(part.energies) for part in parts)
+    kept = sum(sum(part.energies[:rank]) for part, rank in zip(parts, ranks, strict=True))
+    return kept / total if total else 1.0
+
+
+def choose_ranks(parts: Sequence[Part], available: int, min_rank: int = 1) -> list[int]:
+    """The ranks that keep most energy in ``available`` bytes of tensors and their header entries.
+
+    Greedy by energy a byte. A first rank also pays for the header, and a component can become
+    cheaper when fp16 starts to do; so steps run along the upper hull of energy over bytes, and
+    single ranks fill what is left.
+    """
+    ranks = _floor(parts, available, min_rank)
+    left = available - sum(part.costs[rank] for part, rank in zip(parts, ranks, strict=True))
+    steps = [
+        (-gain / cost if cost > 0 else -float("inf"), index, stop, cost)
+        for index, part in enumerate(parts)
+        for stop, gain, cost in _hull(part, ranks[index])
+    ]
+    closed: set[int] = set()  # a later step would leave a gap
+    for _, index, stop, cost in sorted(steps):
+        if cost > left:
+            closed.add(index)
+        elif index not in closed:
+            ranks[index] = stop
+            left -= cost
+    _fill(parts, ranks, left)
+    return ranks
+
+
+def ranks_for_energy(parts: Sequence[Part], share: float) -> list[int]:
+    """Ranks that keep at least ``share`` of the energy in few bytes: steps of most energy a byte
+    first, until it is reached."""
+    needed = share * sum(sum(part.energies) for part in parts)
+    steps = sorted(
+        (-gain / cost if cost > 0 else -float("inf"), index, stop, gain)
+        for index, part in enumerate(parts)
+        for stop, gain, cost in _hull(part, 0)
+    )
+    ranks, kept = [0] * len(parts), 0.0
+    for _, index, stop, gain in steps:
+        if kept >= needed:
+            break
+        ranks[index] = stop
+        kept += gain
+    return ranks
+
+
+def choose_exactly(
+    parts: Sequence[Part],
+    describe: Callable[[Sequence[int]], Mapping[str, str]],
+    allowed: int,
+    limit: int,
+    min_rank: int = 1,
+) -> list[int]:
+    """Ranks whose file takes at most ``allowed`` bytes, as close to it as they come.
+
+    ``describe``: the metadata of a file of given ranks; ``limit``: what a person asked for. Raises
+    LoRAFileError when not even one rank of one component fits.
+    """
+
+    def size(ranks: Sequence[int]) -> int:
+        shapes: dict[str, Shape] = {}
+        for part, rank in zip(parts, ranks, strict=True):
+            shapes |= part.shapes(rank)
+        return lora_format.encoded_bytes(shapes, describe(ranks))
+
+    # The bytes beside the components, as many as they can get.
+    largest = [part.rank for part in parts]
+    frame = lora_format.encoded_bytes({}, describe(largest)) + 16
+    available, best = allowed - frame, None
+    for _ in range(_ROUNDS):
+        ranks = choose_ranks(parts, available, min_rank)
+        exact = size(ranks)
+        if exact <= allowed and (best is None or kept_energy(parts, ranks) > best[0]):
+            best = kept_energy(parts, ranks), ranks
+        taken = sum(part.costs[rank] for part, rank in zip(parts, ranks, strict=True))
+        # Entries are mostly shorter than they can get: what that leaves can be used as well.
+        before, available = available, allowed - (exact - taken)
+        if available == before:
+            break
+    if best is None or not any(best[1]):
+        least = min((p.costs[1] for p in parts if p.rank), default=0) + frame
+        raise LoRAFileError(
+            f"Nothing was written: a file of {limit / 1e6:.4g} MB has no room for a single "
+            f"component, whose metadata alone takes {frame / 1e6:.4g} MB. Choose a "
+            f"target_megabytes of at least {(limit - allowed + least) / 1e6:.4g}."
+        )
+    return best[1]
+
+
+def _floor(parts: Sequence[Part], available: int, min_rank: int) -> list[int]:
+    """The ranks to start from: ``min_rank`` where all can have it, else less; 0 instead of 1,
+    which asks for nothing."""
+    for floor in range(min_rank, 1, -1):
+        ranks = [min(floor, part.rank) for part in parts]
+        if sum(part.costs[rank] for part, rank in zip(parts, ranks, strict=True)) <= available:
+            return ranks
+    return [0] * len(parts)
+
+
+def _hull(part: Part, start: int) -> list[tuple[int, float, int]]:
+    """Steps of falling energy a byte from ``start`` on: (rank to go to, energy, bytes)."""
+    steps: list[tuple[int, float, int]] = []
+    for rank in range(start + 1, part.rank + 1):
+        gain, cost = part.energies[rank - 1], part.costs[rank] - part.costs[rank - 1]
+        # A step that gives more a byte than the one before is taken together with it.
+        while steps and (cost <= 0 or gain * steps[-1][2] > steps[-1][1] * cost):
+            _, earlier_gain, earlier_cost = steps.pop()
+            gain, cost = gain + earlier_gain, cost + earlier_cost
+        steps.append((rank, gain, cost))
+    return steps
+
+
+def _fill(parts: Sequence[Part], ranks: list[int], left: int) -> None:
+    """Raise ``ranks`` one by one, those of most energy a byte first, while anything fits."""
+
+    def step(index: int) -> tuple[float, int, int] | None:
+        part, rank = parts[index], ranks[index]
+        if rank == part.rank:
+            return None
+        cost = part.costs[rank + 1] - part.costs[rank]
+        return -part.energies[rank] / max(cost, 1), index, cost
+
+    waiting = [found for index in range(len(parts)) if (found := step(index))]
+    heapq.heapify(waiting)
+    while waiting:
+        _, index, cost = heapq.heappop(waiting)
+        if cost > left:
+            continue
+        left -= cost
+        ranks[index] += 1
+        if following := step(index):
+            heapq.heappush(waiting, following)

@@ -1,0 +1,226 @@
+"""A LoRA file from others: smaller, or the sum of several; always of our format.
+
+Two passes over the components, with one of them in memory at a time: the first learns what each
+column holds, then all ranks are chosen together, and the second writes what is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from . import factors, lora_format, shrink, stream_file
+from .atomic_file import replacing
+from .component import Component
+from .lora_file import LoRAFileError
+from .lora_source import Addend, LoRASource, Source, Sum
+from .rank_choice import Part, choose_exactly, kept_energy, part_of
+from .shrink import Limits
+from .stream_file import Planned
+
+_OWN = "lora2.format_version"
+
+
+@dataclass(frozen=True)
+class Resized:
+    """What came out, for people and scripts."""
+
+    path: Path
+    before: int  # bytes
+    after: int
+    ranks_before: tuple[int, ...]
+    ranks_after: tuple[int, ...]  # of the same components
+    kept: float  # share of Σ‖ΔW‖²
+
+    @property
+    def error(self) -> float:
+        """‖ΔW − what is kept of it‖ / ‖ΔW‖ over all components."""
+        return math.sqrt(max(0.0, 1 - self.kept))
+
+    def text(self) -> str:
+        """For a person: sizes, mean ranks, what is kept."""
+        before, after = (
+            sum(ranks) / max(len(ranks), 1) for ranks in (self.ranks_before, self.ranks_after)
+        )
+        left_out = self.ranks_after.count(0)
+        gone = f", {left_out} of {len(self.ranks_after)} components left out" if left_out else ""
+        return (
+            f"{self.path.name}: {self.before / 1e6:.2f} → {self.after / 1e6:.2f} MB, mean rank "
+            f"{before:.1f} → {after:.1f}{gone}; {100 * self.kept:.2f} % of the energy is kept "
+            f"(relative error {self.error:.4f})."
+        )
+
+
+def resize(source: Path, target: Path, limits: Limits) -> Resized:
+    """Write ``source`` within ``limits`` to ``target``.
+
+    A LoRA² file that is within them already is copied byte by byte. Raises LoRAFileError for what
+    cannot be read, cut or written; ``target`` is then as it was.
+    """
+    with LoRASource(source) as opened:
+        about = {"from": source.name, "hash": opened.metadata.get("sshs_model_hash", "")}
+        work = _Work(opened, limits, opened.metadata, "lora2.resize", about)
+        if _OWN in opened.metadata and work.keeps_all:
+            with replacing(target) as file, source.open("rb") as original:
+                shutil.copyfileobj(original, file)
+            return work.result(target, opened.nbytes, opened.nbytes)
+        return work.result(target, opened.nbytes, work.write(target))
+
+
+def merge(sources: Sequence[tuple[Path, float]], target: Path, limits: Limits) -> Resized:
+    """Write the sum of LoRAs, each times its weight, to ``target``; then within ``limits``.
+
+    Without limits the patch of the file is the sum of the patches to 1e-5: ranks add up, and
+    numbers that fp16 would round are stored in fp32. Raises LoRAFileError as :func:`resize` does.
+    """
+    with ExitStack() as stack:
+        opened = [stack.enter_context(LoRASource(path)) for path, _ in sources]
+        addends = [Addend(s, weight) for s, (_, weight) in zip(opened, sources, strict=True)]
+        about = {
+            "from": [
+                {
+                    "name": a.source.path.name,
+                    "hash": a.source.metadata.get("sshs_model_hash", ""),
+                    "weight": a.weight,
+                }
+                for a in addends
+            ]
+        }
+        whole = Sum([a for a in addends if a.weight])
+        work = _Work(whole, limits, _joined(opened), "lora2.merge", about)
+        before = sum(source.nbytes for source in opened)
+        return work.result(target, before, work.write(target))
+
+
+class _Work:
+    """The first pass, the choice, and the second pass."""
+
+    def __init__(
+        self,
+        source: Source,
+        limits: Limits,
+        metadata: Mapping[str, str],
+        name: str,
+        about: Mapping[str, object],
+    ):
+        self._source, self._limits = source, limits
+        self._metadata, self._name, self._about = metadata, name, about
+        # Taken apart only where something may be cut: what stays whole keeps its own numbers.
+        self._svd = limits.order == "svd" and not limits.nothing
+        self._exact = limits.nothing and isinstance(source, Sum)
+        self._parts: list[Part] = []
+        self._stored: list[int] = []
+        for key in source.keys:
+            component = source.component(key)
+            self._stored.append(component.rank)
+            self._parts.append(self._part(component))
+        self.ranks = self._choose()
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether no column is cut off that holds anything."""
+        return all(part.rank == rank for part, rank in zip(self._parts, self.ranks, strict=True))
+
+    def result(self, target: Path, before: int, after: int) -> Resized:
+        kept = kept_energy(self._parts, self.ranks)
+        return Resized(target, before, after, tuple(self._stored), tuple(self.ranks), kept)
+
+    def write(self, target: Path) -> int:
+        if not any(self.ranks):
+            raise LoRAFileError(
+                f"{target.name} was not written: nothing is left of the LoRA; keep more of it."
+            )
+        planned = [
+            Planned(part.outline, rank, part.half[rank - 1], self._source.extra(part.outline.key))
+            for part, rank in zip(self._parts, self.ranks, strict=True)
+            if rank
+        ]
+        metadata = self._describe(self.ranks)
+        names = {"ss_output_name": target.stem, "modelspec.title": target.stem}
+        metadata |= {name: text for name, text in names.items() if name in metadata}
+        return stream_file.write(target, planned, metadata, self._tensors)
+
+    def _part(self, component: Component) -> Part:
+        if self._svd:
+            component = factors.decompose(component)
+        part = part_of(component, self._source.nbytes + 10**6, decomposed=self._svd)
+        if not self._exact:
+            return part
+        half = factors.is_half_exactly(component)
+        return Part(part.outline, part.energies, (half,) * part.rank, part.header_bytes)
+
+    def _choose(self) -> list[int]:
+        ranks = shrink.choose(self._parts, self._limits)
+        ranks = [
+            rank if any(part.energies[:rank]) else 0
+            for part, rank in zip(self._parts, ranks, strict=True)
+        ]
+        if self._limits.megabytes is None:
+            return ranks
+        limit = int(self._limits.megabytes * 1e6)
+        if self._bytes(ranks) <= limit:
+            return ranks
+        kept = [part.first(rank) for part, rank in zip(self._parts, ranks, strict=True)]
+        return choose_exactly(kept, self._describe, limit, limit)
+
+    def _bytes(self, ranks: Sequence[int]) -> int:
+        shapes: dict[str, lora_format.Shape] = {}
+        for part, rank in zip(self._parts, ranks, strict=True):
+            shapes |= part.shapes(rank)
+        return lora_format.encoded_bytes(shapes, self._describe(ranks))
+
+    def _tensors(self, planned: Planned) -> tuple[Tensor, Tensor]:
+        component = self._source.component(planned.outline.key)
+        if self._svd:
+            component = factors.decompose(component)
+        found = shrink.tensors(component.first(planned.rank), planned.half)
+        if found is None:
+            raise RuntimeError(f"{planned.outline.key} has changed while it was read")
+        return found
+
+    def _describe(self, ranks: Sequence[int]) -> dict[str, str]:
+        """The metadata of a file of these ranks; its length does not depend on what is kept."""
+        limits = self._limits
+        about = dict(self._about)
+        if not limits.nothing:
+            about |= {
+                "order": limits.order,
+                "max_rank": limits.max_rank,
+                "energy": limits.energy,
+                "megabytes": limits.megabytes,
+                "kept_energy": f"{kept_energy(self._parts, ranks):.6f}",
+            }
+        changed = {self._name: json.dumps(about)}
+        if "lora2.mean_rank" in self._metadata:
+            changed["lora2.mean_rank"] = f"{sum(ranks) / len(ranks):.3f}"
+        changed |= {"ss_network_dim": "Dynamic", "ss_network_alpha": "Dynamic"}
+        entries = {
+            o.key: lora_format.listed(o.nu, rank, o.in_features, o.out_features)
+            for o, rank in zip((part.outline for part in self._parts), ranks, strict=True)
+        }
+        return lora_format.complete_listing({**self._metadata, **changed}, entries)
+
+
+def _joined(sources: Sequence[LoRASource]) -> dict[str, str]:
+    """The metadata of a sum: what all say alike, and every trigger."""
+    first, *others = (source.metadata for source in sources)
+    alike = {
+        name: text
+        for name, text in first.items()
+        if all(other.get(name) == text for other in others)
+    }
+    name = "modelspec.trigger_phrase"
+    triggers = dict.fromkeys(s.metadata[name] for s in sources if s.metadata.get(name))
+    if triggers:
+        alike[name] = ", ".join(triggers)
+    for title in ("ss_output_name", "modelspec.title"):
+        if any(title in source.metadata for source in sources):
+            alike[title] = ""
+    return alike
