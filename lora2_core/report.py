@@ -173,8 +173,8 @@ def _picture(
     if history is not None:
         _draw_curves(canvas, history, grid_top(subtitle) - 46)
     scale = Scale.of(components)
-    _draw_legend(canvas, plan, scale, top - 30)
-    _draw_grid(canvas, plan, scale)
+    draw_legend(canvas, plan, scale, top - 30)
+    draw_grid(canvas, plan, scale)
     _draw_histogram(canvas, components, scale, bars_box)
     _draw_figures(canvas, summarize(components), figures_box)
     return canvas.finish()
@@ -190,7 +190,8 @@ def _foot_boxes(plan: Layout, top: float) -> tuple[Box, Box]:
     return (left, top, middle - 12, top + height), (middle + 12, top, right, top + height)
 
 
-def _draw_legend(canvas: Canvas, plan: Layout, scale: Scale, baseline: float) -> None:
+def draw_legend(canvas: Canvas, plan: Layout, scale: Scale, baseline: float) -> None:
+    """What the colours mean, on one line."""
     canvas.text((MARGIN, baseline), "Rank of each component", 15)
     left, right = WIDTH - MARGIN - 300, WIDTH - MARGIN - 10
     empty = any(not (cell.component and cell.component.rank) for cell in plan.cells)
@@ -215,7 +216,8 @@ def _draw_legend(canvas: Canvas, plan: Layout, scale: Scale, baseline: float) ->
         canvas.box((round(start) - 22, y - 12, round(start) - 8, y + 2), None, OUTLINE, 2)
 
 
-def _draw_grid(canvas: Canvas, plan: Layout, scale: Scale) -> None:
+def draw_grid(canvas: Canvas, plan: Layout, scale: Scale) -> None:
+    """The map itself: a cell a component, its rank in it where there is room."""
     for left, right, y in plan.rules:
         canvas.line([(left, y), (right, y)], OUTLINE)
     for label in plan.labels:

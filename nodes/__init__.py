@@ -14,6 +14,7 @@ from .options import (
     LoRA2RankOptions,
     LoRA2SafetyOptions,
 )
+from .resize import LoRA2Merge, LoRA2Resize
 from .train import LoRA2Train
 
 
@@ -29,6 +30,8 @@ class LoRA2Extension(ComfyExtension):
             LoRA2OptimizerOptions,
             LoRA2RankOptions,
             LoRA2SafetyOptions,
+            LoRA2Resize,
+            LoRA2Merge,
         ]
 
 

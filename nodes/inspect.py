@@ -1,30 +1,39 @@
-"""Inspect Ranks: what is inside a LoRA, as a picture and as text."""
+"""Inspect Ranks: what is inside a LoRA, as a picture, as text and as JSON."""
+
+import json
+from pathlib import Path
+from typing import Any
 
 from comfy_api.latest import io, ui
+from PIL import Image
 
-from ..lora2_core import comfy_host, lora_file, report
+from ..lora2_core import comfy_host, comparison, inspector, lora_file, made_for, report
+from ..lora2_core.inspector import FileReport
 from ..lora2_core.jobs import TrainedLoRA
-from .common import CATEGORY, LoRA2Socket, to_image
+from .common import CATEGORY, LoRA2Socket, advanced, to_image
 
 _FROM_SOCKET = "(the connected LORA2)"
+_NONE = "none"
+_MORE = (2, 3, 4)
 
 
 class LoRA2InspectRanks(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
+        names = comfy_host.lora_names()
         return io.Schema(
             node_id="LoRA2InspectRanks",
             display_name="Inspect Ranks",
             category=CATEGORY,
             description=(
-                "Shows the rank of every layer of a LoRA: a map by block and projection, a "
-                "histogram and the figures. Works on LoRA² files and on plain LoRAs in kohya form; "
-                "reads only the header."
+                "Shows the rank of every layer of any LoRA: a map by block and projection, a "
+                "histogram and the figures, trigger words, base model and hashes. Reads only the "
+                "header unless it is told to measure."
             ),
             inputs=[
                 io.Combo.Input(
                     "lora_name",
-                    options=[_FROM_SOCKET, *comfy_host.lora_names()],
+                    options=[_FROM_SOCKET, *names],
                     default=_FROM_SOCKET,
                     tooltip="A LoRA file, or leave it and connect the LORA2 of a training node.",
                 ),
@@ -33,31 +42,84 @@ class LoRA2InspectRanks(io.ComfyNode):
                     optional=True,
                     tooltip="A LoRA straight from Train LoRA² on images; shows its curves as well.",
                 ),
+                advanced(
+                    io.Boolean.Input(
+                        "measure",
+                        default=False,
+                        optional=True,
+                        tooltip=(
+                            "Read the tensors too: how strong each layer is, the rank it really "
+                            "needs, and to what size the file could be cut."
+                        ),
+                    )
+                ),
+                *(
+                    advanced(
+                        io.Combo.Input(
+                            f"lora_{number}",
+                            options=[_NONE, *names],
+                            default=_NONE,
+                            optional=True,
+                            tooltip="One more file, to see side by side in one scale of colours.",
+                        )
+                    )
+                    for number in _MORE
+                ),
             ],
             outputs=[
                 io.Image.Output(display_name="picture", tooltip="The rank map, 1280 px wide."),
                 io.String.Output(display_name="text", tooltip="The figures as a table."),
+                io.String.Output(display_name="json", tooltip="All of it for other nodes."),
             ],
             is_output_node=True,
         )
 
     @classmethod
-    def fingerprint_inputs(cls, lora_name: str, **_others: object) -> str:
-        return comfy_host.lora_fingerprint(lora_name)
+    def fingerprint_inputs(cls, lora_name: str, **others: Any) -> str:
+        names = [lora_name, *(others.get(f"lora_{number}", _NONE) for number in _MORE)]
+        return " ".join(comfy_host.lora_fingerprint(name) for name in names)
 
     @classmethod
-    def execute(cls, lora_name: str, lora2: TrainedLoRA | None = None) -> io.NodeOutput:
-        if lora_name != _FROM_SOCKET:
-            path = comfy_host.lora_path(lora_name)
-            components, metadata = lora_file.inspect(path)
-            picture = report.rank_picture(components, path.stem, lora_file.headline(metadata))
-        elif lora2 is not None:
-            components = lora2.components
-            subtitle = lora_file.headline(lora2.file.metadata)
-            picture = report.training_picture(components, lora2.history, lora2.path.stem, subtitle)
-        else:
+    def execute(
+        cls,
+        lora_name: str,
+        lora2: TrainedLoRA | None = None,
+        measure: bool = False,
+        **more: str,
+    ) -> io.NodeOutput:
+        names = [lora_name, *(more.get(f"lora_{number}", _NONE) for number in _MORE)]
+        files = [name for name in names if name not in (_FROM_SOCKET, _NONE)]
+        reports = [inspector.inspect(comfy_host.lora_path(n), measure, n) for n in files]
+        if lora_name == _FROM_SOCKET and lora2 is not None:
+            reports.insert(0, _report_of(lora2, measure))
+        if not reports:
             raise ValueError("lora_name is empty; choose a LoRA file or connect a LORA2 output.")
-        text = report.rank_table(components)
-        image = to_image(picture)
+        image = to_image(_picture(reports, lora2 if lora_name == _FROM_SOCKET else None))
+        text = "\n".join(one.text() for one in reports)
+        if len(reports) > 1:
+            text = f"{inspector.side_by_side(reports)}\n{text}"
+        data = json.dumps([one.as_dict() for one in reports])
         shown = {**ui.PreviewImage(image, cls=cls).as_dict(), "text": (text,)}
-        return io.NodeOutput(image, text, ui=shown)
+        return io.NodeOutput(image, text, data, ui=shown)
+
+
+def _report_of(trained: TrainedLoRA, measure: bool) -> FileReport:
+    """Of a LoRA from the socket; its file may have moved since."""
+    if measure:
+        return inspector.inspect(trained.path, True)
+    inputs = {component.key: component.in_features for component in trained.components}
+    metadata = trained.file.metadata
+    nbytes = sum(component.nbytes for component in trained.components)
+    made = made_for.made_for(inputs, metadata)
+    return FileReport(trained.path.name, nbytes, trained.components, metadata, made)
+
+
+def _picture(reports: list[FileReport], trained: TrainedLoRA | None) -> Image.Image:
+    if len(reports) > 1:
+        return comparison.compare(
+            [comparison.Shown(Path(r.name).stem, r.components, r.nbytes) for r in reports]
+        )
+    if trained is None:
+        return reports[0].picture()
+    subtitle = lora_file.headline(trained.file.metadata)
+    return report.training_picture(trained.components, trained.history, trained.path.stem, subtitle)

@@ -61,6 +61,10 @@ class LoRA2Train(io.ComfyNode):
                 LoRA2Socket.Output(display_name="LORA2", tooltip="For Inspect Ranks."),
                 io.String.Output(display_name="path", tooltip="Where the file was written."),
                 io.Image.Output(display_name="report", tooltip="Loss, mean rank and rank map."),
+                io.Custom("LORA_MODEL").Output(
+                    display_name="lora_model",
+                    tooltip="The LoRA itself, for ComfyUI's Load LoRA Model and Save LoRA Weights.",
+                ),
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt],
         )
@@ -183,4 +187,5 @@ def _outputs(cls: type[io.ComfyNode], model: Any, clip: Any, trained: TrainedLoR
         report.training_picture(trained.components, trained.history, path.stem, headline)
     )
     shown = ui.PreviewImage(picture, cls=cls)
-    return io.NodeOutput(*patched, trained, str(path), picture, ui=shown)
+    state = dict(trained.file.state)
+    return io.NodeOutput(*patched, trained, str(path), picture, state, ui=shown)

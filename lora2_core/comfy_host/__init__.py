@@ -4,7 +4,7 @@ It turns MODEL, CLIP and VAE into a private model and a task for the trainer, ap
 model patches, and resolves every path a user names.
 """
 
-from .applying import apply_state
+from .applying import Applied, apply_lora, apply_state
 from .blocking import blocked
 from .encoding import Encoder
 from .errors import HostError
@@ -25,9 +25,11 @@ from .running import deaf_to_cancel, free_memory, progress_bar, raise_if_cancell
 from .training import TrainingSetup, prepare_training
 
 __all__ = [
+    "Applied",
     "Encoder",
     "HostError",
     "TrainingSetup",
+    "apply_lora",
     "apply_state",
     "blocked",
     "build_autoencoder",

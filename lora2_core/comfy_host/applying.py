@@ -1,19 +1,36 @@
-"""LoRAs as model patches, as the stock loader makes them."""
+"""LoRAs as model patches, as the stock loader makes them, or beside the weights."""
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import comfy.lora
 import comfy.lora_convert
+import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ..lora_file import component_keys
+from .. import lora_keys, lora_names, made_for
+from ..load_config import WAYS, Strengths
+from . import bypass
 from .errors import HostError
+from .model_keys import family_of, known_base_hash, layer_names
+
+_EVEN = Strengths()
+
+
+@dataclass(frozen=True)
+class Applied:
+    """Clones with a LoRA on them, and what a person should know; empty when all is well."""
+
+    model: ModelPatcher
+    clip: Any | None
+    note: str = ""
 
 
 def apply_state(
@@ -24,45 +41,166 @@ def apply_state(
     strength_clip: float,
     source: str,
 ) -> tuple[ModelPatcher, Any | None]:
+    """:func:`apply_lora` evenly and as the model needs it: the two clones alone."""
+    applied = apply_lora(model, clip, state, strength_model, strength_clip, source)
+    return applied.model, applied.clip
+
+
+def apply_lora(
+    model: ModelPatcher,
+    clip: Any | None,
+    state: Mapping[str, Tensor],
+    strength_model: float,
+    strength_clip: float,
+    source: str,
+    *,
+    strengths: Strengths = _EVEN,
+    way: str = "auto",
+    metadata: Mapping[str, str] | None = None,
+) -> Applied:
     """Clones of ``model`` and ``clip`` with a LoRA as patches, as the stock loader makes them.
 
-    Every layer may have its own rank. Raises HostError, naming ``source``, when the LoRA fits no
-    layer of the model or was made for layers of another shape.
+    Every layer may have its own rank. ``way``: "merge" into the weights, "bypass" them (the forward
+    pass adds the LoRA's own), or "auto": bypass where weights are fp8. ``metadata``: of the file.
+    Raises HostError, naming ``source``, when the LoRA fits no layer of the model or was made for
+    layers of another shape; nothing is patched then.
     """
-    keys = comfy.lora.model_lora_keys_unet(model.model, {})
-    if clip is not None:
-        keys = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, keys)
-    patches = comfy.lora.load_lora(comfy.lora_convert.convert_lora(dict(state)), keys, False)
+    if way not in WAYS:
+        raise HostError(f"apply_as is {way!r}; choose one of {', '.join(WAYS)}.")
+    parts = lora_keys.split(state)
+    if parts.lonely:
+        raise HostError(f"{source} is damaged: {parts.lonely[0][:80]} lacks its other half.")
+    state = _in_known_names(state, parts)
+    names = layer_names(model, clip)
+    patches = comfy.lora.load_lora(comfy.lora_convert.convert_lora(dict(state)), names, False)
     if not patches:
-        raise HostError(
-            f"{source} fits no layer of the connected model ({type(model.model).__name__}); it "
-            "was trained for another architecture. Choose a LoRA for this model."
-        )
-    shapes = {key: weight.shape for key, weight in model.model.state_dict().items()}
+        raise HostError(_misfit(state, metadata, model, source))
     for key, patch in patches.items():
-        _check_shape(key, patch, shapes.get(key), source)
-    new_model = model.clone()
-    applied = set(new_model.add_patches(patches, strength_model))
-    new_clip = None if clip is None else clip.clone()
-    if new_clip is not None:
-        applied |= set(new_clip.add_patches(patches, strength_clip))
-    unused = len(component_keys(state)) - len(applied)
-    if unused > 0:
-        hint = "" if clip is not None else " (those of the text encoders need clip connected)"
-        logging.warning("LoRA²: %s: %d components fit no layer%s.", source, unused, hint)
+        _check_shape(model, clip, key, patch, lambda: _misfit(state, metadata, model, source))
+    notes = (
+        _unknown(state, patches, names, source, clip is not None),
+        _other_base(model, metadata or {}, source),
+    )
+    note = " ".join(filter(None, notes))
+    if note:
+        logging.warning("LoRA²: %s", note)
+    patched = _patched(model, clip, patches, strength_model, strength_clip, strengths, way)
+    return Applied(*patched, note)
+
+
+def _patched(
+    model: ModelPatcher,
+    clip: Any | None,
+    patches: Mapping[Any, Any],
+    strength_model: float,
+    strength_clip: float,
+    strengths: Strengths,
+    way: str,
+) -> tuple[ModelPatcher, Any | None]:
+    new_model, new_clip = model.clone(), None if clip is None else clip.clone()
+    unet = {k: p for k, p in patches.items() if _weight(k).startswith("diffusion_model.")}
+    factors = {key: strength_model * strengths.of(_weight(key)) for key in unet}
+    beside: dict[Any, Any] = {}
+    if way == "bypass" or (way == "auto" and bypass.weights_are_fp8(model)):
+        beside = {key: patch for key, patch in unet.items() if bypass.fits(model, key, patch)}
+        wanted = {key: patch for key, patch in beside.items() if factors[key]}
+        if wanted:
+            bypass.add_branches(new_model, wanted, factors)
+    for factor in dict.fromkeys(factors.values()):
+        group = {k: p for k, p in unet.items() if factors[k] == factor and k not in beside}
+        if factor and group:
+            new_model.add_patches(group, factor)
+    if new_clip is not None and strength_clip:
+        new_clip.add_patches({k: p for k, p in patches.items() if k not in unet}, strength_clip)
     return new_model, new_clip
 
 
-def _check_shape(key: str, patch: Any, shape: torch.Size | None, source: str) -> None:
+def _weight(key: Any) -> str:
+    """The weight that a patch is for; some are for a part of one only."""
+    return key if isinstance(key, str) else key[0]
+
+
+def _in_known_names(state: Mapping[str, Tensor], parts: lora_keys.Parts) -> Mapping[str, Tensor]:
+    """``state`` with the names of PEFT, which ComfyUI does not know, in kohya's."""
+    new: dict[str, str] = {}
+    for pair in parts.pairs:
+        if pair.name != lora_keys.plain_name(pair.name):
+            name = lora_names.kohya_name(pair.name)
+            ends = (".lora_down.weight", ".lora_up.weight", lora_keys.ALPHA, lora_keys.DORA_SCALE)
+            old = (pair.down, pair.up, pair.alpha, pair.dora_scale)
+            new |= {key: name + end for key, end in zip(old, ends, strict=True) if key}
+    return {new.get(key, key): tensor for key, tensor in state.items()} if new else state
+
+
+def _misfit(
+    state: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None,
+    model: ModelPatcher,
+    source: str,
+) -> str:
+    inputs = {
+        pair.name: int(state[pair.down][0].numel())
+        for pair in lora_keys.split(state).pairs
+        if state[pair.down].dim() and state[pair.down].shape[0]
+    }
+    if not inputs:
+        return (
+            f"{source} fits no layer of this model, {family_of(model).text}; choose a LoRA for it."
+        )
+    return made_for.misfit(source, made_for.made_for(inputs, metadata or {}), family_of(model))
+
+
+def _unknown(
+    state: Mapping[str, Tensor],
+    patches: Mapping[Any, Any],
+    names: Mapping[str, Any],
+    source: str,
+    with_clip: bool,
+) -> str:
+    """What is said of components that the model has no layer for."""
+    parts = lora_keys.split(state)
+    found = [pair.name for pair in parts.pairs]
+    found += [name for components in parts.others.values() for name in components]
+    if len(patches) >= len(found):
+        return ""
+    missing = [name for name in found if name not in names]
+    if not with_clip:  # those of the text encoders are no mistake
+        missing = [name for name in missing if not name.startswith(("lora_te", "text_encoder"))]
+    return made_for.unknown(source, missing, len(found))
+
+
+def _other_base(model: ModelPatcher, metadata: Mapping[str, str], source: str) -> str:
+    """What is said where both know their base and it is not the same."""
+    try:
+        precision = json.loads(metadata.get("lora2.config", "{}")).get("precision", "")
+    except (ValueError, AttributeError, RecursionError):  # somebody else's words
+        return ""
+    ours, theirs = known_base_hash(model, precision), metadata.get("lora2.base_model_hash", "")
+    if not ours or not theirs or ours == theirs:
+        return ""
+    return (
+        f"{source} was trained on another base model (hash {theirs[:10]}, this one is "
+        f"{ours[:10]}); a fine-tune of the same family mostly does, with another likeness."
+    )
+
+
+def _check_shape(model: ModelPatcher, clip: Any | None, key: Any, patch: Any, misfit: Any) -> None:
+    """Raises HostError for two factors whose product is not of the weight's shape."""
     weights = getattr(patch, "weights", None)
-    if shape is None or weights is None or getattr(patch, "name", "") != "lora":
-        return  # text encoders, and other kinds of patch, are ComfyUI's business
+    if not isinstance(key, str) or weights is None or getattr(patch, "name", "") != "lora":
+        return  # other kinds of patch are ComfyUI's business
     up, down, _, middle, _, reshape = weights
     if middle is not None or reshape is not None:
         return
+    root: Any = model.model
+    if not key.startswith("diffusion_model.") and clip is not None:
+        root = clip.cond_stage_model
+    weight: Any = comfy.utils.get_attr(root, key)
+    shape: torch.Size = weight.shape
+    if min(up.dim(), down.dim()) < 2 or up.shape[1] != down.shape[0]:
+        raise HostError(f"{misfit()} ({key} has halves that do not fit together.)")
     if (up.shape[0], down[0].numel()) != (shape[0], shape[1:].numel()):
         raise HostError(
-            f"{source} was trained for another architecture: {key} is "
-            f"{shape[0]}×{shape[1:].numel()} in the model and {up.shape[0]}×{down[0].numel()} in "
-            "the file. Choose a LoRA for this model."
+            f"{misfit()} ({key} is {shape[0]}×{shape[1:].numel()} in the model and "
+            f"{up.shape[0]}×{down[0].numel()} in the file.)"
         )

@@ -27,6 +27,7 @@ from ..targets import Target, find_targets
 from .checkpointing import blocks_of, checkpoint_blocks
 from .class_images import class_images, class_samples, paints
 from .encoding import Encoder
+from .model_keys import remember_base_hash
 from .models import DTYPES, check_model, prediction_of, private_copy
 from .painting import Painter
 from .running import raise_if_cancelled
@@ -88,6 +89,8 @@ def _prepare(
     private = private_copy(model, config.precision)
     unet = private.diffusion_model
     base_hash, prediction = fingerprint(unet), prediction_of(model)
+    if not model.patches:
+        remember_base_hash(model, config.precision, base_hash)
     sampling = private.model_sampling.sigmas.float()
     identity = content_key(encoder.identity, prediction, sampling)  # of all beside the U-Net
     texts: TextSource = live or CachedTexts(encoder.texts, next(unet.parameters()).device)

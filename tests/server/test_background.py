@@ -96,7 +96,8 @@ def test_the_prompt_is_over_at_once_and_the_file_comes(studio: Studio):
     assert not {"s", "i"} & set(history["outputs"])
     assert not messages(history, "execution_error")
     kept = manifests(studio.server)[0]
-    assert (kept["state"], kept["background"], kept["node_id"]) == ("running", True, "3")
+    assert kept["state"] in ("queued", "running")  # it has only just begun
+    assert (kept["background"], kept["node_id"]) == (True, "3")
     assert set(kept["prompt"]) == {"1", "2", "3"}, "only what the training depends on"
     assert all(set(node) == {"class_type", "inputs"} for node in kept["prompt"].values())
     assert "tests/40_00001_.safetensors" not in studio.lora_files()

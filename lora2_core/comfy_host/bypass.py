@@ -1,0 +1,112 @@
+"""LoRAs beside the weights: every layer adds up · down of its input, and no weight is touched.
+
+For weights that merging would round, those in fp8. ComfyUI puts the hooks in when it loads the
+patched model and takes them out when it unloads it, so clones of one model do not meet.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+import comfy.utils
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import PatcherInjection
+from torch import Tensor, nn
+from torch.nn import functional
+
+_PREFIX = "lora2_bypass_"
+
+
+class Branch:
+    """Two factors beside one layer."""
+
+    def __init__(self, down: Tensor, up: Tensor, scale: float):
+        self.down, self.up, self.scale = down, up, scale
+        self._there: tuple[Tensor, Tensor] | None = None  # at the layer's device and type
+
+    def __call__(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """What this adds to the output of ``layer`` for its input."""
+        down, up = self._at(x)
+        if isinstance(layer, nn.Conv2d):
+            middle = functional.conv2d(x, down, None, layer.stride, layer.padding, layer.dilation)
+            return functional.conv2d(middle, up.view(*up.shape[:2], 1, 1)) * self.scale
+        return functional.linear(functional.linear(x, down.flatten(1)), up.flatten(1)) * self.scale
+
+    def leave(self) -> None:
+        """Give back what lies on the device."""
+        self._there = None
+
+    def _at(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        held = self._there
+        if held is None or held[0].device != x.device or held[0].dtype != x.dtype:
+            held = self._there = self.down.to(x.device, x.dtype), self.up.to(x.device, x.dtype)
+        return held
+
+
+class _Injection(PatcherInjection):
+    """Branches of many layers, put in and taken out together."""
+
+    def __init__(self, branches: Mapping[str, tuple[Branch, ...]]):
+        super().__init__(inject=self._put_in, eject=self._take_out)
+        self.branches = dict(branches)  # by the key of the layer's weight
+        self._handles: list[Any] = []
+
+    def _put_in(self, patcher: ModelPatcher) -> None:
+        for key, branches in self.branches.items():
+            layer = comfy.utils.get_attr(patcher.model, key.removesuffix(".weight"))
+            self._handles.append(layer.register_forward_hook(_adding(branches)))
+
+    def _take_out(self, _patcher: ModelPatcher) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for branches in self.branches.values():
+            for branch in branches:
+                branch.leave()
+
+
+def _adding(branches: tuple[Branch, ...]) -> Any:
+    def add(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        for branch in branches:
+            output = output + branch(layer, inputs[0]).to(output.dtype)
+        return output
+
+    return add
+
+
+def fits(model: ModelPatcher, key: Any, patch: Any) -> bool:
+    """Whether a patch can work beside its layer: two factors at a linear or plain convolution."""
+    if not isinstance(key, str) or not key.endswith(".weight"):
+        return False
+    weights = getattr(patch, "weights", None)
+    if getattr(patch, "name", "") != "lora" or weights is None:
+        return False
+    if any(more is not None for more in weights[3:6]):  # a third factor, DoRA, another shape
+        return False
+    layer = comfy.utils.get_attr(model.model, key.removesuffix(".weight"))
+    plain = isinstance(layer, nn.Conv2d) and layer.groups == 1
+    return plain or isinstance(layer, nn.Linear)
+
+
+def add_branches(model: ModelPatcher, patches: Mapping[str, Any], strength: Mapping[str, float]):
+    """Put two-factor patches beside the layers of ``model``, a clone; those it has stay."""
+    branches: dict[str, tuple[Branch, ...]] = {}
+    for name in [name for name in model.injections if name.startswith(_PREFIX)]:
+        for injection in model.injections.pop(name):  # each of them ours, as its name says
+            assert isinstance(injection, _Injection)
+            branches |= injection.branches
+    for key, patch in patches.items():
+        up, down, alpha = patch.weights[:3]
+        scale = (1.0 if alpha is None else alpha / down.shape[0]) * strength[key]
+        branches[key] = (*branches.get(key, ()), Branch(down, up, scale))
+    # ComfyUI takes clones with equal names of injections for the same model.
+    model.set_injections(_PREFIX + uuid.uuid4().hex, [_Injection(branches)])
+
+
+def weights_are_fp8(model: ModelPatcher) -> bool:
+    """Whether merging into this model's weights would round stochastically."""
+    dtype = model.model_dtype()
+    return dtype is not None and torch.tensor([], dtype=dtype).element_size() == 1

@@ -1,0 +1,196 @@
+"""Everything a LoRA file says of itself, from its header alone; its tensors only on request."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from . import lora_file, lora_header, measure, report
+from .lora_file import ComponentInfo
+from .made_for import Architecture, made_for
+
+_TAGS = 8
+_LINE = 200  # characters of a value that are shown
+_LARGEST_THUMBNAIL = 1_000_000  # characters of its data URI
+_LARGEST_PICTURE = 4096 * 4096  # pixels
+_THUMBNAIL = re.compile(r"data:image/(?:png|jpeg|webp);base64,([A-Za-z0-9+/=\s]{16,})")
+_SETTINGS = {
+    "mode": "lora2.mode", "steps": "ss_steps", "learning rate": "ss_learning_rate",
+    "optimizer": "ss_optimizer", "schedule": "ss_lr_scheduler", "batch": "ss_total_batch_size",
+    "resolution": "ss_resolution", "precision": "ss_mixed_precision", "seed": "ss_seed",
+    "photos": "ss_num_train_images", "trainer": "ss_network_module",
+}  # fmt: skip
+_HASHES = {"sha-256 of the weights": "sshs_model_hash", "kohya's short hash": "sshs_legacy_hash"}
+_BASES = ("ss_sd_model_name", "lora2.base_model_hash", "ss_new_sd_model_hash", "ss_sd_model_hash")
+
+
+@dataclass(frozen=True)
+class FileReport:
+    """One LoRA."""
+
+    name: str
+    nbytes: int
+    components: tuple[ComponentInfo, ...]
+    metadata: Mapping[str, str]
+    made: Architecture
+    measured: measure.Measured | None = None
+
+    @property
+    def trigger(self) -> str:
+        return self.metadata.get("modelspec.trigger_phrase", "")
+
+    @property
+    def tags(self) -> list[str]:
+        """The words that stood in most captions, if the trainer noted them."""
+        return most_frequent_tags(self.metadata)
+
+    @property
+    def kinds(self) -> dict[str, int]:
+        return dict(Counter(component.kind for component in self.components))
+
+    @property
+    def alpha(self) -> str:
+        """What the header tells of it; the numbers themselves are tensors."""
+        if "lora2.format_version" in self.metadata:
+            return "equal to the rank, so that strength 1 is as trained"
+        return self.metadata.get("ss_network_alpha", "")
+
+    def thumbnail(self) -> Image.Image | None:
+        """The picture in the file; None where there is none that can be shown."""
+        return decoded(self.metadata.get("modelspec.thumbnail", ""))
+
+    def picture(self) -> Image.Image:
+        """The rank map."""
+        headline = lora_file.headline(self.metadata)
+        return report.rank_picture(self.components, Path(self.name).stem, headline)
+
+    def text(self) -> str:
+        """All of it as lines of monospaced text."""
+        facts = [f"{name:<12} {text[:_LINE]}" for name, text in self._facts() if text]
+        table = report.rank_table(self.components)
+        return "\n".join([self.name, "=" * min(len(self.name), 100), *facts, "", table]) + (
+            self._strengths()
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it for scripts."""
+        return {
+            "name": self.name,
+            "bytes": self.nbytes,
+            "base": {**asdict(self.made), "text": self.made.text},
+            "trigger": self.trigger,
+            "tags": self.tags,
+            "kinds": self.kinds,
+            "alpha": self.alpha,
+            "summary": asdict(report.summarize(self.components)),
+            "components": [asdict(component) for component in self.components],
+            "metadata": dict(self.metadata),
+            "measured": None if self.measured is None else asdict(self.measured),
+        }
+
+    def _facts(self) -> list[tuple[str, str]]:
+        settings = [f"{n} {self.metadata[k]}" for n, k in _SETTINGS.items() if self.metadata.get(k)]
+        hashes = [f"{self.metadata[key]} ({name})" for name, key in _HASHES.items()
+                  if self.metadata.get(key)]  # fmt: skip
+        base = [self.made.text, *(self.metadata.get(key, "") for key in _BASES)]
+        kinds = ", ".join(f"{count} {kind}" for kind, count in self.kinds.items())
+        picture = self.thumbnail()
+        return [
+            ("File", f"{self.nbytes / 1e6:,.2f} MB, {kinds}"),
+            ("Trigger", self.trigger),
+            ("Tags", ", ".join(self.tags)),
+            ("Base", " · ".join(filter(None, base))),
+            ("Training", ", ".join(settings)),
+            ("Alpha", self.alpha),
+            ("Thumbnail", f"{picture.width}×{picture.height} px" if picture else ""),
+            *(("Hash", text) for text in hashes),
+        ]
+
+    def _strengths(self) -> str:
+        if self.measured is None:
+            return ""
+        lines = [
+            "",
+            f"Norm of the update {self.measured.norm:.4g}; it {self.measured.could_be_cut}.",
+            "",
+            f"{'norm':>10}{'energy':>9}{'rank':>7}{'90 %':>7}  strongest components",
+        ]
+        lines += [
+            f"{one.norm:>10.4g}{100 * one.share:>8.2f}%{one.rank:>7}{one.effective_rank:>7}  "
+            f"{report.fit_middle(one.key, 64)}"
+            for one in measure.strongest(self.measured.components)
+        ]
+        return "\n".join(lines) + "\n"
+
+
+def inspect(path: Path, with_tensors: bool = False, name: str = "") -> FileReport:
+    """Look inside a LoRA file: its header, and on request its tensors.
+
+    Raises LoRAFileError for what cannot be read or is no LoRA.
+    """
+    header = lora_header.read_header(path)
+    components, metadata = lora_file.describe(header)
+    return FileReport(
+        name or path.name,
+        header.file_bytes,
+        tuple(components),
+        metadata,
+        made_for({c.key: c.in_features for c in components}, metadata),
+        measure.measure(path) if with_tensors else None,
+    )
+
+
+def most_frequent_tags(metadata: Mapping[str, str]) -> list[str]:
+    """Of kohya's ``ss_tag_frequency``; empty where it is missing or of another form."""
+    try:
+        found: Counter[str] = Counter()
+        for folder in json.loads(metadata.get("ss_tag_frequency", "{}")).values():
+            found.update({str(tag): int(count) for tag, count in folder.items()})
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return []
+    return [_one_line(tag) for tag, _ in found.most_common(_TAGS)]
+
+
+def decoded(uri: str) -> Image.Image | None:
+    """The picture of a data URI that a stranger wrote, or None."""
+    found = _THUMBNAIL.fullmatch(uri) if len(uri) <= _LARGEST_THUMBNAIL else None
+    if found is None:
+        return None
+    try:
+        data = base64.b64decode(found[1], validate=False)
+        picture = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
+        if picture.width * picture.height > _LARGEST_PICTURE:
+            return None
+        return picture.convert("RGB")
+    except (binascii.Error, OSError, ValueError, SyntaxError):
+        return None
+
+
+def side_by_side(reports: Sequence[FileReport]) -> str:
+    """The key figures of several files as one table."""
+    width = max([4, *(len(one.name) for one in reports)])
+    width = min(width, 48)
+    head = f"{'file':<{width}}{'MB':>10}{'components':>12}{'mean rank':>11}{'highest':>9}"
+    lines = [head]
+    for one in reports:
+        figures = report.summarize(one.components)
+        name = report.fit_middle(one.name, width)
+        lines.append(
+            f"{name:<{width}}{one.nbytes / 1e6:>10,.2f}{figures.count:>12}"
+            f"{figures.rank_mean:>11.1f}{figures.rank_max:>9}"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _one_line(text: str) -> str:
+    return "".join(c if c.isprintable() else " " for c in text[:_LINE]).strip()
