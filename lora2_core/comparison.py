@@ -33,7 +33,7 @@ def compare(files: Sequence[Shown]) -> Image.Image:
     every = [component for file in files for component in file.components]
     scale = Scale.of(every)
     plans: list[Layout] = []
-    top = 104.0
+    top = 118.0
     for file in files:
         plans.append(layout(file.components, top + _TITLE))
         top = plans[-1].bottom + _GAP

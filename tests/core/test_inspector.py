@@ -192,5 +192,5 @@ def test_files_of_other_kinds_are_shown(tmp_path: Path):
     found = inspector.inspect(tmp_path / "x.safetensors")
     assert found.kinds == {"loha": 1, "lokr": 1, "difference": 1, "norm": 1}
     assert found.text() and found.picture()
-    with pytest.raises(lora_file.LoRAFileError, match="holds .*LoHa, LoKr"):
+    with pytest.raises(lora_file.LoRAFileError, match=r"holds .*LoHa, LoKr"):
         inspector.inspect(tmp_path / "x.safetensors", with_tensors=True)
