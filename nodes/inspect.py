@@ -42,29 +42,7 @@ class LoRA2InspectRanks(io.ComfyNode):
                     optional=True,
                     tooltip="A LoRA straight from Train LoRA² on images; shows its curves as well.",
                 ),
-                advanced(
-                    io.Boolean.Input(
-                        "measure",
-                        default=False,
-                        optional=True,
-                        tooltip=(
-                            "Read the tensors too: how strong each layer is, the rank it really "
-                            "needs, and to what size the file could be cut."
-                        ),
-                    )
-                ),
-                *(
-                    advanced(
-                        io.Combo.Input(
-                            f"lora_{number}",
-                            options=[_NONE, *names],
-                            default=_NONE,
-                            optional=True,
-                            tooltip="One more file, to see side by side in one scale of colours.",
-                        )
-                    )
-                    for number in _MORE
-                ),
+                *_more(names),
             ],
             outputs=[
                 io.Image.Output(display_name="picture", tooltip="The rank map, 1280 px wide."),
@@ -103,13 +81,42 @@ class LoRA2InspectRanks(io.ComfyNode):
         return io.NodeOutput(image, text, data, ui=shown)
 
 
+def _more(names: list[str]) -> list[io.Input]:
+    return [
+        advanced(
+            io.Boolean.Input(
+                "measure",
+                default=False,
+                optional=True,
+                tooltip=(
+                    "Read the tensors too: how strong each layer is, the rank it really "
+                    "needs, and to what size the file could be cut."
+                ),
+            )
+        ),
+        *(
+            advanced(
+                io.Combo.Input(
+                    f"lora_{number}",
+                    options=[_NONE, *names],
+                    default=_NONE,
+                    optional=True,
+                    tooltip="One more file, to see side by side in one scale of colours.",
+                )
+            )
+            for number in _MORE
+        ),
+    ]
+
+
 def _report_of(trained: TrainedLoRA, measure: bool) -> FileReport:
     """Of a LoRA from the socket; its file may have moved since."""
     if measure:
         return inspector.inspect(trained.path, True)
     inputs = {component.key: component.in_features for component in trained.components}
     metadata = trained.file.metadata
-    nbytes = sum(component.nbytes for component in trained.components)
+    there = trained.path.is_file()
+    nbytes = trained.path.stat().st_size if there else sum(c.nbytes for c in trained.components)
     made = made_for.made_for(inputs, metadata)
     return FileReport(trained.path.name, nbytes, trained.components, metadata, made)
 

@@ -88,9 +88,7 @@ def _prepare(
         encoder.text("")  # says when the CLIP is of another family
     private = private_copy(model, config.precision)
     unet = private.diffusion_model
-    base_hash, prediction = fingerprint(unet), prediction_of(model)
-    if not model.patches:
-        remember_base_hash(model, config.precision, base_hash)
+    base_hash, prediction = _base_hash(model, unet, config), prediction_of(model)
     sampling = private.model_sampling.sigmas.float()
     identity = content_key(encoder.identity, prediction, sampling)  # of all beside the U-Net
     texts: TextSource = live or CachedTexts(encoder.texts, next(unet.parameters()).device)
@@ -152,6 +150,13 @@ def _targets(roots: dict[str, nn.Module], config: TrainConfig) -> list[Target]:
 def _cross_attention(unet: nn.Module) -> CrossAttentionEntropy:
     layers = [module for name, module in unet.named_modules() if name.endswith(".attn2")]
     return CrossAttentionEntropy([layer for layer in layers if isinstance(layer, CrossAttention)])
+
+
+def _base_hash(model: ModelPatcher, unet: nn.Module, config: TrainConfig) -> str:
+    found = fingerprint(unet)
+    if not model.patches:  # else it is not that of the base alone
+        remember_base_hash(model, config.precision, found)
+    return found
 
 
 def _data_hash(photos: Sequence[Photo], classes: Sequence[Photo]) -> str:
