@@ -85,7 +85,7 @@ def add(name: str, components: Sequence[tuple[Component, float]]) -> Component:
     total = Component(name, down, up, torch.ones(down.shape[0]), first.nu, first.root)
     if len(components) > 1:
         total = Component(name, down, up, total.importance, None, first.root)
-    return total if total.rank <= min(total.in_features, total.out_features) else decompose(total)
+    return within_bounds(total)
 
 
 def _scaled(component: Component, weight: float) -> Tensor:
@@ -96,10 +96,7 @@ def _scaled(component: Component, weight: float) -> Tensor:
     return up if weight == 1 else up * weight
 
 
-def is_half_exactly(component: Component) -> bool:
-    """Whether both factors are fp16 numbers as they stand, so that storing them rounds nothing."""
-    plain = bool((component.importance == 1).all())
-    return plain and all(
-        bool((side.half().float() == side).all())
-        for side in (component.lora_down, component.lora_up)
-    )
+def within_bounds(component: Component) -> Component:
+    """The same ΔW at a rank of min(in, out) at most: more says nothing, and some readers refuse."""
+    largest = min(component.in_features, component.out_features)
+    return component if component.rank <= largest else decompose(component)

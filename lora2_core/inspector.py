@@ -62,7 +62,7 @@ class FileReport:
     def alpha(self) -> str:
         """What the header tells of it; the numbers themselves are tensors."""
         if "lora2.format_version" in self.metadata:
-            return "equal to the rank, so that strength 1 is as trained"
+            return "1 in every component, so that strength 1 is as trained"
         return self.metadata.get("ss_network_alpha", "")
 
     def thumbnail(self) -> Image.Image | None:

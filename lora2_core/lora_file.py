@@ -1,7 +1,7 @@
 """LoRA files: write, read, cut, and look inside without loading.
 
 One safetensors file that every stock loader reads: kohya keys, Λ folded into the two matrices,
-``alpha`` equal to the rank so that the loader's scale is 1, each component at its own rank, and
+each component at its own rank and the same ``alpha`` in all (see STORED_ALPHA), and
 columns in order of importance. What is ours stands in the metadata under ``lora2.``.
 """
 
@@ -20,7 +20,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from . import lora_format, lora_header, lora_keys, size_budget
+from . import factors, lora_format, lora_header, lora_keys, size_budget
 from .atomic_file import replacing
 from .component import Component
 from .lora_format import ALPHA as _ALPHA
@@ -115,6 +115,7 @@ def save(
     Raises LoRAFileError when there is nothing to write or the disk is full; an existing file then
     stays as it was.
     """
+    components = [factors.within_bounds(component) for component in components]
     if megabytes is None:
         state = to_state(components)
         full = lora_format.complete(metadata, components, [c.rank for c in components])

@@ -22,6 +22,9 @@ from .lora_header import LoRAFileError as LoRAFileError
 FORMAT_VERSION = "1"
 PREFIXES = {"unet": "lora_unet_", "te1": "lora_te1_", "te2": "lora_te2_", "file": ""}
 DOWN, UP, ALPHA = ".lora_down.weight", ".lora_up.weight", ".alpha"
+# The same in every component, whatever its rank; loaders scale by alpha / rank, which the factors
+# make up for. diffusers loses alphas that differ, and then scales most layers wrongly.
+STORED_ALPHA = 1.0
 # A component whose fp16 ΔW would be off by more than this is kept in fp32.
 _HALF_ERROR = 5e-4
 _LARGEST = torch.finfo(torch.float32).max
@@ -37,12 +40,13 @@ def kohya_key(name: str, root: str = "unet") -> str:
 
 
 def fold(component: Component) -> tuple[Tensor, Tensor]:
-    """(down, up) with ΔW = up · down, the columns of both sides at equal norm.
+    """(down, up) with ΔW = up · down · STORED_ALPHA / rank, columns of both sides at equal norm.
 
-    √Λ goes into each side (eq. 10); the norms are then balanced column by column, because an
-    early B near 1e-6 beside an A near 1 would lose its digits in fp16.
+    √Λ goes into each side (eq. 10), and the root of what loaders will scale by; the norms are then
+    balanced column by column, because an early B near 1e-6 beside an A near 1 would lose its
+    digits in fp16.
     """
-    root = component.importance.sqrt()  # (rank,)
+    root = (component.importance * (component.rank / STORED_ALPHA)).sqrt()  # (rank,)
     down = component.lora_down.flatten(1) * root[:, None]  # (rank, in)
     up = component.lora_up.flatten(1) * root  # (out, rank)
     down_norm, up_norm = down.norm(dim=1), up.norm(dim=0)
@@ -54,7 +58,7 @@ def fold(component: Component) -> tuple[Tensor, Tensor]:
 
 
 def sizes_and_errors(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Norm of ΔW, and relative error of its fp16 version, of the first 1, 2, … columns.
+    """Norm of up · down, and relative error of its fp16 version, of the first 1, 2, … columns.
 
     ``down``: (rank, in, …), ``up``: (out, rank, …), as :func:`fold` gives them. Returns fp64
     (rank,) twice; an error is not a number where fp16 overflows. Through the inner products of the
@@ -102,7 +106,7 @@ def to_state(components: Sequence[Component]) -> dict[str, Tensor]:
             down, up = down.half(), up.half()
         key = kohya_key(component.name, component.root)
         state[key + DOWN], state[key + UP] = down.contiguous(), up.contiguous()
-        state[key + ALPHA] = torch.tensor(float(down.shape[0]))
+        state[key + ALPHA] = torch.tensor(STORED_ALPHA)
     return state
 
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .config import OptimizerConfig, TrainConfig
+from .lora_format import STORED_ALPHA
 
 RUN = "lora2.run"  # the fingerprint of the run that a file is of
 _MODULE = "lora2_core.network"
@@ -88,7 +89,7 @@ def _kohya(config: TrainConfig, captions: Sequence[str], title: str, steps: int)
         "ss_base_model_version": "sdxl_base_v1-0",
         "ss_network_module": _MODULE,
         "ss_network_dim": "Dynamic",
-        "ss_network_alpha": "Dynamic",
+        "ss_network_alpha": str(STORED_ALPHA),
         "ss_network_args": json.dumps({"mode": config.rank.mode, "targets": config.targets}),
         "ss_output_name": title,
         "ss_learning_rate": str(config.learning_rate),

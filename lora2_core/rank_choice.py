@@ -85,11 +85,8 @@ def part_of(component: Component, place: int, decomposed: bool = False) -> Part:
     outline = Outline.of(component)
     if not component.rank:
         return Part(outline, (), (), 0)
-    if not decomposed and factors.is_half_exactly(component):
-        half = (True,) * component.rank
-    else:
-        _, errors = lora_format.sizes_and_errors(*lora_format.fold(component))
-        half = tuple(lora_format.fits_half(errors).tolist())
+    _, errors = lora_format.sizes_and_errors(*lora_format.fold(component))
+    half = tuple(lora_format.fits_half(errors).tolist())
     entries = {
         name: {"dtype": dtype, "shape": shape, "data_offsets": [place, place]}
         for name, (dtype, shape) in outline.shapes(component.rank).items()

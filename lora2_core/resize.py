@@ -77,8 +77,8 @@ def resize(source: Path, target: Path, limits: Limits) -> Resized:
 def merge(sources: Sequence[tuple[Path, float]], target: Path, limits: Limits) -> Resized:
     """Write the sum of LoRAs, each times its weight, to ``target``; then within ``limits``.
 
-    Without limits the patch of the file is the sum of the patches to 1e-5: ranks add up, and
-    numbers that fp16 would round are stored in fp32. Raises LoRAFileError as :func:`resize` does.
+    Without limits the patch of the file is the sum of the patches to 1e-5: ranks add up, and all
+    is stored in fp32. Raises LoRAFileError as :func:`resize` does.
     """
     with ExitStack() as stack:
         opened = [stack.enter_context(LoRASource(path)) for path, _ in sources]
@@ -153,8 +153,7 @@ class _Work:
         part = part_of(component, self._source.nbytes + 10**6, decomposed=self._svd)
         if not self._exact:
             return part
-        half = factors.is_half_exactly(component)
-        return Part(part.outline, part.energies, (half,) * part.rank, part.header_bytes)
+        return Part(part.outline, part.energies, (False,) * part.rank, part.header_bytes)
 
     def _choose(self) -> list[int]:
         ranks = shrink.choose(self._parts, self._limits)
@@ -200,7 +199,7 @@ class _Work:
         changed = {self._name: json.dumps(about)}
         if "lora2.mean_rank" in self._metadata:
             changed["lora2.mean_rank"] = f"{sum(ranks) / len(ranks):.3f}"
-        changed |= {"ss_network_dim": "Dynamic", "ss_network_alpha": "Dynamic"}
+        changed |= {"ss_network_dim": "Dynamic", "ss_network_alpha": str(lora_format.STORED_ALPHA)}
         entries = {
             o.key: lora_format.listed(o.nu, rank, o.in_features, o.out_features)
             for o, rank in zip((part.outline for part in self._parts), ranks, strict=True)

@@ -101,18 +101,13 @@ def component_of(state: Mapping[str, Tensor], pair: Pair, name: str | None = Non
 def tensors(component: Component, half: bool | None = None) -> tuple[Tensor, Tensor] | None:
     """(down, up) as a file holds them; None when there is nothing to hold.
 
-    fp16 numbers stay as they are. Else both sides are balanced, and go to fp16 where ``half`` says
-    so; None: where it does not show (see :func:`.lora_format.fits_half`).
+    In fp16 where ``half`` says so; None: where it does not show, as in :func:`.fits_half`.
     """
     if not component.rank or not bool(component.lora_up.any()):
         return None
-    if factors.is_half_exactly(component) and half is not False:
-        down, up = component.lora_down, component.lora_up
-        half = True
-    else:
-        down, up = lora_format.fold(component)
-        if half is None:
-            half = bool(lora_format.fits_half(lora_format.sizes_and_errors(down, up)[1][-1]))
+    down, up = lora_format.fold(component)
+    if half is None:
+        half = bool(lora_format.fits_half(lora_format.sizes_and_errors(down, up)[1][-1]))
     if half:
         down, up = down.half(), up.half()
     return down.contiguous(), up.contiguous()
@@ -126,5 +121,4 @@ def _put(out: dict[str, Tensor], pair: Pair, component: Component) -> None:
         return
     out[pair.down], out[pair.up] = found
     out.pop(pair.mid or "", None)
-    if pair.alpha is not None:
-        out[pair.alpha] = torch.tensor(float(component.rank))
+    out[pair.alpha or pair.name + lora_keys.ALPHA] = torch.tensor(lora_format.STORED_ALPHA)

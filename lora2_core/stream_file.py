@@ -99,7 +99,7 @@ def _data(
         elif end in one.extra:
             yield _bytes(one.extra[end])
         else:
-            yield _bytes(torch.tensor(float(one.rank)))
+            yield _bytes(torch.tensor(lora_format.STORED_ALPHA))
 
 
 def _bytes(tensor: Tensor) -> bytes:

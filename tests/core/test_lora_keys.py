@@ -88,9 +88,9 @@ def test_the_blocks_are_those_that_comfyui_itself_maps(comfyui):
     }  # fmt: skip
     checked = 0
     for diffusers, sgm in comfy.utils.unet_to_diffusers(config).items():
-        if not diffusers.endswith(".weight") or "blocks" not in diffusers.split(".")[0]:
-            if not diffusers.startswith("mid_block"):
-                continue
+        in_a_block = diffusers.startswith(("down_blocks", "up_blocks", "mid_block"))
+        if not diffusers.endswith(".weight") or not in_a_block:
+            continue
         if "norm" in diffusers.split(".")[-2] and "transformer_blocks" not in diffusers:
             continue  # no LoRA of two factors is of a norm
         if diffusers.startswith(("down_blocks.2.downsamplers", "up_blocks.2.upsamplers")):

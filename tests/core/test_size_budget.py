@@ -207,7 +207,7 @@ def test_what_fits_is_not_touched(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_what_fp16_cannot_hold_is_counted_in_fp32() -> None:
     components = tuple(
-        toy.component(f"b.{n}.to_q", 12, (128, 128), n, up_scale=1e-8 if n % 2 else 1.0)
+        toy.component(f"b.{n}.to_q", 12, (128, 128), n, up_scale=1e-10 if n % 2 else 1.0)
         for n in range(12)
     )
     for share in (0.3, 0.6, 0.9):
@@ -221,7 +221,7 @@ def test_what_fp16_cannot_hold_is_counted_in_fp32() -> None:
 def test_a_limit_that_the_sums_misjudged_is_kept_all_the_same(monkeypatch) -> None:
     """Whether fp16 will do is judged before the cut; here the judge is always wrong."""
     components = tuple(
-        toy.component(f"b.{n}.to_q", 12, (128, 128), n, up_scale=1e-8) for n in range(6)
+        toy.component(f"b.{n}.to_q", 12, (128, 128), n, up_scale=1e-10) for n in range(6)
     )
     judge, calls = lora_format.fits_half, []
 

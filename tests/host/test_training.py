@@ -150,7 +150,7 @@ def test_the_file_says_what_made_it(parts: Parts, model: Any, tmp_path: Path):
     _train(parts, path, seed=4)
     with safetensors.safe_open(path, "pt") as file:
         metadata = file.metadata()
-    assert metadata["ss_network_dim"] == metadata["ss_network_alpha"] == "Dynamic"
+    assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("Dynamic", "1.0")
     assert len(json.loads(metadata["lora2.components"])) == 136
     assert metadata["ss_steps"] == "3"
 
