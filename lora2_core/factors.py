@@ -15,6 +15,7 @@ from .component import Component
 
 # Singular values below this share of a component's largest are rounding, not content.
 _NOISE = 1e-12
+_FAINT = 1e-7  # the same where inner products, which hold squares, are all that is looked at
 
 
 def from_tensors(
@@ -55,6 +56,56 @@ def decompose(component: Component) -> Component:
         component.nu,
         component.root,
     )
+
+
+def singular_values(component: Component) -> Tensor:
+    """Those of ΔW, fp64 (min(rank, in, out) or fewer,), falling; no vectors are computed.
+
+    From the rank × rank matrices of inner products: to 1e-7 of the largest, below which they are
+    left out. A few times faster than :func:`decompose`.
+    """
+    squares = torch.linalg.eigvalsh(_by_products(component)[-1])
+    return squares[_not_faint(squares)].flip(0).sqrt()
+
+
+def decompose_quickly(component: Component) -> Component:
+    """:func:`decompose` to 1e-7 of the largest singular value, by inner products.
+
+    With DDᵀ = Q w Qᵀ and H = Q √w, the eigenvectors of HᵀUᵀUH turn the rows of D into the right
+    singular vectors of U D: both sides follow by products with U and D alone.
+    """
+    down, up, half, products = _by_products(component)
+    squares, vectors = torch.linalg.eigh(products)
+    some = _not_faint(squares)
+    values, vectors = squares[some].flip(0).sqrt(), vectors[:, some].flip(1)
+    rank = values.numel()
+    new_up = up @ (half @ vectors) / values  # (out, rank)
+    # H = Q √w, so H w⁻¹ is the inverse of Hᵀ
+    inverse = half / half.square().sum(0)
+    new_down = (inverse @ vectors).t() @ down  # (rank, in)
+    return Component(
+        component.name,
+        new_down.float().view(rank, *component.lora_down.shape[1:]),
+        new_up.float().view(component.out_features, rank, *component.lora_up.shape[2:]),
+        values.float(),
+        component.nu,
+        component.root,
+    )
+
+
+def _by_products(component: Component) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(down, up, H, HᵀUᵀUH), all fp64; see :func:`decompose_quickly`."""
+    down, up = (side.flatten(1).double() for side in (component.lora_down, component.lora_up))
+    up = up * component.importance.double()
+    w, q = torch.linalg.eigh(down @ down.t())  # (rank,), (rank, rank)
+    some = w > _FAINT**2 * w[-1]
+    half = q[:, some] * w[some].sqrt()  # (rank, n)
+    return down, up, half, half.t() @ (up.t() @ up) @ half
+
+
+def _not_faint(squares: Tensor) -> Tensor:
+    """Of squared singular values, rising: those that are no rounding."""
+    return squares > _FAINT**2 * squares[-1] if squares.numel() else squares > 0
 
 
 def energies(component: Component) -> Tensor:

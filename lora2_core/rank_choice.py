@@ -14,10 +14,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
+from torch import Tensor
+
 from . import factors, lora_format
 from .component import Component
 from .lora_format import LoRAFileError, Shape
 
+# Of fp16: half a step between neighbours of 1, and of the smallest numbers; the largest number.
+_HALF_STEP, _SMALLEST_STEP, _LARGEST_HALF = 2.0**-11, 2.0**-25, 6e4
 _ROUNDS = 8  # of fitting the bytes that the exact header leaves over
 
 
@@ -76,6 +81,26 @@ class Part:
         return Part(self.outline, self.energies[:rank], self.half[:rank], self.header_bytes)
 
 
+def part_of_values(outline: Outline, values: Tensor, place: int) -> Part:
+    """:func:`part_of` a decomposition whose vectors nobody has computed; ``values``: (rank,).
+
+    Whether fp16 will do is said from the size of the numbers: their rounding is relative, but of
+    those below fp16's normal range absolute. On the safe side, so that what is said to fit does.
+    """
+    if not values.numel():
+        return Part(outline, (), (), 0)
+    columns = (values * values.numel() / lora_format.STORED_ALPHA).sqrt()  # norm on either side
+    off = torch.zeros_like(values)
+    for features in (outline.in_features, outline.out_features):
+        typical = columns / math.sqrt(features)
+        off += (_HALF_STEP**2 + (_SMALLEST_STEP / typical) ** 2) / 3  # uniform rounding
+    energies = values.square()
+    errors = ((energies * off).cumsum(0) / energies.cumsum(0)).sqrt()
+    fits = lora_format.fits_half(errors) & (columns[0] < _LARGEST_HALF)
+    header = _header_bytes(outline, values.numel(), place)
+    return Part(outline, tuple(energies.tolist()), tuple(fits.tolist()), header)
+
+
 def part_of(component: Component, place: int, decomposed: bool = False) -> Part:
     """What the columns of ``component`` hold and cost, in the order they have.
 
@@ -87,15 +112,20 @@ def part_of(component: Component, place: int, decomposed: bool = False) -> Part:
         return Part(outline, (), (), 0)
     _, errors = lora_format.sizes_and_errors(*lora_format.fold(component))
     half = tuple(lora_format.fits_half(errors).tolist())
-    entries = {
-        name: {"dtype": dtype, "shape": shape, "data_offsets": [place, place]}
-        for name, (dtype, shape) in outline.shapes(component.rank).items()
-    }
     if decomposed:
         found = component.importance.double().square()
     else:
         found = factors.energies(component).clamp(min=0)
-    return Part(outline, tuple(found.tolist()), half, len(json.dumps(entries)))
+    return Part(outline, tuple(found.tolist()), half, _header_bytes(outline, component.rank, place))
+
+
+def _header_bytes(outline: Outline, rank: int, place: int) -> int:
+    """As long as a component's entries can get."""
+    entries = {
+        name: {"dtype": dtype, "shape": shape, "data_offsets": [place, place]}
+        for name, (dtype, shape) in outline.shapes(rank).items()
+    }
+    return len(json.dumps(entries))
 
 
 def kept_energy(parts: Sequence[Part], ranks: Sequence[int]) -> float:

@@ -21,7 +21,14 @@ from .atomic_file import replacing
 from .component import Component
 from .lora_file import LoRAFileError
 from .lora_source import Addend, LoRASource, Source, Sum
-from .rank_choice import Part, choose_exactly, kept_energy, part_of
+from .rank_choice import (
+    Outline,
+    Part,
+    choose_exactly,
+    kept_energy,
+    part_of,
+    part_of_values,
+)
 from .shrink import Limits
 from .stream_file import Planned
 
@@ -148,9 +155,11 @@ class _Work:
         return stream_file.write(target, planned, metadata, self._tensors)
 
     def _part(self, component: Component) -> Part:
+        place = self._source.nbytes + 10**6
         if self._svd:
-            component = factors.decompose(component)
-        part = part_of(component, self._source.nbytes + 10**6, decomposed=self._svd)
+            values = factors.singular_values(component)
+            return part_of_values(Outline.of(component), values, place)
+        part = part_of(component, place)
         if not self._exact:
             return part
         return Part(part.outline, part.energies, (False,) * part.rank, part.header_bytes)
@@ -178,7 +187,7 @@ class _Work:
     def _tensors(self, planned: Planned) -> tuple[Tensor, Tensor]:
         component = self._source.component(planned.outline.key)
         if self._svd:
-            component = factors.decompose(component)
+            component = factors.decompose_quickly(component)
         found = shrink.tensors(component.first(planned.rank), planned.half)
         if found is None:
             raise RuntimeError(f"{planned.outline.key} has changed while it was read")

@@ -74,7 +74,7 @@ def shrink(state: Mapping[str, Tensor], limits: Limits) -> dict[str, Tensor]:
     found = [component_of(state, pair) for pair in pairs]
     svd = limits.order == "svd"
     if svd:
-        found = [factors.decompose(component) for component in found]
+        found = [factors.decompose_quickly(component) for component in found]
     place = sum(tensor.nbytes for tensor in state.values())
     parts = [part_of(component, place, decomposed=svd) for component in found]
     ranks = choose(parts, limits)

@@ -67,18 +67,18 @@ def apply_lora(
     """
     if way not in WAYS:
         raise HostError(f"apply_as is {way!r}; choose one of {', '.join(WAYS)}.")
+    state = comfy.lora_convert.convert_lora(_in_known_names(state))
     parts = lora_keys.split(state)
     if parts.lonely:
         raise HostError(f"{source} is damaged: {parts.lonely[0][:80]} lacks its other half.")
-    state = _in_known_names(state, parts)
-    names = layer_names(model, clip)
-    patches = comfy.lora.load_lora(comfy.lora_convert.convert_lora(dict(state)), names, False)
+    names = _asked_for(layer_names(model, clip), parts)
+    patches = comfy.lora.load_lora(state, names, False)
     if not patches:
         raise HostError(_misfit(state, metadata, model, source))
     for key, patch in patches.items():
         _check_shape(model, clip, key, patch, lambda: _misfit(state, metadata, model, source))
     notes = (
-        _unknown(state, patches, names, source, clip is not None),
+        _unknown(parts, patches, names, source, clip is not None),
         _other_base(model, metadata or {}, source),
     )
     note = " ".join(filter(None, notes))
@@ -120,16 +120,27 @@ def _weight(key: Any) -> str:
     return key if isinstance(key, str) else key[0]
 
 
-def _in_known_names(state: Mapping[str, Tensor], parts: lora_keys.Parts) -> Mapping[str, Tensor]:
+def _asked_for(names: dict[str, Any], parts: lora_keys.Parts) -> dict[str, Any]:
+    """Of all names of layers those that the file has: ComfyUI tries every kind of patch on each."""
+    if parts.unknown:  # of a kind that this pack cannot tell
+        return names
+    found = [pair.name for pair in parts.pairs]
+    found += [name for components in parts.others.values() for name in components]
+    return {name: names[name] for name in found if name in names}
+
+
+def _in_known_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """``state`` with the names of PEFT, which ComfyUI does not know, in kohya's."""
     new: dict[str, str] = {}
-    for pair in parts.pairs:
+    if not any(key != lora_keys.plain_name(key) for key in state):
+        return dict(state)
+    for pair in lora_keys.split(state).pairs:
         if pair.name != lora_keys.plain_name(pair.name):
             name = lora_names.kohya_name(pair.name)
             ends = (".lora_down.weight", ".lora_up.weight", lora_keys.ALPHA, lora_keys.DORA_SCALE)
             old = (pair.down, pair.up, pair.alpha, pair.dora_scale)
             new |= {key: name + end for key, end in zip(old, ends, strict=True) if key}
-    return {new.get(key, key): tensor for key, tensor in state.items()} if new else state
+    return {new.get(key, key): tensor for key, tensor in state.items()}
 
 
 def _misfit(
@@ -151,14 +162,13 @@ def _misfit(
 
 
 def _unknown(
-    state: Mapping[str, Tensor],
+    parts: lora_keys.Parts,
     patches: Mapping[Any, Any],
     names: Mapping[str, Any],
     source: str,
     with_clip: bool,
 ) -> str:
     """What is said of components that the model has no layer for."""
-    parts = lora_keys.split(state)
     found = [pair.name for pair in parts.pairs]
     found += [name for components in parts.others.values() for name in components]
     if len(patches) >= len(found):

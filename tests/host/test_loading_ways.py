@@ -206,6 +206,7 @@ def test_every_trainer_s_names_are_the_same_patch(model: Any):
                     "generic": (".lora_down.weight", ".lora_up.weight"),
                 }[style]
             new[name + ends[0]], new[name + ends[1]] = down, up
+            new[f"{name}.alpha"] = state[f"{key}.alpha"]
         return new
 
     for style in ("diffusers", "peft", "diffusers2", "generic"):
