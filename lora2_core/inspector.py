@@ -105,7 +105,11 @@ class FileReport:
         base = [self.made.text, *(self.metadata.get(key, "") for key in _BASES)]
         kinds = ", ".join(f"{count} {kind}" for kind, count in self.kinds.items())
         picture = self.thumbnail()
+        version = self.metadata.get("lora2.format_version", "")
+        newer = version not in ("", lora_file.FORMAT_VERSION)
+        told = f"LoRA² {version}, newer than this pack knows; read as a plain LoRA" if newer else ""
         return [
+            ("Format", told),
             ("File", f"{self.nbytes / 1e6:,.2f} MB, {kinds}"),
             ("Trigger", self.trigger),
             ("Tags", ", ".join(self.tags)),

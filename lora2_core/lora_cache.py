@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from . import lora_file, shrink
+from . import foreign_lora2, lora_file, shrink
 from .shrink import Limits
 
 _COUNT = 8
@@ -46,7 +46,7 @@ class LoRACache:
         if limits.nothing:
             file = lora_file.load(path)
             lora_file.check_finite(file.state, str(path))
-            made = Opened(path, file.state, file.metadata)
+            made = Opened(path, _readable(path, file), file.metadata)
         else:
             whole = self.open(path, Limits())
             made = Opened(path, shrink.shrink(whole.state, limits), whole.metadata)
@@ -65,6 +65,16 @@ class LoRACache:
             for (_, limits), opened in self._kept.items()
             if not limits.nothing
         )
+
+
+def _readable(path: Path, file: lora_file.LoRAFile) -> Mapping[str, Tensor]:
+    """The state as any loader reads it."""
+    if not foreign_lora2.is_foreign(file.state):
+        return file.state
+    try:
+        return shrink.in_our_layout(file.state, file.metadata)
+    except ValueError as error:
+        raise lora_file.LoRAFileError(f"{path} is damaged: {error}") from None
 
 
 def _identity(path: Path) -> object:

@@ -245,7 +245,9 @@ def describe(header: Header) -> tuple[list[ComponentInfo], dict[str, str]]:
 
 def _trained_components(metadata: Mapping[str, str]) -> dict[str, Any]:
     """Our own list of components; empty when somebody else wrote into our metadata, since the
-    tensors still tell the ranks."""
+    tensors still tell the ranks. That of a newer format is not ours to understand."""
+    if metadata.get("lora2.format_version", FORMAT_VERSION) != FORMAT_VERSION:
+        return {}
     try:
         listed = json.loads(metadata.get("lora2.components", "{}"))
         return {

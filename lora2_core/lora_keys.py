@@ -20,6 +20,7 @@ PAIR_ENDINGS = (
     (".lora_A", ".lora_B"),
 )
 MID, ALPHA, DORA_SCALE, RESHAPE = ".lora_mid.weight", ".alpha", ".dora_scale", ".reshape_weight"
+NU = ".lora2_nu"  # of the other layout of LoRA² files; see foreign_lora2
 # Of other kinds than two factors: what is left of the key is the component's name.
 OTHER_ENDINGS = {
     "loha": (".hada_w1_a", ".hada_w1_b", ".hada_w2_a", ".hada_w2_b", ".hada_t1", ".hada_t2"),
@@ -45,10 +46,13 @@ class Pair:
     alpha: str | None = None
     dora_scale: str | None = None
     reshape: str | None = None
+    nu: str | None = None
 
     @property
     def keys(self) -> tuple[str, ...]:
-        every = (self.down, self.up, self.mid, self.alpha, self.dora_scale, self.reshape)
+        every = (
+            self.down, self.up, self.mid, self.alpha, self.dora_scale, self.reshape, self.nu,
+        )  # fmt: skip
         return tuple(key for key in every if key is not None)
 
 
@@ -108,9 +112,10 @@ def _pair_of(key: str, present: dict[str, None]) -> Pair | None:
             name = key[: -len(end)]
             if name + down not in present or name + up not in present:
                 continue
-            extras = (name + e for e in (MID, ALPHA, DORA_SCALE, RESHAPE))
-            mid, alpha, dora, reshape = (e if e in present else None for e in extras)
-            return Pair(name, name + down, name + up, mid, alpha, dora, reshape)
+            extras = (name + e for e in (MID, ALPHA, DORA_SCALE, RESHAPE, NU))
+            return Pair(
+                name, name + down, name + up, *(e if e in present else None for e in extras)
+            )
     return None
 
 

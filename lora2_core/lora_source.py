@@ -99,10 +99,12 @@ class LoRASource:
         pair = self._pairs[key]
         state = {name: self._file.get_tensor(name) for name in pair.keys}
         lora_file.check_finite(state, str(self.path))
-        found = shrink.component_of(state, pair, key)
-        return Component(
-            key, found.lora_down, found.lora_up, found.importance, self._nu[pair.name], "file"
-        )
+        try:
+            found = shrink.component_of(state, pair, key, self.metadata)
+        except ValueError as error:
+            raise LoRAFileError(f"{self.path} is damaged: {error}") from None
+        nu = self._nu[pair.name] if pair.nu is None else found.nu
+        return Component(key, found.lora_down, found.lora_up, found.importance, nu, "file")
 
     def extra(self, key: str) -> dict[str, Tensor]:
         name = self._pairs[key].dora_scale

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import factors, lora_format, lora_keys
+from . import factors, foreign_lora2, lora_format, lora_keys
 from .checks import choice, number, whole
 from .component import Component
 from .lora_keys import Pair
@@ -90,9 +90,27 @@ def shrink(state: Mapping[str, Tensor], limits: Limits) -> dict[str, Tensor]:
     return out
 
 
-def component_of(state: Mapping[str, Tensor], pair: Pair, name: str | None = None) -> Component:
+def in_our_layout(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
+    """A state of the other layout of LoRA² (see :mod:`.foreign_lora2`) as any loader reads it."""
+    out = dict(state)
+    for pair in lora_keys.split(state).pairs:
+        if pair.nu is not None:
+            _put(out, pair, component_of(state, pair, metadata=metadata))
+            out.pop(pair.nu, None)
+    return out
+
+
+def component_of(
+    state: Mapping[str, Tensor],
+    pair: Pair,
+    name: str | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> Component:
     """One component of a state, its scale in ``lora_up``; ``name``: another than the file's."""
     alpha = None if pair.alpha is None else float(state[pair.alpha])
+    if pair.nu is not None:
+        parts = state[pair.down], state[pair.up], state[pair.nu]
+        return foreign_lora2.component(name or pair.name, *parts, alpha, metadata or {})
     mid = None if pair.mid is None else state[pair.mid]
     down, up = state[pair.down], state[pair.up]
     return factors.from_tensors(name or pair.name, down, up, alpha, mid)

@@ -1,0 +1,53 @@
+"""Writes the golden files: one of each version of the format, never to be written again.
+
+``.venv/bin/python tests/golden/make.py`` wrote ``v1.safetensors`` and ``v1.json`` beside this
+script with the first release of version 1. A reader must go on reading them; a new version of the
+format gets files of its own. The numbers come from a formula, not from a generator, so that they
+can be checked with pencil and paper.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+# name, root, kernel, out, rank, ν; every kind of component that a file of version 1 can hold
+COMPONENTS = (
+    ("input_blocks.4.1.transformer_blocks.0.attn1.to_q", "unet", (6,), 5, 3, 0.7),
+    ("input_blocks.4.1.transformer_blocks.0.attn2.to_k", "unet", (8,), 5, 1, 2.3),
+    ("input_blocks.1.0.in_layers.2", "unet", (3, 3, 3), 4, 2, 1.1),
+    ("text_model.encoder.layers.0.self_attn.q_proj", "te1", (4,), 4, 2, 1.0),
+)
+METADATA = {"lora2.mode": "balanced", "lora2.quantile": "0.9", "ss_output_name": "golden"}
+
+
+def number(row: int, column: int) -> float:
+    """What stands in row and column of a factor before Λ is folded in."""
+    return ((7 * row + 3 * column) % 11 - 5) / 4
+
+
+def main() -> None:
+    sys.path.insert(0, str(HERE.parent.parent))
+    import torch
+    from lora2_core import adaptive_rank, lora_file
+    from lora2_core.component import Component
+
+    components, expected = [], {}
+    for name, root, kernel, out, rank, nu in COMPONENTS:
+        width = int(torch.tensor(kernel).prod())
+        down = torch.tensor([[number(r, c) for c in range(width)] for r in range(rank)])
+        up = torch.tensor([[number(r + 1, c) for c in range(rank)] for r in range(out)])
+        importance = adaptive_rank.importance(torch.tensor(nu), rank, "balanced")
+        shaped = up.view(out, rank, *(1 for _ in kernel[1:]))
+        components.append(Component(name, down.view(rank, *kernel), shaped, importance, nu, root))
+        delta = (up * importance).double() @ down.double()
+        key = lora_file.kohya_key(name, root)
+        expected[key] = {"rank": rank, "nu": nu, "delta": delta.tolist()}
+    lora_file.save(HERE / "v1.safetensors", components, METADATA)
+    (HERE / "v1.json").write_text(json.dumps(expected, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
