@@ -18,8 +18,10 @@ from PIL import Image
 from . import lora_file, lora_header, measure, report
 from .lora_file import ComponentInfo
 from .made_for import Architecture, made_for
+from .rank_layout import MARGIN
 
 _TAGS = 8
+_CORNER, _TOP = 64, 24  # px: side of a thumbnail in the rank map, and where it starts
 _LINE = 200  # characters of a value that are shown
 _LARGEST_THUMBNAIL = 1_000_000  # characters of its data URI
 _LARGEST_PICTURE = 4096 * 4096  # pixels
@@ -70,9 +72,14 @@ class FileReport:
         return decoded(self.metadata.get("modelspec.thumbnail", ""))
 
     def picture(self) -> Image.Image:
-        """The rank map."""
+        """The rank map, and in its corner the picture that the file holds."""
         headline = lora_file.headline(self.metadata)
-        return report.rank_picture(self.components, Path(self.name).stem, headline)
+        found = report.rank_picture(self.components, Path(self.name).stem, headline)
+        small = self.thumbnail()
+        if small is not None:
+            small.thumbnail((_CORNER, _CORNER), Image.Resampling.LANCZOS)
+            found.paste(small, (found.width - MARGIN - small.width, _TOP))
+        return found
 
     def text(self) -> str:
         """All of it as lines of monospaced text."""

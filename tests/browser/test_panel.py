@@ -14,6 +14,7 @@ import torch
 from lora2_pack.lora2_core import lora_file
 from lora2_pack.lora2_core.network import Component
 from lora2_pack.tests.browser.test_templates import READY, TEMPLATES, Page
+from lora2_pack.tests.core.toy import thumbnail
 from lora2_pack.tests.server.graphs import Workflow, changed, quick, twin
 
 TEMPLATE = "1 Train on the demo model"
@@ -223,6 +224,10 @@ def test_the_ranks_of_a_chosen_file_are_shown(page: Page, server: Any, picture: 
     page.page.wait_for_function(
         f"() => document.querySelector('{MAP}')?.dataset.cells === '16'", timeout=20_000
     )
+    thumb = page.page.locator(".lora2-thumb")
+    assert thumb.is_visible() and thumb.get_attribute("alt")
+    assert page.ask("() => document.querySelector('.lora2-thumb').naturalWidth") == 32
+    assert "“sks robot”" in page.page.locator(".lora2-panel .lora2-name").first.inner_text()
     picture("inspected", "LoRA2InspectRanks")
     assert page.page.locator(MAP).is_visible()
     prompt = page.prompt()
@@ -349,4 +354,8 @@ def _write_lora(path: Path) -> None:
         for kind in ("attn1", "attn2")
         for rank, layer in enumerate(("to_q", "to_k", "to_v", "to_out.0"), 1)
     ]
-    lora_file.save(path, components, {})
+    lora_file.save(
+        path,
+        components,
+        {"modelspec.thumbnail": thumbnail(32), "modelspec.trigger_phrase": "sks robot"},
+    )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import math
 from pathlib import Path
@@ -14,15 +12,10 @@ import torch
 from lora2_pack.lora2_core import cli, comparison, inspector, lora_file, measure
 from lora2_pack.lora2_core.made_for import Architecture, made_for, misfit, unknown
 from lora2_pack.tests.core.test_resize import deltas, foreign, written
+from lora2_pack.tests.core.toy import thumbnail
 from PIL import Image
 
 torch.set_num_threads(1)
-
-
-def thumbnail(size: int = 16, kind: str = "JPEG") -> str:
-    data = io.BytesIO()
-    Image.new("RGB", (size, size), (200, 30, 30)).save(data, kind)
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(data.getvalue()).decode()}"
 
 
 # --- the header -------------------------------------------------------------------------------
@@ -41,6 +34,8 @@ def test_the_facts_of_a_file(tmp_path: Path, monkeypatch):
     assert found.kinds == {"lora": 8, "conv": 1}
     picture = found.thumbnail()
     assert picture is not None and picture.size == (16, 16)
+    red, green, _ = found.picture().getpixel((1280 - 36 - 8, 32))
+    assert red > 150 > 80 > green, "the thumbnail is in the corner of the map"
     text = found.text()
     digest = found.metadata["sshs_model_hash"]
     for word in ("sks dog", "grass", "steps 500", "base.safetensors", digest, "16×16 px", "8 lora"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import itertools
 import json
 import math
@@ -27,6 +29,7 @@ from lora2_pack.lora2_core.optimizers import make_optimizer
 from lora2_pack.lora2_core.rank_config import RankConfig
 from lora2_pack.lora2_core.targets import find_targets
 from lora2_pack.lora2_core.trainer import StepEvent, train
+from PIL import Image
 from torch import Tensor, nn
 
 torch.set_num_threads(1)
@@ -360,3 +363,10 @@ FOREIGN = {
     "a component without ν": meta(**{"lora2.components": '{"k": {"rank": 2}}'}),
     "a component without shape": meta(**{"lora2.components": '{"z": {"nu": 1}}'}),
 }
+
+
+def thumbnail(size: int = 16, kind: str = "JPEG") -> str:
+    """A picture as ModelSpec has it in the metadata of a file."""
+    data = io.BytesIO()
+    Image.new("RGB", (size, size), (200, 30, 30)).save(data, kind)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(data.getvalue()).decode()}"

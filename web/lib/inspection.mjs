@@ -55,12 +55,24 @@ class Inspection {
     if (told.trigger) facts.push(`“${told.trigger}”`);
     this.line.textContent = this.line.title = facts.join(" · ");
     this.map.set(told.components);
+    this.#picture(told);
+  }
+
+  /** The picture that the file holds, if any. */
+  #picture({ thumbnail, name }) {
+    this.thumb.hidden = !thumbnail;
+    if (!thumbnail) return;
+    this.thumb.src = server.pictureUrl(thumbnail);
+    this.thumb.alt = t("card_picture_of", { name });
   }
 
   open() {
     this.line = make("div", "lora2-name");
     const host = make("div");
-    const content = make("section", "lora2-panel", this.line, host);
+    this.thumb = make("img", "lora2-thumb");
+    this.thumb.hidden = true;
+    const head = make("div", "lora2-head", this.line, this.thumb);
+    const content = make("section", "lora2-panel", head, host);
     this.map = new HeatMap(host, { label: t("heatmap_label") });
     this.part = addPart(this.node, MAP, content);
   }

@@ -19,6 +19,7 @@ const CSS = `
 .lora2-state::before {
   content: ""; width: 8px; height: 8px; border-radius: 50%; background: var(--lora2-mark);
 }
+.lora2-thumb { flex: none; width: 56px; height: 56px; object-fit: cover; border-radius: 4px; }
 .lora2-name {
   flex: 1; min-width: 0; color: var(--descrip-text); overflow: hidden; white-space: nowrap;
   text-overflow: ellipsis;
