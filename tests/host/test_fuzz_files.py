@@ -234,6 +234,29 @@ def test_a_hundred_megabytes_of_metadata(model: Any, tmp_path: Path):
     assert _peak() - before < MOST_BYTES
 
 
+def test_links_out_of_the_folder(model: Any, comfy_directory: Path, tmp_path: Path):
+    """They are followed, as ComfyUI does for models on another disk; what is no LoRA is no LoRA,
+    and a name never leaves the folders by itself."""
+    loras = comfy_directory / "output" / "loras"
+    loras.mkdir(parents=True, exist_ok=True)
+    secret, sound = tmp_path / "secret.txt", tmp_path / "sound.safetensors"
+    secret.write_text("root:x:0:0")
+    sound.write_bytes(_sound(model))
+    links = {name: loras / f"to_{name}.safetensors" for name in ("secret", "sound")}
+    try:
+        links["secret"].symlink_to(secret)
+        links["sound"].symlink_to(sound)
+        refused = _use(comfy_host.lora_path("to_secret.safetensors"), model, LoRACache())
+        assert "is not a safetensors file" in refused and "root" not in refused
+        assert _use(comfy_host.lora_path("to_sound.safetensors"), model, LoRACache()) == ""
+        for name in (f"../../../{secret}", str(sound), "../sound.safetensors"):
+            with pytest.raises(comfy_host.HostError):
+                comfy_host.lora_path(name)
+    finally:
+        for link in links.values():
+            link.unlink(missing_ok=True)
+
+
 def test_what_is_no_file(model: Any, tmp_path: Path):
     fifo, folder, loop = (tmp_path / f"{name}.safetensors" for name in ("fifo", "folder", "loop"))
     os.mkfifo(fifo)
