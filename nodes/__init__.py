@@ -8,6 +8,7 @@ from .demo import LoRA2DemoModel
 from .images import LoRA2ImageFolder
 from .inspect import LoRA2InspectRanks
 from .load import LoRA2Load
+from .load_options import LoRA2LoadOptions
 from .options import (
     LoRA2DataOptions,
     LoRA2OptimizerOptions,
@@ -30,6 +31,7 @@ class LoRA2Extension(ComfyExtension):
             LoRA2OptimizerOptions,
             LoRA2RankOptions,
             LoRA2SafetyOptions,
+            LoRA2LoadOptions,
             LoRA2Resize,
             LoRA2Merge,
         ]

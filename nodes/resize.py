@@ -8,7 +8,8 @@ from comfy_api.latest import io, ui
 from ..lora2_core import comfy_host, resize
 from .background import job_queue
 from .common import CATEGORY
-from .load import NO_LORA, limit_widgets, limits_of
+from .load import NO_LORA
+from .load_options import limit_widgets, limits_of
 
 _COUNT = 4
 

@@ -33,6 +33,12 @@ def _load(name: str, **inputs: Any) -> dict[str, Any]:
     return {"class_type": "LoRA2Load", "inputs": {**settings, **inputs}}
 
 
+def _options(**inputs: Any) -> dict[str, Any]:
+    places = {f"strength_{place}": 1.0 for place in ("down", "mid", "up", "self", "cross")}
+    settings = {**LIMITS, "blocks": "all", "apply_as": "auto", **places, **inputs}
+    return {"class_type": "LoRA2LoadOptions", "inputs": settings}
+
+
 def _text(studio: Studio, history: dict[str, Any], node: str) -> str:
     return studio.server.outputs(history, node)["text"][0]
 
@@ -61,7 +67,7 @@ def test_resizing(studio: Studio, file: Path):
     assert "small_00001_" in text and "of the energy is kept" in text
     assert max(info.rank for info in lora_file.inspect(small)[0]) <= 2
     assert small.stat().st_size < file.stat().st_size
-    cut = _paint(studio, ["x", 0], x=_load(NAME, max_rank=2))
+    cut = _paint(studio, ["x", 0], x=_load(NAME, options=["o", 0]), o=_options(max_rank=2))
     assert (
         abs(
             cut - _paint(studio, ["x", 0], x=_load(small.relative_to(studio.loras).as_posix()))
@@ -91,11 +97,12 @@ def test_several_files_in_one_node(studio: Studio, file: Path):
     one = _paint(studio, ["x", 0], x=_load(NAME, strength_model=0.75))
     two = _load(NAME, strength_model=0.5, lora_3="tests/twice.safetensors", strength_3=0.25)
     assert abs(_paint(studio, ["x", 0], x=two) - one).max() <= 1
-    beside = _load(NAME, strength_model=0.75, apply_as="bypass")
-    assert abs(_paint(studio, ["x", 0], x=beside) - one).max() <= 1
+    beside = _load(NAME, strength_model=0.75, options=["o", 0])
+    found = _paint(studio, ["x", 0], x=beside, o=_options(apply_as="bypass"))
+    assert abs(found - one).max() <= 1
     base = _paint(studio, ["1", 0])
-    nowhere = _load(NAME, strength_self=0.0, strength_cross=0.0)
-    assert (_paint(studio, ["x", 0], x=nowhere) == base).all()
+    nowhere = _options(strength_self=0.0, strength_cross=0.0)
+    assert (_paint(studio, ["x", 0], x=beside, o=nowhere) == base).all()
 
 
 def test_inspecting_side_by_side(studio: Studio, file: Path):
