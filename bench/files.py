@@ -1,12 +1,12 @@
 """LoRA files: how long inspecting, loading and resizing take, and what memory.
 
 ``python3 bench/files.py --json`` prints one JSON object. Inspecting: the header of a file of 2.8 GB
-with SDXL's 560 components (its data is a hole in the disk). Loading: what a loader's node does, from
-file to patched model, ours and ComfyUI's own in turns, on a U-Net of SDXL's widths; ours looks at
-every weight meanwhile. Merging the patches into the weights comes later, in the sampler, and is the
-same code for both; the details hold the time with it, which varies by half between two rounds.
-Each peak is of a process of its own, and with the merge. Resizing: our decompositions beside forming every ΔW and taking its
-full SVD, on components of SDXL's shapes and mixed ranks.
+with SDXL's 560 components (its data is a hole in the disk). Loading: what a loader's node does,
+from file to patched model, ours and ComfyUI's own in turns, on a U-Net of SDXL's widths; ours looks
+at every weight meanwhile. Merging the patches into the weights comes later, in the sampler, and is
+the same code for both; the details hold the time with it, which varies by half between two rounds.
+Each peak is of a process of its own, and with the merge. Resizing: our decompositions beside
+forming every ΔW and taking its full SVD, on components of SDXL's shapes and mixed ranks.
 """
 
 from __future__ import annotations

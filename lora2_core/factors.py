@@ -148,6 +148,12 @@ def _scaled(component: Component, weight: float) -> Tensor:
 
 
 def within_bounds(component: Component) -> Component:
-    """The same ΔW at a rank of min(in, out) at most: more says nothing, and some readers refuse."""
-    largest = min(component.in_features, component.out_features)
-    return component if component.rank <= largest else decompose(component)
+    """The same ΔW at a rank of min(in, out) at most: more says nothing, and some readers refuse.
+
+    What is not finite cannot be decomposed and stays; writing it is refused with a sentence.
+    """
+    if component.rank <= min(component.in_features, component.out_features):
+        return component
+    sides = (component.lora_down, component.lora_up, component.importance)
+    finite = all(bool(side.isfinite().all()) for side in sides)
+    return decompose(component) if finite else component

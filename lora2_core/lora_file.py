@@ -163,7 +163,7 @@ def check_writable(path: Path, nbytes: int) -> None:
 
 def headline(metadata: Mapping[str, str]) -> str:
     """One line about a file, from its metadata; empty when it says nothing."""
-    ours = "lora2.format_version" in metadata
+    ours = metadata.get("lora2.format_version") == FORMAT_VERSION
     parts = [
         f"LoRA² {metadata['lora2.mode']} mode" if ours and "lora2.mode" in metadata else "",
         f"{metadata['ss_steps']} steps" if metadata.get("ss_steps") else "",

@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from . import factors
 from .component import Component
 from .lora_header import LoRAFileError as LoRAFileError
 
@@ -87,10 +88,12 @@ def _leading_sums(square: Tensor) -> Tensor:
 def to_state(components: Sequence[Component]) -> dict[str, Tensor]:
     """The tensors of a file: fp16 (fp32 where fp16 would show), zero components left out.
 
-    Raises LoRAFileError if a weight is not finite.
+    No rank is above min(in, out): such a component is decomposed, which is exact. Raises
+    LoRAFileError if a weight is not finite.
     """
     state: dict[str, Tensor] = {}
-    for component in components:
+    for one in components:
+        component = factors.within_bounds(one)
         if not component.rank:
             continue
         down, up = fold(component)
@@ -108,6 +111,13 @@ def to_state(components: Sequence[Component]) -> dict[str, Tensor]:
         state[key + DOWN], state[key + UP] = down.contiguous(), up.contiguous()
         state[key + ALPHA] = torch.tensor(STORED_ALPHA)
     return state
+
+
+def understood(metadata: Mapping[str, str]) -> dict[str, str]:
+    """``metadata`` without our keys if they are of a newer version, whose rules we do not know."""
+    if metadata.get("lora2.format_version", FORMAT_VERSION) == FORMAT_VERSION:
+        return dict(metadata)
+    return {name: text for name, text in metadata.items() if not name.startswith("lora2.")}
 
 
 def complete(

@@ -73,7 +73,8 @@ def resize(source: Path, target: Path, limits: Limits) -> Resized:
     """
     with LoRASource(source) as opened:
         about = {"from": source.name, "hash": opened.metadata.get("sshs_model_hash", "")}
-        work = _Work(opened, limits, opened.metadata, "lora2.resize", about)
+        known = lora_format.understood(opened.metadata)
+        work = _Work(opened, limits, known, "lora2.resize", about)
         if _OWN in opened.metadata and work.keeps_all:
             with replacing(target) as file, source.open("rb") as original:
                 shutil.copyfileobj(original, file)
@@ -218,7 +219,7 @@ class _Work:
 
 def _joined(sources: Sequence[LoRASource]) -> dict[str, str]:
     """The metadata of a sum: what all say alike, and every trigger."""
-    first, *others = (source.metadata for source in sources)
+    first, *others = (lora_format.understood(source.metadata) for source in sources)
     alike = {
         name: text
         for name, text in first.items()
