@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image
 
-from . import lora_file, lora_header, measure, report
+from . import lora_file, lora_format, lora_header, measure, report
 from .lora_file import ComponentInfo
 from .made_for import Architecture, made_for
 from .rank_layout import MARGIN
@@ -63,7 +63,7 @@ class FileReport:
     @property
     def alpha(self) -> str:
         """What the header tells of it; the numbers themselves are tensors."""
-        if "lora2.format_version" in self.metadata:
+        if self.metadata.get("lora2.format_version") == lora_file.FORMAT_VERSION:
             return "1 in every component, so that strength 1 is as trained"
         return self.metadata.get("ss_network_alpha", "")
 
@@ -106,10 +106,11 @@ class FileReport:
         }
 
     def _facts(self) -> list[tuple[str, str]]:
-        settings = [f"{n} {self.metadata[k]}" for n, k in _SETTINGS.items() if self.metadata.get(k)]
+        known = lora_format.understood(self.metadata)
+        settings = [f"{n} {known[k]}" for n, k in _SETTINGS.items() if known.get(k)]
         hashes = [f"{self.metadata[key]} ({name})" for name, key in _HASHES.items()
                   if self.metadata.get(key)]  # fmt: skip
-        base = [self.made.text, *(self.metadata.get(key, "") for key in _BASES)]
+        base = [self.made.text, *(known.get(key, "") for key in _BASES)]
         kinds = ", ".join(f"{count} {kind}" for kind, count in self.kinds.items())
         picture = self.thumbnail()
         version = self.metadata.get("lora2.format_version", "")

@@ -20,7 +20,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from . import factors, lora_format, lora_header, lora_keys, size_budget
+from . import lora_format, lora_header, lora_keys, size_budget
 from .atomic_file import replacing
 from .component import Component
 from .lora_format import ALPHA as _ALPHA
@@ -115,10 +115,10 @@ def save(
     Raises LoRAFileError when there is nothing to write or the disk is full; an existing file then
     stays as it was.
     """
-    components = [factors.within_bounds(component) for component in components]
     if megabytes is None:
         state = to_state(components)
-        full = lora_format.complete(metadata, components, [c.rank for c in components])
+        ranks = lora_format.stored_ranks(state, components)
+        full = lora_format.complete(metadata, components, ranks)
     else:
         limit = int(megabytes * 1e6)
         state, full = size_budget.fit(components, metadata, limit, min_rank)

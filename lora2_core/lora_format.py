@@ -113,6 +113,12 @@ def to_state(components: Sequence[Component]) -> dict[str, Tensor]:
     return state
 
 
+def stored_ranks(state: Mapping[str, Tensor], components: Iterable[Component]) -> list[int]:
+    """The rank that each component has in ``state``, which is of them; 0 where it was left out."""
+    keys = (kohya_key(component.name, component.root) + DOWN for component in components)
+    return [state[key].shape[0] if key in state else 0 for key in keys]
+
+
 def understood(metadata: Mapping[str, str]) -> dict[str, str]:
     """``metadata`` without our keys if they are of a newer version, whose rules we do not know."""
     if metadata.get("lora2.format_version", FORMAT_VERSION) == FORMAT_VERSION:

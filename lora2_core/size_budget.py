@@ -30,7 +30,7 @@ def fit(
     component fits.
     """
     state = lora_format.to_state(components)
-    ranks = [component.rank for component in components]
+    ranks = lora_format.stored_ranks(state, components)
     full = lora_format.complete(metadata, components, ranks)
     size = lora_format.encoded_bytes(lora_format.shapes_of(state), full)
     if not state:

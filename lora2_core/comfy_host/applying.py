@@ -15,7 +15,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from .. import lora_keys, lora_names, made_for
+from .. import lora_format, lora_keys, lora_names, made_for
 from ..load_config import WAYS, Strengths
 from . import bypass
 from .errors import HostError
@@ -181,6 +181,7 @@ def _unknown(
 
 def _other_base(model: ModelPatcher, metadata: Mapping[str, str], source: str) -> str:
     """What is said where both know their base and it is not the same."""
+    metadata = lora_format.understood(metadata)
     try:
         precision = json.loads(metadata.get("lora2.config", "{}")).get("precision", "")
     except (ValueError, AttributeError, RecursionError):  # somebody else's words

@@ -3,11 +3,15 @@ the same ΔW in every layer, whatever its rank."""
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import comfy.sd
+import comfy.utils
 import pytest
 import safetensors.torch
 import torch
@@ -15,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lora2_pack.lora2_core import lora_file, lora_format, lora_names
 from lora2_pack.lora2_core.network import Component
-from lora2_pack.lora2_core.targets import find_targets
+from lora2_pack.lora2_core.targets import PRESETS, find_targets
 from lora2_pack.tests.core import toy
 from lora2_pack.tests.host import demo
 from lora2_pack.tests.host.demo import weights
@@ -81,8 +85,6 @@ def test_comfyui_s_own_loader(comfys: tuple[Any, Any], tmp_path: Path, precision
     model, _ = comfys
     components = _of_comfy(model)
     path = _write(tmp_path / "x.safetensors", components, precision)
-    import comfy.utils
-
     state = comfy.utils.load_torch_file(str(path), safe_load=True)
     patched, _ = comfy.sd.load_lora_for_models(model, None, state, 100.0, 0)
     before, after = weights(model), weights(patched)
@@ -92,60 +94,77 @@ def test_comfyui_s_own_loader(comfys: tuple[Any, Any], tmp_path: Path, precision
     assert len(patched.patches) == len(components)
 
 
+def _of_clip(clip: Any) -> list[Component]:
+    """Of every linear layer of both text encoders."""
+    return [
+        _component(name, module.weight.shape, 3 + index, root)
+        for root, encoder in (("te1", "clip_l"), ("te2", "clip_g"))
+        for index, (name, module) in enumerate(_transformer(clip, encoder).named_modules())
+        if re.search(r"self_attn\.([qkv]|out)_proj$|mlp\.fc[12]$", name)
+    ]
+
+
+def _transformer(clip: Any, encoder: str) -> Any:
+    return getattr(clip.cond_stage_model, encoder).transformer
+
+
 def test_comfyui_s_own_loader_and_text_encoders(comfys: tuple[Any, Any], tmp_path: Path, precision):
     model, clip = comfys
-    components = _of_comfy(model, "b-lora")
-    for root, encoder in (("te1", "clip_l"), ("te2", "clip_g")):
-        module = getattr(clip.cond_stage_model, encoder).transformer
-        names = [n for n, m in module.named_modules() if re.search(r"self_attn\.[qv]_proj$", n)]
-        modules = dict(module.named_modules())
-        components += [
-            _component(name, modules[name].weight.shape, 3 + index, root)
-            for index, name in enumerate(names)
-        ]
-    path = _write(tmp_path / "x.safetensors", components, precision)
-    patched, new_clip = comfy.sd.load_lora_for_models(
-        model, clip, safetensors.torch.load_file(path), 1.0, 1.0
-    )
-    assert len(patched.patches) + len(new_clip.patcher.patches) == len(components)
+    in_unet, in_clip = _of_comfy(model, "b-lora"), _of_clip(clip)
+    path = _write(tmp_path / "x.safetensors", [*in_unet, *in_clip], precision)
+    state = safetensors.torch.load_file(path)
+    patched, new_clip = comfy.sd.load_lora_for_models(model, clip, state, 1.0, 100.0)
+    assert len(patched.patches) == len(in_unet)
+    assert len(new_clip.patcher.patches) == len(in_clip) > 20
+    before, after = weights(clip.patcher), weights(new_clip.patcher)
+    for component in in_clip:
+        encoder = {"te1": "clip_l", "te2": "clip_g"}[component.root]
+        key = f"{encoder}.transformer.{component.name}.weight"
+        _check((after[key].double() - before[key].double()) / 100, component, precision)
 
 
 # --- A1111 ------------------------------------------------------------------------------------
 
 
-def _a1111(path: Path, model: Any) -> dict[str, Tensor]:
+def _a1111(path: Path, model: Any, clip: Any) -> dict[str, Tensor]:
     """ΔW by the name of the layer, as the web UI's built-in LoRA extension describes its reader.
 
     A key up to its first dot names the network's layer: ``lora_unet_…`` is the layer of the
-    diffusion model whose path reads the same with underscores for dots. The rest names the
-    tensor. ΔW = up · down · alpha / rank of the layer's own ``lora_down``; 1 where there is no
-    alpha.
+    diffusion model whose path reads the same with underscores for dots, ``lora_te1_…`` and
+    ``lora_te2_…`` those of the first and the second text encoder. The rest names the tensor.
+    ΔW = up · down · alpha / rank of the layer's own ``lora_down``; 1 where there is no alpha.
     """
+    roots = {
+        "lora_unet_": model.model.diffusion_model,
+        "lora_te1_": _transformer(clip, "clip_l"),
+        "lora_te2_": _transformer(clip, "clip_g"),
+    }
     layers = {
-        "diffusion_model_" + name.replace(".", "_"): name
-        for name, module in model.model.diffusion_model.named_modules()
+        prefix + name.replace(".", "_")
+        for prefix, root in roots.items()
+        for name, module in root.named_modules()
         if hasattr(module, "weight")
     }
     networks: dict[str, dict[str, Tensor]] = {}
     for key, tensor in safetensors.torch.load_file(path).items():
         layer, _, part = key.partition(".")
+        assert layer in layers
         networks.setdefault(layer, {})[part] = tensor.float()
     found: dict[str, Tensor] = {}
     for layer, parts in networks.items():
-        name = layers[layer.replace("lora_unet_", "diffusion_model_")]
         down, up = parts["lora_down.weight"], parts["lora_up.weight"]
         scale = float(parts["alpha"]) / down.shape[0] if "alpha" in parts else 1.0
-        found[name] = up.flatten(1) @ down.flatten(1) * scale
+        found[layer] = up.flatten(1) @ down.flatten(1) * scale
     return found
 
 
 def test_a_reader_in_the_manner_of_a1111(comfys: tuple[Any, Any], tmp_path: Path, precision: str):
-    components = _of_comfy(comfys[0])
+    components = [*_of_comfy(comfys[0]), *_of_clip(comfys[1])]
     path = _write(tmp_path / "x.safetensors", components, precision)
-    found = _a1111(path, comfys[0])
+    found = _a1111(path, *comfys)
     assert len(found) == len(components)
     for component in components:
-        _check(found[component.name], component, precision)
+        _check(found[lora_format.kohya_key(component.name, component.root)], component, precision)
 
 
 # --- diffusers and PEFT -----------------------------------------------------------------------
@@ -174,13 +193,25 @@ def diffusers_unet() -> Any:
     ).requires_grad_(False)
 
 
-def _of_diffusers(unet: Any) -> dict[str, Component]:
-    """A component of ours, named as ComfyUI names its layer, for every attention of diffusers."""
+# What ComfyUI's own table of diffusers' names needs to know of such a model.
+DEPTHS = {
+    "num_res_blocks": [2, 2, 2],
+    "channel_mult": [1, 2, 4],
+    "transformer_depth": [0, 0, 2, 2, 10, 10],
+    "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
+    "transformer_depth_middle": 10,
+}
+
+
+def _of_diffusers(unet: Any, selection: str = "attention") -> dict[str, Component]:
+    """A component of ours, named as ComfyUI names its layer, by diffusers' name of it."""
+    names = comfy.utils.unet_to_diffusers(DEPTHS)
     found: dict[str, Component] = {}
     for name, module in unet.named_modules():
-        if re.search(r"\.attn[12]\.(to_q|to_k|to_v|to_out\.0)$", name):
+        ours = names.get(f"{name}.weight", "").removesuffix(".weight")
+        if ours and re.search(PRESETS[selection], ours):
             key = lora_names.sgm_name("lora_unet_" + name.replace(".", "_"))
-            ours = key.removeprefix("lora_unet_")
+            assert key == lora_format.kohya_key(ours)
             found[name] = _component(ours, module.weight.shape, len(found))
     return found
 
@@ -205,42 +236,64 @@ def _pipeline(unet: Any) -> Any:
     )
 
 
-def test_diffusers(diffusers_unet: Any, tmp_path: Path, precision: str):
-    components = _of_diffusers(diffusers_unet)
-    assert len(components) == 560, "all of SDXL's"
-    _write(tmp_path / "x.safetensors", list(components.values()), precision)
-    pipeline = _pipeline(diffusers_unet)
-    pipeline.load_lora_weights(tmp_path, weight_name="x.safetensors", adapter_name="ours")
+@contextmanager
+def _loaded(pipeline: Any, folder: Path) -> Iterator[None]:
+    pipeline.load_lora_weights(folder, weight_name="x.safetensors", adapter_name="ours")
     try:
-        modules = dict(diffusers_unet.named_modules())
-        for name, component in components.items():
-            layer = modules[name]
-            assert layer.r["ours"] == component.rank
-            _check(layer.get_delta_weight("ours"), component, precision)
+        yield
     finally:
         pipeline.unload_lora_weights()
 
 
-def test_diffusers_reads_text_encoders_too(diffusers_unet: Any, tmp_path: Path):
+def test_diffusers(diffusers_unet: Any, tmp_path: Path, precision: str):
+    components = _of_diffusers(diffusers_unet)
+    assert len(components) == 560, "all of SDXL's"
+    _write(tmp_path / "x.safetensors", list(components.values()), precision)
+    with _loaded(_pipeline(diffusers_unet), tmp_path):
+        modules = dict(diffusers_unet.named_modules())
+        for name, component in components.items():
+            assert modules[name].r["ours"] == component.rank
+            _check(modules[name].get_delta_weight("ours"), component, precision)
+
+
+def _some_of_every_kind(unet: Any) -> dict[str, Component]:
+    """All that is no attention or feed-forward layer, and a tenth of these."""
+    every = _of_diffusers(unet, "attention+ff+conv")
+    inner = [name for name in every if ".transformer_blocks." in name]
+    return {name: c for name, c in every.items() if name not in inner or name in inner[::11]}
+
+
+def test_diffusers_reads_convolutions_and_feed_forward_layers(
+    diffusers_unet: Any, tmp_path: Path, precision: str
+):
+    components = _some_of_every_kind(diffusers_unet)
+    kinds = {name.rsplit(".", 1)[-1] for name in components}
+    assert {"conv", "conv1", "conv2", "conv_shortcut", "time_emb_proj", "proj", "2"} < kinds
+    _write(tmp_path / "x.safetensors", list(components.values()), precision)
+    with _loaded(_pipeline(diffusers_unet), tmp_path):
+        modules = dict(diffusers_unet.named_modules())
+        for name, component in components.items():
+            _check(modules[name].get_delta_weight("ours"), component, precision)
+
+
+def test_diffusers_reads_text_encoders_too(diffusers_unet: Any, tmp_path: Path, precision: str):
     pipeline = _pipeline(diffusers_unet)
     components = list(_of_diffusers(diffusers_unet).values())[:8]
     encoders = {"te1": pipeline.text_encoder, "te2": pipeline.text_encoder_2}
     wanted: dict[tuple[str, str], Component] = {}
     for root, encoder in encoders.items():
         for name, module in encoder.named_modules():
-            if name.endswith(("q_proj", "k_proj", "v_proj", "out_proj")):
+            if name.endswith(("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")):
                 inner = name.removeprefix("text_model.")
                 wanted[root, name] = _component(
                     f"text_model.{inner}", module.weight.shape, 11 + len(wanted), root
                 )
-    _write(tmp_path / "x.safetensors", [*components, *wanted.values()], "fp16")
-    pipeline.load_lora_weights(tmp_path, weight_name="x.safetensors", adapter_name="ours")
-    try:
+    assert len(wanted) == 2 * 2 * 6
+    _write(tmp_path / "x.safetensors", [*components, *wanted.values()], precision)
+    with _loaded(pipeline, tmp_path):
         for (root, name), component in wanted.items():
             layer = dict(encoders[root].named_modules())[name]
-            _check(layer.get_delta_weight("ours"), component, "fp16")
-    finally:
-        pipeline.unload_lora_weights()
+            _check(layer.get_delta_weight("ours"), component, precision)
 
 
 def test_peft(diffusers_unet: Any, tmp_path: Path, precision: str):
@@ -248,7 +301,7 @@ def test_peft(diffusers_unet: Any, tmp_path: Path, precision: str):
 
     from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 
-    components = _of_diffusers(diffusers_unet)
+    components = _some_of_every_kind(diffusers_unet)
     path = _write(tmp_path / "x.safetensors", list(components.values()), precision)
     state = safetensors.torch.load_file(path)
     unet = copy.deepcopy(diffusers_unet)
@@ -278,11 +331,27 @@ def test_peft(diffusers_unet: Any, tmp_path: Path, precision: str):
     rank=st.integers(1, 40),
     out=st.integers(1, 12),
     width=st.integers(1, 12),
+    kernel=st.sampled_from([(), (1, 1), (3, 3)]),
     seed=st.integers(0, 9),
 )
-def test_no_rank_is_above_what_a_layer_can_have(tmp_path_factory, rank, out, width, seed):
-    component = toy.component("x", rank, (out, width), seed)
+def test_no_rank_is_above_what_a_layer_can_have(tmp_path_factory, rank, out, width, kernel, seed):
+    component = toy.component("x", rank, (out, width, *kernel), seed)
+    largest = min(out, component.in_features)
+    state = lora_format.to_state([component])
+    [key] = lora_file.component_keys(state)
+    assert state[f"{key}.lora_down.weight"].shape[0] <= largest
+    _check(toy.stored_delta(state, key), component, "fp16")
     path = lora_file.save(tmp_path_factory.mktemp("rank") / "x", [component], {})
-    [info] = lora_file.inspect(path)[0]
-    assert info.rank <= min(out, width)
-    _check(toy.stored_delta(dict(lora_file.load(path).state), info.key), component, "fp16")
+    infos, metadata = lora_file.inspect(path)
+    assert [info.rank for info in infos] == [min(rank, largest)]
+    assert json.loads(metadata["lora2.components"])[key]["rank"] == infos[0].rank
+    _check(toy.stored_delta(dict(lora_file.load(path).state), key), component, "fp16")
+
+
+@pytest.mark.parametrize("rank", [3, 30])  # below and above what the layer can have
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_refused_in_a_sentence(tmp_path: Path, rank: int, value: float):
+    component = toy.component("x", rank, (5, 4), 0)
+    component.lora_down[0, 1] = value
+    with pytest.raises(lora_file.LoRAFileError, match="not finite, so nothing was written"):
+        lora_file.save(tmp_path / "x", [component], {})
