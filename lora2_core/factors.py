@@ -15,7 +15,9 @@ from .component import Component
 
 # Singular values below this share of a component's largest are rounding, not content.
 _NOISE = 1e-12
-_FAINT = 1e-7  # the same where inner products, which hold squares, are all that is looked at
+# The same where inner products, which hold squares, are all that is looked at. What is that faint
+# beside the columns themselves is rounding too: of columns that cancel, fp32 leaves no less.
+_FAINT = 1e-7
 
 
 def from_tensors(
@@ -42,7 +44,7 @@ def decompose(component: Component) -> Component:
     By QR of both sides and the SVD of a rank × rank matrix, in fp64; ΔW itself (out × in) is never
     formed. Convolutions are unrolled for it. Columns that add nothing are gone.
     """
-    down, up = (side.flatten(1).double() for side in (component.lora_down, component.lora_up))
+    down, up = _sides(component)
     up_q, up_r = torch.linalg.qr(up * component.importance.double())  # (out, rank), (rank, rank)
     down_q, down_r = torch.linalg.qr(down.t())  # (in, rank), (rank, rank)
     left, values, right = torch.linalg.svd(up_r @ down_r.t())
@@ -61,28 +63,30 @@ def decompose(component: Component) -> Component:
 def singular_values(component: Component) -> Tensor:
     """Those of ΔW, fp64 (min(rank, in, out) or fewer,), falling; no vectors are computed.
 
-    From the rank × rank matrices of inner products: to 1e-7 of the largest, below which they are
-    left out. A few times faster than :func:`decompose`.
+    From the rank × rank matrices of inner products: to 1e-7 of the largest, or of the columns'
+    norm, below which they are left out. A few times faster than :func:`decompose`.
     """
-    squares = torch.linalg.eigvalsh(_by_products(component)[-1])
-    return squares[_not_faint(squares)].flip(0).sqrt()
+    found = _Products(*_sides(component), component.importance.double())
+    squares = torch.linalg.eigvalsh(found.inner)
+    return squares[found.not_faint(squares)].flip(0).sqrt()
 
 
 def decompose_quickly(component: Component) -> Component:
-    """:func:`decompose` to 1e-7 of the largest singular value, by inner products.
+    """:func:`decompose` to what :func:`singular_values` sees, by inner products.
 
     With DDᵀ = Q w Qᵀ and H = Q √w, the eigenvectors of HᵀUᵀUH turn the rows of D into the right
     singular vectors of U D: both sides follow by products with U and D alone.
     """
-    down, up, half, products = _by_products(component)
-    squares, vectors = torch.linalg.eigh(products)
-    some = _not_faint(squares)
+    down, up = _sides(component)
+    found = _Products(down, up, component.importance.double())
+    squares, vectors = torch.linalg.eigh(found.inner)
+    some = found.not_faint(squares)
     values, vectors = squares[some].flip(0).sqrt(), vectors[:, some].flip(1)
     rank = values.numel()
-    new_up = up @ (half @ vectors) / values  # (out, rank)
+    new_up = up @ (found.of_up[:, None] * (found.half @ vectors) / values)  # (out, rank)
     # H = Q √w, so H w⁻¹ is the inverse of Hᵀ
-    inverse = half / half.square().sum(0)
-    new_down = (inverse @ vectors).t() @ down  # (rank, in)
+    inverse = found.half / found.half.square().sum(0)
+    new_down = ((inverse @ vectors).t() * found.of_down) @ down  # (rank, in)
     return Component(
         component.name,
         new_down.float().view(rank, *component.lora_down.shape[1:]),
@@ -93,19 +97,37 @@ def decompose_quickly(component: Component) -> Component:
     )
 
 
-def _by_products(component: Component) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(down, up, H, HᵀUᵀUH), all fp64; see :func:`decompose_quickly`."""
-    down, up = (side.flatten(1).double() for side in (component.lora_down, component.lora_up))
-    up = up * component.importance.double()
-    w, q = torch.linalg.eigh(down @ down.t())  # (rank,), (rank, rank)
-    some = w > _FAINT**2 * w[-1]
-    half = q[:, some] * w[some].sqrt()  # (rank, n)
-    return down, up, half, half.t() @ (up.t() @ up) @ half
+class _Products:
+    """H and HᵀUᵀUH of :func:`decompose_quickly`, fp64, of a D and U whose columns are even.
+
+    Every column is first made as long on one side as on the other: else a row of D might pass for
+    rounding whose column of U makes up for it. D is ``of_down`` times what is stored, U ``of_up``
+    times it, (rank,) each; a column that is 0 on one side is 0 on both.
+    """
+
+    def __init__(self, down: Tensor, up: Tensor, importance: Tensor):
+        d, u = down @ down.t(), up.t() @ up  # (rank, rank)
+        down_norm, up_norm = d.diagonal().sqrt(), u.diagonal().sqrt() * importance
+        length = (down_norm * up_norm).sqrt()  # (rank,)
+        some = length > 0
+        self.of_down = torch.where(some, length / down_norm, 0.0)
+        self.of_up = torch.where(some, length / up_norm, 0.0) * importance
+        w, q = torch.linalg.eigh(d * self.of_down * self.of_down[:, None])
+        kept = w > _FAINT**2 * w[-1]
+        self.half = q[:, kept] * w[kept].sqrt()  # (rank, n)
+        self.inner = self.half.t() @ (u * self.of_up * self.of_up[:, None]) @ self.half  # (n, n)
+        self._columns = length.pow(4).sum()  # Σ of their squared norms
+
+    def not_faint(self, squares: Tensor) -> Tensor:
+        """Of squared singular values, rising: those that are no rounding."""
+        if not squares.numel():
+            return squares > 0
+        return squares > _FAINT**2 * torch.maximum(squares[-1], self._columns)
 
 
-def _not_faint(squares: Tensor) -> Tensor:
-    """Of squared singular values, rising: those that are no rounding."""
-    return squares > _FAINT**2 * squares[-1] if squares.numel() else squares > 0
+def _sides(component: Component) -> tuple[Tensor, Tensor]:
+    """(down, up), unrolled, in fp64."""
+    return component.lora_down.flatten(1).double(), component.lora_up.flatten(1).double()
 
 
 def energies(component: Component) -> Tensor:
@@ -113,13 +135,17 @@ def energies(component: Component) -> Tensor:
 
     Returns fp64 (rank,), in units of ‖ΔW‖²: the squared error of keeping the first n columns is
     the sum of what follows. Falls for a decomposition, and mostly for what LoRA² has learnt;
-    entries may be negative where columns work against each other.
+    entries are negative where a column works against the later ones: what it adds is then further
+    from ΔW than nothing. Their sum never is.
     """
-    down, up = (side.flatten(1).double() for side in (component.lora_down, component.lora_up))
+    down, up = _sides(component)
     up = up * component.importance.double()
     products = (up.t() @ up) * (down @ down.t())  # (rank, rank)
     # ‖columns from n on‖²: the sums of the trailing squares of it
     tails = products.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0)  # (rank,)
+    tails = torch.where(tails > _FAINT**2 * products.diagonal().sum(), tails, 0.0)
+    if not tails[0]:  # all columns together add nothing
+        return torch.zeros_like(tails)
     return tails - torch.cat([tails[1:], tails.new_zeros(1)])
 
 

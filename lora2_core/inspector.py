@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import io
 import json
 import re
@@ -184,7 +183,7 @@ def decoded(uri: str) -> Image.Image | None:
         if picture.width * picture.height > _LARGEST_PICTURE:
             return None
         return picture.convert("RGB")
-    except (binascii.Error, OSError, ValueError, SyntaxError):
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
 
 

@@ -66,6 +66,7 @@ class LoRASource:
                 f"{path} changes the shape of {lora_header.shown(reshaped)}; such a LoRA can only "
                 "be loaded as it is."
             )
+        self.ignored = parts.unknown  # keys that no component has a place for
         self._pairs = {lora_names.kohya_name(pair.name): pair for pair in parts.pairs}
         if len(self._pairs) < len(parts.pairs):
             raise LoRAFileError(f"{path} is damaged: it names a component twice.")

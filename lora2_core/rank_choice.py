@@ -11,7 +11,7 @@ import heapq
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -34,12 +34,14 @@ class Outline:
     kernel: tuple[int, ...]  # (in,) of a linear layer, (in, height, width) of a convolution
     out_features: int
     nu: float | None = None
+    beside: tuple[tuple[str, Shape], ...] = ()  # of the factors, by ending: (".dora_scale", …)
 
     @classmethod
-    def of(cls, component: Component) -> Outline:
+    def of(cls, component: Component, beside: Mapping[str, Tensor] | None = None) -> Outline:
         key = lora_format.kohya_key(component.name, component.root)
         kernel = tuple(component.lora_down.shape[1:])
-        return cls(key, kernel, component.out_features, component.nu)
+        others = tuple(lora_format.shapes_of(beside or {}).items())
+        return cls(key, kernel, component.out_features, component.nu, others)
 
     @property
     def in_features(self) -> int:
@@ -47,8 +49,9 @@ class Outline:
         return math.prod(self.kernel)
 
     def shapes(self, rank: int, half: bool = True) -> dict[str, Shape]:
-        """What a file holds of the component at a rank."""
-        return lora_format.component_shapes(self.key, rank, self.kernel, self.out_features, half)
+        """What a file holds of the component at a rank; nothing at rank 0."""
+        found = lora_format.component_shapes(self.key, rank, self.kernel, self.out_features, half)
+        return found | {self.key + end: shape for end, shape in self.beside} if rank else found
 
 
 @dataclass(frozen=True)
@@ -56,9 +59,9 @@ class Part:
     """What each column of one component holds and costs."""
 
     outline: Outline
-    energies: tuple[float, ...]  # (rank,), what each column adds to those before it
+    energies: tuple[float, ...]  # (rank,), see :func:`.factors.energies`
     half: tuple[bool, ...]  # (rank,), whether fp16 will do for the first 1, 2, … columns
-    header_bytes: int  # at most, of the three entries in the file's header
+    header_bytes: int  # at most, of its entries in the file's header
 
     @property
     def rank(self) -> int:
@@ -68,7 +71,8 @@ class Part:
     def costs(self) -> list[int]:
         """Bytes at rank 0, 1, …: what is stored, and at most that much header."""
         row = self.outline.in_features + self.outline.out_features
-        scalar = 4 + self.header_bytes  # alpha is one fp32 number
+        beside = sum(lora_format.nbytes(shape) for _, shape in self.outline.beside)
+        scalar = 4 + beside + self.header_bytes  # alpha is one fp32 number
         sizes = [2 if half else 4 for half in self.half]
         return [0] + [scalar + size * row * rank for rank, size in enumerate(sizes, 1)]
 
@@ -78,7 +82,7 @@ class Part:
 
     def first(self, rank: int) -> Part:
         """As if there were no more than ``rank`` columns; what the others hold is forgotten."""
-        return Part(self.outline, self.energies[:rank], self.half[:rank], self.header_bytes)
+        return replace(self, energies=self.energies[:rank], half=self.half[:rank])
 
 
 def part_of_values(outline: Outline, values: Tensor, place: int) -> Part:
@@ -101,21 +105,25 @@ def part_of_values(outline: Outline, values: Tensor, place: int) -> Part:
     return Part(outline, tuple(energies.tolist()), tuple(fits.tolist()), header)
 
 
-def part_of(component: Component, place: int, decomposed: bool = False) -> Part:
+def part_of(
+    component: Component,
+    place: int,
+    decomposed: bool = False,
+    beside: Mapping[str, Tensor] | None = None,
+) -> Part:
     """What the columns of ``component`` hold and cost, in the order they have.
 
     ``place``: no tensor of the file lies beyond this byte; it decides how long an entry of the
-    header can get. ``decomposed``: its importance is its singular values.
+    header can get. ``decomposed``: its importance is its singular values. ``beside``: what goes
+    with the factors, by ending.
     """
-    outline = Outline.of(component)
+    outline = Outline.of(component, beside)
     if not component.rank:
         return Part(outline, (), (), 0)
     _, errors = lora_format.sizes_and_errors(*lora_format.fold(component))
     half = tuple(lora_format.fits_half(errors).tolist())
-    if decomposed:
-        found = component.importance.double().square()
-    else:
-        found = factors.energies(component).clamp(min=0)
+    squares = component.importance.double().square()
+    found = squares if decomposed else factors.energies(component)
     return Part(outline, tuple(found.tolist()), half, _header_bytes(outline, component.rank, place))
 
 
@@ -150,8 +158,8 @@ def choose_ranks(parts: Sequence[Part], available: int, min_rank: int = 1) -> li
         for stop, gain, cost in _hull(part, ranks[index])
     ]
     closed: set[int] = set()  # a later step would leave a gap
-    for _, index, stop, cost in sorted(steps):
-        if cost > left:
+    for worth, index, stop, cost in sorted(steps):
+        if cost > left or worth > 0:  # too large, or it leads away from ΔW
             closed.add(index)
         elif index not in closed:
             ranks[index] = stop
@@ -170,8 +178,8 @@ def ranks_for_energy(parts: Sequence[Part], share: float) -> list[int]:
         for stop, gain, cost in _hull(part, 0)
     )
     ranks, kept = [0] * len(parts), 0.0
-    for _, index, stop, gain in steps:
-        if kept >= needed:
+    for worth, index, stop, gain in steps:
+        if kept >= needed or worth > 0:  # from here on, columns lead away
             break
         ranks[index] = stop
         kept += gain
@@ -184,11 +192,13 @@ def choose_exactly(
     allowed: int,
     limit: int,
     min_rank: int = 1,
+    option: str = "target_megabytes",
 ) -> list[int]:
     """Ranks whose file takes at most ``allowed`` bytes, as close to it as they come.
 
-    ``describe``: the metadata of a file of given ranks; ``limit``: what a person asked for. Raises
-    LoRAFileError when not even one rank of one component fits.
+    ``describe``: the metadata of a file of given ranks; ``limit``: what a person asked for, and
+    ``option`` what that is called. Raises LoRAFileError when not even one rank of one component
+    fits.
     """
 
     def size(ranks: Sequence[int]) -> int:
@@ -215,8 +225,8 @@ def choose_exactly(
         least = min((p.costs[1] for p in parts if p.rank), default=0) + frame
         raise LoRAFileError(
             f"Nothing was written: a file of {limit / 1e6:.4g} MB has no room for a single "
-            f"component, whose metadata alone takes {frame / 1e6:.4g} MB. Choose a "
-            f"target_megabytes of at least {(limit - allowed + least) / 1e6:.4g}."
+            f"component, whose metadata alone takes {frame / 1e6:.4g} MB. Choose "
+            f"{option} of at least {(limit - allowed + least) / 1e6:.4g}."
         )
     return best[1]
 
@@ -249,7 +259,7 @@ def _fill(parts: Sequence[Part], ranks: list[int], left: int) -> None:
 
     def step(index: int) -> tuple[float, int, int] | None:
         part, rank = parts[index], ranks[index]
-        if rank == part.rank:
+        if rank == part.rank or part.energies[rank] < 0:
             return None
         cost = part.costs[rank + 1] - part.costs[rank]
         return -part.energies[rank] / max(cost, 1), index, cost

@@ -11,12 +11,12 @@ import math
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
 
-from . import factors, lora_format, shrink, stream_file
+from . import factors, lora_format, lora_header, shrink, stream_file
 from .atomic_file import replacing
 from .component import Component
 from .lora_file import LoRAFileError
@@ -44,7 +44,8 @@ class Resized:
     after: int
     ranks_before: tuple[int, ...]
     ranks_after: tuple[int, ...]  # of the same components
-    kept: float  # share of Σ‖ΔW‖²
+    kept: float  # share of Σ‖ΔW‖²; below 0 where it is further from ΔW than nothing would be
+    ignored: tuple[str, ...] = ()  # keys of no known kind, which the new file has no place for
 
     @property
     def error(self) -> float:
@@ -61,7 +62,15 @@ class Resized:
         return (
             f"{self.path.name}: {self.before / 1e6:.2f} → {self.after / 1e6:.2f} MB, mean rank "
             f"{before:.1f} → {after:.1f}{gone}; {100 * self.kept:.2f} % of the energy is kept "
-            f"(relative error {self.error:.4f})."
+            f"(relative error {self.error:.4f}).{self._not_written}"
+        )
+
+    @property
+    def _not_written(self) -> str:
+        if not self.ignored:
+            return ""
+        return f" Left out as no part of a LoRA: {lora_header.shown(self.ignored[0])}" + (
+            f" and {len(self.ignored) - 1} more." if len(self.ignored) > 1 else "."
         )
 
 
@@ -73,13 +82,13 @@ def resize(source: Path, target: Path, limits: Limits) -> Resized:
     """
     with LoRASource(source) as opened:
         about = {"from": source.name, "hash": opened.metadata.get("sshs_model_hash", "")}
-        known = lora_format.understood(opened.metadata)
+        known = _titled(lora_format.understood(opened.metadata), target)
         work = _Work(opened, limits, known, "lora2.resize", about)
-        if _OWN in opened.metadata and work.keeps_all:
-            with replacing(target) as file, source.open("rb") as original:
-                shutil.copyfileobj(original, file)
+        if work.copies(work.ranks):
+            _copy(source, target)
             return work.result(target, opened.nbytes, opened.nbytes)
-        return work.result(target, opened.nbytes, work.write(target))
+        after = work.write(target)
+        return work.result(target, opened.nbytes, after, opened.ignored)
 
 
 def merge(sources: Sequence[tuple[Path, float]], target: Path, limits: Limits) -> Resized:
@@ -102,9 +111,10 @@ def merge(sources: Sequence[tuple[Path, float]], target: Path, limits: Limits) -
             ]
         }
         whole = Sum([a for a in addends if a.weight])
-        work = _Work(whole, limits, _joined(opened), "lora2.merge", about)
+        work = _Work(whole, limits, _titled(_joined(opened), target), "lora2.merge", about)
         before = sum(source.nbytes for source in opened)
-        return work.result(target, before, work.write(target))
+        ignored = [key for source in opened for key in source.ignored]
+        return work.result(target, before, work.write(target), ignored)
 
 
 class _Work:
@@ -128,19 +138,29 @@ class _Work:
         for key in source.keys:
             component = source.component(key)
             self._stored.append(component.rank)
-            self._parts.append(self._part(component))
+            self._parts.append(self._part(factors.within_bounds(component)))
         self.ranks = self._choose()
 
-    @property
-    def keeps_all(self) -> bool:
-        """Whether no column is cut off that holds anything."""
-        return all(part.rank == rank for part, rank in zip(self._parts, self.ranks, strict=True))
+    def copies(self, ranks: Sequence[int]) -> bool:
+        """Whether the file is ours, is within the limits, and loses no column that holds anything:
+        then it stays as it is."""
+        source, megabytes = self._source, self._limits.megabytes
+        if not isinstance(source, LoRASource) or _OWN not in source.metadata:
+            return False
+        if megabytes is not None and source.nbytes > int(megabytes * 1e6):
+            return False
+        return all(part.rank == rank for part, rank in zip(self._parts, ranks, strict=True))
 
-    def result(self, target: Path, before: int, after: int) -> Resized:
-        kept = kept_energy(self._parts, self.ranks)
-        return Resized(target, before, after, tuple(self._stored), tuple(self.ranks), kept)
+    def result(self, target: Path, before: int, after: int, ignored: Sequence[str] = ()) -> Resized:
+        kept, ranks = kept_energy(self._parts, self.ranks), tuple(self.ranks)
+        return Resized(target, before, after, tuple(self._stored), ranks, kept, tuple(ignored))
 
     def write(self, target: Path) -> int:
+        if not any(sum(part.energies) for part in self._parts):
+            raise LoRAFileError(
+                f"{target.name} was not written: it would change nothing. Choose another LoRA, or "
+                "weights that do not cancel."
+            )
         if not any(self.ranks):
             raise LoRAFileError(
                 f"{target.name} was not written: nothing is left of the LoRA; keep more of it."
@@ -150,20 +170,15 @@ class _Work:
             for part, rank in zip(self._parts, self.ranks, strict=True)
             if rank
         ]
-        metadata = self._describe(self.ranks)
-        names = {"ss_output_name": target.stem, "modelspec.title": target.stem}
-        metadata |= {name: text for name, text in names.items() if name in metadata}
-        return stream_file.write(target, planned, metadata, self._tensors)
+        return stream_file.write(target, planned, self._describe(self.ranks), self._tensors)
 
     def _part(self, component: Component) -> Part:
-        place = self._source.nbytes + 10**6
+        place, beside = self._source.nbytes + 10**6, self._source.extra(component.name)
         if self._svd:
             values = factors.singular_values(component)
-            return part_of_values(Outline.of(component), values, place)
-        part = part_of(component, place)
-        if not self._exact:
-            return part
-        return Part(part.outline, part.energies, (False,) * part.rank, part.header_bytes)
+            return part_of_values(Outline.of(component, beside), values, place)
+        part = part_of(component, place, beside=beside)
+        return replace(part, half=(False,) * part.rank) if self._exact else part
 
     def _choose(self) -> list[int]:
         ranks = shrink.choose(self._parts, self._limits)
@@ -174,10 +189,10 @@ class _Work:
         if self._limits.megabytes is None:
             return ranks
         limit = int(self._limits.megabytes * 1e6)
-        if self._bytes(ranks) <= limit:
+        if self.copies(ranks) or self._bytes(ranks) <= limit:
             return ranks
         kept = [part.first(rank) for part, rank in zip(self._parts, ranks, strict=True)]
-        return choose_exactly(kept, self._describe, limit, limit)
+        return choose_exactly(kept, self._describe, limit, limit, option="megabytes")
 
     def _bytes(self, ranks: Sequence[int]) -> int:
         shapes: dict[str, lora_format.Shape] = {}
@@ -186,7 +201,7 @@ class _Work:
         return lora_format.encoded_bytes(shapes, self._describe(ranks))
 
     def _tensors(self, planned: Planned) -> tuple[Tensor, Tensor]:
-        component = self._source.component(planned.outline.key)
+        component = factors.within_bounds(self._source.component(planned.outline.key))
         if self._svd:
             component = factors.decompose_quickly(component)
         found = shrink.tensors(component.first(planned.rank), planned.half)
@@ -215,6 +230,23 @@ class _Work:
             for o, rank in zip((part.outline for part in self._parts), ranks, strict=True)
         }
         return lora_format.complete_listing({**self._metadata, **changed}, entries)
+
+
+def _copy(source: Path, target: Path) -> None:
+    try:
+        with replacing(target) as file, source.open("rb") as original:
+            shutil.copyfileobj(original, file)
+    except OSError as error:
+        raise LoRAFileError(
+            f"{target} could not be written ({error.strerror or error}). Free some space or choose "
+            "another output folder."
+        ) from error
+
+
+def _titled(metadata: Mapping[str, str], target: Path) -> dict[str, str]:
+    """``metadata`` under the name of the new file, where it has one."""
+    names = {"ss_output_name": target.stem, "modelspec.title": target.stem}
+    return {**metadata, **{name: text for name, text in names.items() if name in metadata}}
 
 
 def _joined(sources: Sequence[LoRASource]) -> dict[str, str]:

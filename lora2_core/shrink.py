@@ -5,6 +5,8 @@ What :mod:`.resize` writes to a file, :func:`shrink` does to the tensors that ar
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +16,7 @@ from torch import Tensor
 from . import factors, foreign_lora2, lora_format, lora_keys
 from .checks import choice, number, whole
 from .component import Component
+from .lora_header import LoRAFileError
 from .lora_keys import Pair
 from .rank_choice import Part, choose_ranks, part_of, ranks_for_energy
 
@@ -66,7 +69,8 @@ def shrink(state: Mapping[str, Tensor], limits: Limits) -> dict[str, Tensor]:
     """``state`` within ``limits``, under the same keys.
 
     Of LoRAs of two factors a component, by any trainer; what else the state holds stays as it is.
-    A component may go altogether. Sizes are those of the tensors and their entries in a header.
+    A component may go altogether. Sizes are those of all tensors and their entries in a header.
+    Raises LoRAFileError where the size has no room for anything.
     """
     if limits.nothing:
         return dict(state)
@@ -80,14 +84,44 @@ def shrink(state: Mapping[str, Tensor], limits: Limits) -> dict[str, Tensor]:
     ranks = choose(parts, limits)
     kept = [part.first(rank) for part, rank in zip(parts, ranks, strict=True)]
     if limits.megabytes is not None:
-        available = int(limits.megabytes * 1e6)
-        if sum(part.costs[-1] for part in kept) > available:
-            ranks = choose_ranks(kept, available)
+        ranks = _within_bytes(kept, limits.megabytes, _bytes_beside(state, pairs))
     out = dict(state)
     for pair, component, rank in zip(pairs, found, ranks, strict=True):
         if rank < component.rank or svd or limits.megabytes is not None:
             _put(out, pair, component.first(rank))
     return out
+
+
+def _within_bytes(parts: Sequence[Part], megabytes: float, beside: int) -> list[int]:
+    """The ranks of ``parts``, or fewer where they and the bytes beside them take more."""
+    available = int(megabytes * 1e6) - beside
+    whole = [part.rank for part in parts]
+    if not any(whole) or sum(part.costs[-1] for part in parts) <= available:
+        return whole
+    ranks = choose_ranks(parts, available)
+    if not any(ranks):
+        least = beside + min(part.costs[1] for part in parts if part.rank)
+        raise LoRAFileError(
+            f"megabytes is {megabytes:g}, which has no room for a single component of this LoRA; "
+            f"choose at least {math.ceil(least / 1e2) / 1e4:g}."
+        )
+    return ranks
+
+
+def _bytes_beside(state: Mapping[str, Tensor], pairs: Sequence[Pair]) -> int:
+    """Of all that stays as it is, with its entries in a header."""
+    factors_of = {key for p in pairs for key in (p.down, p.up, p.mid, p.alpha)}
+    place = sum(tensor.nbytes for tensor in state.values())
+    return sum(
+        tensor.nbytes + len(json.dumps({key: _entry(tensor, place)}))
+        for key, tensor in state.items()
+        if key not in factors_of
+    )
+
+
+def _entry(tensor: Tensor, place: int) -> dict[str, object]:
+    """Of a header, as long as it can get."""
+    return {"dtype": "F8_E4M3", "shape": list(tensor.shape), "data_offsets": [place, place]}
 
 
 def in_our_layout(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:

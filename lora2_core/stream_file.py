@@ -26,13 +26,11 @@ class Planned:
 
     def __init__(self, outline: Outline, rank: int, half: bool, extra: Mapping[str, Tensor] = {}):
         self.outline, self.rank, self.half = outline, rank, half
-        self.extra = dict(extra)  # by what follows the component's key, ".dora_scale"
+        self.extra = dict(extra)  # the tensors of ``outline.beside``, by their ending
 
     @property
     def shapes(self) -> dict[str, lora_format.Shape]:
-        found = self.outline.shapes(self.rank, self.half)
-        extra = {self.outline.key + end: tensor for end, tensor in self.extra.items()}
-        return found | lora_format.shapes_of(extra)
+        return self.outline.shapes(self.rank, self.half)
 
 
 def write(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
+import struct
+import zlib
 from pathlib import Path
 
 import pytest
@@ -55,6 +58,16 @@ def test_the_facts_of_a_file(tmp_path: Path, monkeypatch):
     ],
 )  # fmt: skip
 def test_a_thumbnail_that_is_none(uri: str):
+    assert inspector.decoded(uri) is None
+
+
+def test_a_thumbnail_that_claims_to_be_huge():
+    """A hundred bytes that would unpack to ten gigabytes."""
+    size = struct.pack(">II", 60_000, 60_000)
+    chunk = b"IHDR" + size + b"\x08\x02\x00\x00\x00"
+    data = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk
+    data += struct.pack(">I", zlib.crc32(chunk)) + struct.pack(">I", 0) + b"IDAT" + bytes(4)
+    uri = "data:image/png;base64," + base64.b64encode(data).decode()
     assert inspector.decoded(uri) is None
 
 
