@@ -7,6 +7,8 @@ import json
 import sys
 from pathlib import Path
 
+from PIL import Image
+
 from . import comparison, inspector
 from .inspector import FileReport
 from .lora_file import LoRAFileError
@@ -47,8 +49,10 @@ def run(options: argparse.Namespace) -> int:
     return failed
 
 
-def picture_of(reports: list[FileReport]):
+def picture_of(reports: list[FileReport]) -> Image.Image:
     """The rank map of one file, or of several side by side."""
     if len(reports) == 1:
         return reports[0].picture()
-    return comparison.compare([comparison.Shown(r.name, r.components, r.nbytes) for r in reports])
+    return comparison.compare(
+        [comparison.Shown(Path(r.name).stem, r.components, r.nbytes) for r in reports]
+    )

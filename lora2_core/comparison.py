@@ -50,10 +50,10 @@ def compare(files: Sequence[Shown]) -> Image.Image:
 def _draw_title(canvas: Canvas, file: Shown, plan: Layout) -> None:
     baseline = _top_of(plan) - 18
     figures = summarize(file.components)
-    facts = (
-        f"mean rank {figures.rank_mean:.1f} · {figures.rank_min} to {figures.rank_max} · "
-        f"{file.nbytes / 1e6:,.2f} MB"
-    )
+    ranks = f"mean rank {figures.rank_mean:.1f} · {figures.rank_min} to {figures.rank_max}"
+    if figures.rank_min == figures.rank_max:
+        ranks = f"rank {figures.rank_max} everywhere"
+    facts = f"{ranks} · {file.nbytes / 1e6:,.2f} MB"
     room = WIDTH - 2 * MARGIN - text_width(facts, 14) - 24
     canvas.text((MARGIN, baseline), fitted(file.name, 17, room), 17)
     canvas.text((WIDTH - MARGIN, baseline), facts, 14, MUTED, "right")

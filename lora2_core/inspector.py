@@ -15,9 +15,10 @@ from typing import Any
 from PIL import Image
 
 from . import lora_file, lora_format, lora_header, measure, report
+from .canvas import fitted
 from .lora_file import ComponentInfo
 from .made_for import Architecture, made_for
-from .rank_layout import MARGIN
+from .rank_layout import MARGIN, WIDTH
 
 _TAGS = 8
 _CORNER, _TOP = 64, 24  # px: side of a thumbnail in the rank map, and where it starts
@@ -32,6 +33,7 @@ _SETTINGS = {
     "photos": "ss_num_train_images", "trainer": "ss_network_module",
 }  # fmt: skip
 _HASHES = {"sha-256 of the weights": "sshs_model_hash", "kohya's short hash": "sshs_legacy_hash"}
+_DIGEST = re.compile(r"[0-9a-fA-F]{8,64}")
 _BASES = ("ss_sd_model_name", "lora2.base_model_hash", "ss_new_sd_model_hash", "ss_sd_model_hash")
 
 
@@ -60,6 +62,12 @@ class FileReport:
         return dict(Counter(component.kind for component in self.components))
 
     @property
+    def hashes(self) -> dict[str, str]:
+        """Those that the file tells of itself, by their key; what is no hash is left out."""
+        found = {key: self.metadata.get(key, "") for key in _HASHES.values()}
+        return {key: text for key, text in found.items() if _DIGEST.fullmatch(text)}
+
+    @property
     def alpha(self) -> str:
         """What the header tells of it; the numbers themselves are tensors."""
         if self.metadata.get("lora2.format_version") == lora_file.FORMAT_VERSION:
@@ -72,21 +80,23 @@ class FileReport:
 
     def picture(self) -> Image.Image:
         """The rank map, and in its corner the picture that the file holds."""
-        headline = lora_file.headline(self.metadata)
-        found = report.rank_picture(self.components, Path(self.name).stem, headline)
+        title, headline = Path(self.name).stem, lora_file.headline(self.metadata)
         small = self.thumbnail()
-        if small is not None:
-            small.thumbnail((_CORNER, _CORNER), Image.Resampling.LANCZOS)
-            found.paste(small, (found.width - MARGIN - small.width, _TOP))
+        if small is None:
+            return report.rank_picture(self.components, title, headline)
+        small.thumbnail((_CORNER, _CORNER), Image.Resampling.LANCZOS)
+        room = WIDTH - 2 * MARGIN - _CORNER - 16  # what is written ends before the picture
+        title, headline = fitted(title, 26, room), fitted(headline, 14, room)
+        found = report.rank_picture(self.components, title, headline)
+        found.paste(small, (found.width - MARGIN - small.width, _TOP))
         return found
 
     def text(self) -> str:
         """All of it as lines of monospaced text."""
-        facts = [f"{name:<12} {text[:_LINE]}" for name, text in self._facts() if text]
+        facts = [f"{name:<12} {_one_line(text)}" for name, text in self._facts() if text]
         table = report.rank_table(self.components)
-        return "\n".join([self.name, "=" * min(len(self.name), 100), *facts, "", table]) + (
-            self._strengths()
-        )
+        name = _one_line(self.name)
+        return "\n".join([name, "=" * min(len(name), 100), *facts, "", table]) + (self._strengths())
 
     def as_dict(self) -> dict[str, Any]:
         """All of it for scripts."""
@@ -98,6 +108,7 @@ class FileReport:
             "tags": self.tags,
             "kinds": self.kinds,
             "alpha": self.alpha,
+            "hashes": self.hashes,
             "summary": asdict(report.summarize(self.components)),
             "components": [asdict(component) for component in self.components],
             "metadata": dict(self.metadata),
@@ -107,11 +118,10 @@ class FileReport:
     def _facts(self) -> list[tuple[str, str]]:
         known = lora_format.understood(self.metadata)
         settings = [f"{n} {known[k]}" for n, k in _SETTINGS.items() if known.get(k)]
-        hashes = [f"{self.metadata[key]} ({name})" for name, key in _HASHES.items()
-                  if self.metadata.get(key)]  # fmt: skip
+        hashes = [f"{self.hashes[key]} ({name})" for name, key in _HASHES.items()
+                  if key in self.hashes]  # fmt: skip
         base = [self.made.text, *(known.get(key, "") for key in _BASES)]
         kinds = ", ".join(f"{count} {kind}" for kind, count in self.kinds.items())
-        picture = self.thumbnail()
         version = self.metadata.get("lora2.format_version", "")
         newer = version not in ("", lora_file.FORMAT_VERSION)
         told = f"LoRA² {version}, newer than this pack knows; read as a plain LoRA" if newer else ""
@@ -123,9 +133,20 @@ class FileReport:
             ("Base", " · ".join(filter(None, base))),
             ("Training", ", ".join(settings)),
             ("Alpha", self.alpha),
-            ("Thumbnail", f"{picture.width}×{picture.height} px" if picture else ""),
+            ("Thumbnail", self._about_thumbnail()),
             *(("Hash", text) for text in hashes),
         ]
+
+    def _about_thumbnail(self) -> str:
+        if not self.metadata.get("modelspec.thumbnail"):
+            return ""
+        picture = self.thumbnail()
+        if picture is not None:
+            return f"{picture.width}×{picture.height} px"
+        return (
+            "ignored: it is no PNG, JPEG or WebP picture of at most "
+            f"{_LARGEST_THUMBNAIL:,} characters that can be shown"
+        )
 
     def _strengths(self) -> str:
         if self.measured is None:
@@ -173,17 +194,19 @@ def most_frequent_tags(metadata: Mapping[str, str]) -> list[str]:
 
 
 def decoded(uri: str) -> Image.Image | None:
-    """The picture of a data URI that a stranger wrote, or None."""
+    """The picture of a data URI that a stranger wrote; None for what is none, or too large."""
     found = _THUMBNAIL.fullmatch(uri) if len(uri) <= _LARGEST_THUMBNAIL else None
     if found is None:
         return None
     try:
-        data = base64.b64decode(found[1], validate=False)
+        data = base64.b64decode("".join(found[1].split()), validate=True)
         picture = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
         if picture.width * picture.height > _LARGEST_PICTURE:
             return None
         return picture.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    # Decoders meet spoilt data with errors of many kinds, and one that claims to be huge with
+    # DecompressionBombError, which is no OSError: whatever it is, there is no picture to show.
+    except Exception:
         return None
 
 

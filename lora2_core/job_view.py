@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from . import component_map, lora_file, report
+from . import component_map, inspector, lora_file, report
 from .curves import keep_peaks, number
 from .job_queue import Entry
 from .job_store import INTERRUPTED, Kept
@@ -27,8 +27,6 @@ from .sample_strip import SampleEvent
 HISTORY_POINTS, EVENT_POINTS, LOG_LINES = 2000, 50, 100
 ADDRESS = "/lora2/jobs"
 _MESSAGE, _ERROR, _LINE = 500, 2000, 500  # characters that are sent at most
-_THUMBNAIL = re.compile(r"data:image/(png|jpeg|webp);base64,[A-Za-z0-9+/=\s]{16,}")
-_LARGEST_THUMBNAIL = 1_000_000
 # Only what is known to tell nothing of its maker's machine: files of others hold their folders.
 _SHOWN = re.compile(
     r"lora2\.(mode|quantile|seed|steps|mean_rank|format_version|loss)"
@@ -219,18 +217,21 @@ def png(image: Image.Image) -> bytes:
 
 
 def inspected(name: str, path: Path) -> dict[str, Any]:
-    """What is in a LoRA file. Raises LoRAFileError where it is none."""
-    components, metadata = lora_file.inspect(path)
-    picture = metadata.get("modelspec.thumbnail", "")
-    fits = len(picture) <= _LARGEST_THUMBNAIL and _THUMBNAIL.fullmatch(picture)
+    """What is in a LoRA file, by its header. Raises LoRAFileError where it is none."""
+    found = inspector.inspect(path)
+    metadata = found.metadata
     return {
         "name": name,
-        "bytes": path.stat().st_size,
-        "mean_rank": _mean(components),
-        "trigger": metadata.get("modelspec.trigger_phrase", "")[:_LINE],
-        "components": file_components(components),
+        "bytes": found.nbytes,
+        "mean_rank": _mean(found.components),
+        "trigger": found.trigger[:_LINE],
+        # Not the base's file name, which may hold a folder of its maker's machine.
+        "base": found.made.text,
+        "kinds": found.kinds,
+        "hashes": found.hashes,
+        "components": file_components(found.components),
         "headline": lora_file.headline(metadata)[:_LINE],
-        "thumbnail": picture if fits else None,
+        "thumbnail": metadata["modelspec.thumbnail"] if found.thumbnail() else None,
         "metadata": short_metadata(metadata),
     }
 

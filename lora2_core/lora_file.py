@@ -20,15 +20,16 @@ import safetensors
 import torch
 from torch import Tensor
 
-from . import lora_format, lora_header, lora_keys, size_budget
+from . import lora_format, lora_header, lora_keys, lora_shapes, size_budget
 from .atomic_file import replacing
 from .component import Component
 from .lora_format import ALPHA as _ALPHA
 from .lora_format import DOWN as _DOWN
 from .lora_format import FORMAT_VERSION, PREFIXES, LoRAFileError, encode, fold, kohya_key, to_state
 from .lora_format import UP as _UP
-from .lora_header import Header, TensorEntry
-from .lora_keys import Pair
+from .lora_header import Header
+from .lora_keys import MAGNITUDES, Pair
+from .lora_shapes import Mismatch
 
 __all__ = [
     "FORMAT_VERSION",
@@ -51,6 +52,7 @@ __all__ = [
 ]
 
 _MID = ".lora_mid.weight"  # a third factor that some convolution LoRAs of others have
+_LARGEST_WIDTH = 1 << 31  # of a layer that the metadata may list
 
 
 @dataclass(frozen=True)
@@ -177,13 +179,15 @@ def headline(metadata: Mapping[str, str]) -> str:
 def load(path: Path) -> LoRAFile:
     """Tensors and metadata of a LoRA file; the tensors are mapped, and read when they are used.
 
-    Raises LoRAFileError for anything unreadable.
+    Raises LoRAFileError for anything unreadable, and for parts that do not fit together.
     """
     header = lora_header.read_header(path)
+    _components(header, lora_keys.split(header.entries), {})
     try:
         with safetensors.safe_open(path, "pt") as file:
             state = {key: file.get_tensor(key) for key in header.entries}
-    except (OSError, safetensors.SafetensorError) as error:  # it has changed since
+    # It has changed since, or is of a type that this version of torch does not know.
+    except (OSError, AttributeError, safetensors.SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise LoRAFileError(f"{path} cannot be read ({reason}). Copy it again.") from error
     return LoRAFile(state, header.metadata)
@@ -217,16 +221,7 @@ def describe(header: Header) -> tuple[list[ComponentInfo], dict[str, str]]:
     """:func:`inspect` of a header that was read already."""
     parts = lora_keys.split(header.entries)
     trained = _trained_components(header.metadata)
-    if parts.lonely:
-        raise LoRAFileError(
-            f"{header.path} is damaged: {lora_header.shown(parts.lonely[0])} lacks its other half."
-        )
-    infos = [_info(header, pair, trained.get(pair.name)) for pair in parts.pairs]
-    infos += [
-        _other(header, kind, name, keys)
-        for kind, components in parts.others.items()
-        for name, keys in components.items()
-    ]
+    infos = _components(header, parts, trained)
     if not infos:
         raise LoRAFileError(
             f"{header.path} holds no LoRA (no key ends in {_DOWN} or any other LoRA's ending); "
@@ -243,6 +238,34 @@ def describe(header: Header) -> tuple[list[ComponentInfo], dict[str, str]]:
     return infos, header.metadata
 
 
+def _components(
+    header: Header, parts: lora_keys.Parts, trained: Mapping[str, Any]
+) -> list[ComponentInfo]:
+    """What is in the file. Raises LoRAFileError where tensors do not fit together."""
+    if parts.lonely:
+        raise LoRAFileError(
+            f"{header.path} is damaged: {lora_header.shown(parts.lonely[0])} lacks its other half."
+        )
+    magnitudes = {
+        key.removesuffix(end) for key in parts.unknown for end in MAGNITUDES if key.endswith(end)
+    }
+    infos: list[ComponentInfo] = []
+    name = ""
+    try:
+        for pair in parts.pairs:
+            name = pair.name
+            infos.append(_info(header, pair, trained.get(name), name in magnitudes))
+        for kind, components in parts.others.items():
+            for name, keys in components.items():
+                infos.append(_other(header, kind, name, keys))
+    except Mismatch as mismatch:
+        raise LoRAFileError(
+            f"{header.path} is damaged: the two halves of {lora_header.shown(name)} do not "
+            f"fit together ({mismatch})."
+        ) from None
+    return infos
+
+
 def _trained_components(metadata: Mapping[str, str]) -> dict[str, Any]:
     """Our own list of components; empty when somebody else wrote into our metadata, since the
     tensors still tell the ranks. That of a newer format is not ours to understand."""
@@ -251,7 +274,7 @@ def _trained_components(metadata: Mapping[str, str]) -> dict[str, Any]:
     try:
         listed = json.loads(metadata.get("lora2.components", "{}"))
         return {
-            str(key): {"nu": _number(e["nu"]), "in": int(e["in"]), "out": int(e["out"])}
+            str(key): {"nu": _number(e["nu"]), "in": _width(e["in"]), "out": _width(e["out"])}
             for key, e in listed.items()
         }
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
@@ -259,48 +282,52 @@ def _trained_components(metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _number(value: Any) -> float | None:
-    return None if value is None else float(value)
+    number = None if value is None else float(value)
+    if number is None or math.isfinite(number):
+        return number
+    raise ValueError
 
 
-def _info(header: Header, pair: Pair, trained: Mapping[str, Any] | None) -> ComponentInfo:
+def _width(value: Any) -> int:
+    if 0 <= (number := int(value)) <= _LARGEST_WIDTH:
+        return number
+    raise ValueError
+
+
+def _info(
+    header: Header, pair: Pair, trained: Mapping[str, Any] | None, magnitudes: bool
+) -> ComponentInfo:
+    """Of two factors; ``magnitudes``: whether PEFT's belong to them."""
     down, up = header[pair.down], header[pair.up]
-    if min(len(down.shape), len(up.shape)) < 2 or down.shape[0] != up.shape[1]:
-        raise LoRAFileError(
-            f"{header.path} is damaged: the two halves of {lora_header.shown(pair.name)} do not "
-            f"fit together ({_shape(down)} and {_shape(up)})."
-        )
-    kind = "dora" if pair.dora_scale else "conv" if math.prod(down.shape[2:]) > 1 else "lora"
-    area = math.prod(header[pair.mid].shape[2:]) if pair.mid else 1
+    mid = header[pair.mid] if pair.mid else None
+    if pair.alpha:
+        _check_alpha(header, pair.alpha)
+    product = lora_shapes.of_pair(down.shape, up.shape, mid.shape if mid else None)
+    area = math.prod((mid or down).shape[2:])
     return ComponentInfo(
         key=pair.name,
-        rank=down.shape[0],
-        in_features=math.prod(down.shape[1:]) * area,
-        out_features=up.shape[0],
+        rank=product.rank,
+        in_features=product.in_features,
+        out_features=product.out_features,
         nu=trained["nu"] if trained else None,
-        nbytes=down.nbytes + up.nbytes + (header[pair.mid].nbytes if pair.mid else 0),
-        kind="conv" if kind == "lora" and area > 1 else kind,
+        nbytes=down.nbytes + up.nbytes + (mid.nbytes if mid else 0),
+        kind="dora" if pair.dora_scale or magnitudes else "conv" if area > 1 else "lora",
     )
 
 
 def _other(header: Header, kind: str, name: str, keys: Sequence[str]) -> ComponentInfo:
     """A component of another kind than two factors; 0 for what its tensors do not tell."""
-    shapes: dict[str, tuple[int, ...]] = {key.removeprefix(name): header[key].shape for key in keys}
-
-    def size(key: str, dimension: int) -> int:
-        shape = shapes.get(key)
-        return shape[dimension] if shape and len(shape) > dimension else 0
-
-    rank = {
-        "loha": size(".hada_w1_b", 0),
-        "lokr": size(".lokr_w2_b", 0) or size(".lokr_w1_b", 0),
-        "glora": size(".b1.weight", 0),
-    }.get(kind, 0)
-    in_features, out_features = size(".hada_w1_b", 1), size(".hada_w1_a", 0)
-    if kind == "difference" and len(shapes.get(".diff", ())) >= 2:
-        out_features, in_features = size(".diff", 0), math.prod(shapes[".diff"][1:])
+    _check_alpha(header, name + lora_keys.ALPHA)
+    product = lora_shapes.of_other(kind, {key[len(name) :]: header[key].shape for key in keys})
     nbytes = sum(header[key].nbytes for key in keys)
-    return ComponentInfo(name, rank, in_features, out_features, None, nbytes, kind)
+    return ComponentInfo(
+        name, product.rank, product.in_features, product.out_features, None, nbytes, kind
+    )
 
 
-def _shape(entry: TensorEntry) -> str:
-    return "×".join(map(str, entry.shape)) or "a single number"
+def _check_alpha(header: Header, key: str) -> None:
+    if key in header and (count := math.prod(header[key].shape)) != 1:
+        raise LoRAFileError(
+            f"{header.path} is damaged: {lora_header.shown(key)} holds {count} numbers where one "
+            "belongs. Copy or download it again."
+        )

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import stat
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +22,18 @@ ITEM_BYTES = {
 }  # fmt: skip
 _LARGEST_NUMBER = 1 << 62
 _MOST_DIMENSIONS = 16
+_MOST_PARTS = 1_000_000  # brackets and commas, or quotes; 100,000 tensors have as many
+_FIELDS = {"dtype", "shape", "data_offsets"}
 
 
 class LoRAFileError(ValueError):
-    """A file cannot be read or written; the message names the file, the cause and the fix."""
+    """A file cannot be read or written; the message names the file, the cause and the fix.
+
+    It is one line of what can be printed, whatever a file or a folder is called.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(one_line(message))
 
 
 class _Flaw(ValueError):
@@ -71,7 +78,7 @@ def read_header(path: Path) -> Header:
     or no sound safetensors file.
     """
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for
+        if not path.is_file():  # a pipe would be waited for
             raise FileNotFoundError
         with path.open("rb") as file:
             return _read(path, file)
@@ -119,6 +126,7 @@ def _read(path: Path, file: BinaryIO) -> Header:
 
 
 def _parse(text: bytes) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    _check_number_of_parts(text)
     try:
         # bytes.decode is strict, and a number that is too long for int() raises ValueError
         header = json.loads(text.decode(), object_pairs_hook=_unique, parse_constant=_constant)
@@ -128,10 +136,32 @@ def _parse(text: bytes) -> tuple[dict[str, TensorEntry], dict[str, str]]:
         raise _Flaw("its header is no JSON") from None
     if not isinstance(header, dict):
         raise _Flaw("its header is no JSON object")
-    metadata = header.pop("__metadata__", None) or {}
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(t, str) for t in metadata.values()):
         raise _Flaw("its metadata is not all text")
+    if rb"\u" in text:  # the only way to half a character, which can be neither shown nor written
+        _check_characters(header, metadata)
     return {key: _entry(key, value) for key, value in header.items()}, metadata
+
+
+def _check_number_of_parts(text: bytes) -> None:
+    """Ten million bytes of empty lists would take twenty-five times as much memory."""
+    bare = text.replace(rb"\\", b"").replace(rb"\"", b"")
+    few = bare.count(b'"') <= _MOST_PARTS
+    if few:
+        outside = b"".join(bare.split(b'"')[::2])  # of all texts
+        few = sum(map(outside.count, (b",", b"[", b"{"))) <= _MOST_PARTS
+    if not few:
+        raise _Flaw("its header has more parts than any LoRA's")
+
+
+def _check_characters(header: dict[str, Any], metadata: dict[str, str]) -> None:
+    for word in (*header, *metadata, *metadata.values()):
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise _Flaw(f"{shown(word)} in its header is no text") from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -148,25 +178,27 @@ def _constant(name: str) -> Any:
 
 
 def _entry(key: str, value: Any) -> TensorEntry:
-    if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(value, dict) or value.keys() != _FIELDS:
         raise _Flaw(f"the header's entry of {shown(key)} is not that of a tensor")
     dtype, shape, places = value["dtype"], value["shape"], value["data_offsets"]
-    if dtype not in ITEM_BYTES if isinstance(dtype, str) else True:
-        raise _Flaw(f"{shown(key)} is of the unknown type {shown(dtype)}")
+    item = ITEM_BYTES.get(dtype) if isinstance(dtype, str) else None
+    if item is None:
+        name = dtype if isinstance(dtype, str) else type(dtype).__name__
+        raise _Flaw(f"{shown(key)} is of the unknown type {shown(name)}")
     if not _whole(shape) or not _whole(places) or len(places) != 2:
         raise _Flaw(f"shape or place of {shown(key)} are not whole numbers from 0 up")
-    if len(shape) > _MOST_DIMENSIONS or math.prod(shape) > _LARGEST_NUMBER:
+    if len(shape) > _MOST_DIMENSIONS or (count := math.prod(shape)) > _LARGEST_NUMBER:
         raise _Flaw(f"the shape of {shown(key)} is beyond all measure")
     start, end = places
-    if end - start != math.prod(shape) * ITEM_BYTES[dtype]:
+    if end - start != count * item:
         raise _Flaw(f"the place of {shown(key)} is of another size than its shape and type")
     return TensorEntry(tuple(shape), dtype, start, end)
 
 
 def _whole(numbers: Any) -> bool:
-    return isinstance(numbers, list) and all(
-        type(number) is int and 0 <= number <= _LARGEST_NUMBER for number in numbers
-    )
+    if not isinstance(numbers, list) or not {*map(type, numbers)} <= {int}:  # True is no number
+        return False
+    return not numbers or (min(numbers) >= 0 and max(numbers) <= _LARGEST_NUMBER)
 
 
 def _check_places(entries: dict[str, TensorEntry], there: int) -> None:
@@ -188,10 +220,15 @@ def _no_safetensors(path: Path, reason: str) -> LoRAFileError:
     )
 
 
-def shown(text: object) -> str:
+def shown(text: str) -> str:
     """A stranger's words in a message: one line, and not too long."""
-    line = "".join(c if c.isprintable() else "?" for c in str(text)[:81])
+    line = one_line(text[:81])
     return line if len(line) <= 80 else line[:79] + "…"
+
+
+def one_line(text: str) -> str:
+    """``text`` with a question mark for all that cannot be printed, or moves a cursor."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
 
 
 def _of_total(size: int, total: int) -> str:

@@ -6,7 +6,7 @@ OFT and plain differences have endings of their own. Needs no torch: keys, no te
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 # Endings of (down, up) after the component's name; the first that fits is taken.
@@ -21,6 +21,13 @@ PAIR_ENDINGS = (
 )
 MID, ALPHA, DORA_SCALE, RESHAPE = ".lora_mid.weight", ".alpha", ".dora_scale", ".reshape_weight"
 NU = ".lora2_nu"  # of the other layout of LoRA² files; see foreign_lora2
+_BESIDE = (MID, ALPHA, DORA_SCALE, RESHAPE, NU)  # two factors, in the order of Pair
+# A DoRA's magnitudes as PEFT names them.
+MAGNITUDES = (
+    ".lora_magnitude_vector.default.weight",
+    ".lora_magnitude_vector.weight",
+    ".lora_magnitude_vector",
+)
 # Of other kinds than two factors: what is left of the key is the component's name.
 OTHER_ENDINGS = {
     "loha": (".hada_w1_a", ".hada_w1_b", ".hada_w2_a", ".hada_w2_b", ".hada_t1", ".hada_t2"),
@@ -32,7 +39,19 @@ OTHER_ENDINGS = {
     "difference": (".diff", ".diff_b", ".set_weight"),
     "norm": (".w_norm", ".b_norm"),
 }  # fmt: skip
+# Without these there is nothing to multiply; of each line one set is enough.
+_NEEDED = {
+    "loha": (({".hada_w1_a", ".hada_w1_b", ".hada_w2_a", ".hada_w2_b"},),),
+    "lokr": (
+        ({".lokr_w1"}, {".lokr_w1_a", ".lokr_w1_b"}),
+        ({".lokr_w2"}, {".lokr_w2_a", ".lokr_w2_b"}),
+    ),
+    "glora": ((set(OTHER_ENDINGS["glora"]),),),
+}
 _PREFIXES = ("base_model.model.",)  # that PEFT puts before a component's name
+_PAIR_OF = {end: ends for ends in PAIR_ENDINGS for end in ends}
+_KIND_OF = {end: kind for kind, ends in OTHER_ENDINGS.items() for end in ends}
+_MOST_DOTS = 3  # of an ending; none is the end of another
 
 
 @dataclass(frozen=True)
@@ -63,13 +82,13 @@ class Parts:
     pairs: tuple[Pair, ...]
     others: dict[str, dict[str, tuple[str, ...]]] = field(default_factory=dict)
     """kind → component's name → its keys; an alpha is listed with its component"""
-    lonely: tuple[str, ...] = ()  # one factor without the other
+    lonely: tuple[str, ...] = ()  # factors without the others that they are multiplied with
     unknown: tuple[str, ...] = ()  # no ending that is known
 
 
 def split(keys: Iterable[str]) -> Parts:
     """Group the keys of a file by component, in the order of the file."""
-    present = dict.fromkeys(keys)
+    present = {key: key for key in keys}
     pairs: list[Pair] = []
     others: dict[str, dict[str, list[str]]] = {}
     lonely: list[str] = []
@@ -77,22 +96,29 @@ def split(keys: Iterable[str]) -> Parts:
     for key in present:
         if key in taken:
             continue
-        if (pair := _pair_of(key, present)) is not None:
+        end = _ending(key)
+        name = key[: len(key) - len(end)]
+        if end in _PAIR_OF and (pair := _pair(name, *_PAIR_OF[end], present)) is not None:
             pairs.append(pair)
             taken.update(pair.keys)
-        elif (other := _other_of(key)) is not None:
-            others.setdefault(other[0], {}).setdefault(other[1], []).append(key)
+        elif end in _KIND_OF:
+            others.setdefault(_KIND_OF[end], {}).setdefault(name, []).append(key)
             taken.add(key)
-        elif _is_factor(key):
+        elif end in _PAIR_OF:
             lonely.append(key)
             taken.add(key)
-    for components in others.values():
+    lonely += [key for key in present if key not in taken and key.endswith(MID)]
+    for kind, components in others.items():
+        for name in [n for n, found in components.items() if not _complete(kind, n, found)]:
+            lonely += components.pop(name)
         for name, found in components.items():
             extra = [name + end for end in (ALPHA, DORA_SCALE) if name + end in present]
             found += [key for key in extra if key not in taken]
             taken.update(extra)
+    taken.update(lonely)
     unknown = tuple(key for key in present if key not in taken)
-    frozen = {kind: {n: tuple(k) for n, k in found.items()} for kind, found in others.items()}
+    frozen = {k: {n: tuple(keys) for n, keys in found.items()} for k, found in others.items()}
+    frozen = {kind: components for kind, components in frozen.items() if components}
     return Parts(tuple(pairs), frozen, tuple(lonely), unknown)
 
 
@@ -103,29 +129,31 @@ def plain_name(name: str) -> str:
     return name
 
 
-def _pair_of(key: str, present: dict[str, None]) -> Pair | None:
-    """The pair that ``key`` is one factor of, if both are there."""
-    for down, up in PAIR_ENDINGS:
-        for end in (down, up):
-            if not key.endswith(end):
-                continue
-            name = key[: -len(end)]
-            if name + down not in present or name + up not in present:
-                continue
-            extras = (name + e for e in (MID, ALPHA, DORA_SCALE, RESHAPE, NU))
-            return Pair(
-                name, name + down, name + up, *(e if e in present else None for e in extras)
-            )
-    return None
+def _ending(key: str) -> str:
+    """The ending of a key that tells what it is; empty when none is known."""
+    place = len(key)
+    for _ in range(_MOST_DOTS):
+        place = key.rfind(".", 0, place)
+        if place < 0:
+            return ""
+        end = key[place:]
+        if end in _PAIR_OF or end in _KIND_OF:
+            return end
+        if key.endswith("_lora", 0, place) and "_lora" + end in _PAIR_OF:
+            return "_lora" + end
+    return ""
 
 
-def _other_of(key: str) -> tuple[str, str] | None:
-    for kind, endings in OTHER_ENDINGS.items():
-        for end in endings:
-            if key.endswith(end):
-                return kind, key[: -len(end)]
-    return None
+def _pair(name: str, down: str, up: str, present: Mapping[str, str]) -> Pair | None:
+    """The component of two factors with these endings, if both are there."""
+    if name + down not in present or name + up not in present:
+        return None
+    extras = (present.get(name + end) for end in _BESIDE)
+    return Pair(name, name + down, name + up, *extras)
 
 
-def _is_factor(key: str) -> bool:
-    return any(key.endswith(end) for ends in PAIR_ENDINGS for end in ends)
+def _complete(kind: str, name: str, keys: Iterable[str]) -> bool:
+    ends = {key[len(name) :] for key in keys}
+    if (".hada_t1" in ends) != (".hada_t2" in ends):
+        return False
+    return all(any(one <= ends for one in enough) for enough in _NEEDED.get(kind, ()))

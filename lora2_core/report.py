@@ -47,6 +47,7 @@ from .rank_layout import (
     sort_components,
 )
 
+_LEGEND = 290  # px: the scale of colours
 _RAW, _SMOOTH, _PROBE, _RANK = (
     (0x3A, 0x4E, 0x62),
     (0x6C, 0xB6, 0xFF),
@@ -129,8 +130,14 @@ def scale_ticks(largest: int) -> list[int]:
     powers = powers[:: math.ceil(len(powers) / 10)]
     if largest <= powers[-1]:
         return powers
-    # The last power makes room when it stands too close to the end.
-    return [p for p in powers if p == 1 or largest / p >= 1.5] + [largest]
+    # The last power makes room when its label would touch that of the end.
+    return [p for p in powers if p == 1 or _apart(p, largest)] + [largest]
+
+
+def _apart(rank: int, largest: int) -> bool:
+    distance = _LEGEND * (1 - math.log(rank) / math.log(largest))
+    labels = text_width(short(rank), 11) + text_width(short(largest), 11)
+    return distance >= labels / 2 + 6
 
 
 def histogram(components: Sequence[ComponentInfo]) -> list[tuple[str, int, int]]:
@@ -193,7 +200,7 @@ def _foot_boxes(plan: Layout, top: float) -> tuple[Box, Box]:
 def draw_legend(canvas: Canvas, plan: Layout, scale: Scale, baseline: float) -> None:
     """What the colours mean, on one line."""
     canvas.text((MARGIN, baseline), "Rank of each component", 15)
-    left, right = WIDTH - MARGIN - 300, WIDTH - MARGIN - 10
+    left, right = WIDTH - MARGIN - 10 - _LEGEND, WIDTH - MARGIN - 10
     empty = any(not (cell.component and cell.component.rank) for cell in plan.cells)
     if not any(cell.component and cell.component.rank for cell in plan.cells):
         left = WIDTH - MARGIN
@@ -363,6 +370,10 @@ def _extreme_lines(components: Sequence[ComponentInfo]) -> list[str]:
 
 
 def fit_middle(text: str, length: int) -> str:
-    """``text`` with its middle cut out where it is longer than ``length``."""
+    """``text`` on one line, its middle cut out where it is longer than ``length``.
+
+    A stranger's name may hold what moves a terminal's cursor; that becomes a question mark.
+    """
+    text = "".join(c if c.isprintable() else "?" for c in text)
     half = (length - 1) // 2
     return text if len(text) <= length else f"{text[:half]}…{text[-half:]}"

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import comfy.lora
 import comfy.lora_convert
-import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from .. import lora_format, lora_keys, lora_names, made_for
+from .. import lora_format, lora_keys, made_for
 from ..load_config import WAYS, Strengths
-from . import bypass
+from . import bypass, fitting
 from .errors import HostError
 from .model_keys import family_of, known_base_hash, layer_names
 
@@ -67,24 +66,33 @@ def apply_lora(
     """
     if way not in WAYS:
         raise HostError(f"apply_as is {way!r}; choose one of {', '.join(WAYS)}.")
-    state = comfy.lora_convert.convert_lora(_in_known_names(state))
+    every = layer_names(model, clip)
+    state = comfy.lora_convert.convert_lora(fitting.in_known_names(state, every))
     parts = lora_keys.split(state)
     if parts.lonely:
         raise HostError(f"{source} is damaged: {parts.lonely[0][:80]} lacks its other half.")
-    names = _asked_for(layer_names(model, clip), parts)
-    patches = comfy.lora.load_lora(state, names, False)
+    names = _asked_for(every, parts)
+    patches = comfy.lora.load_lora(fitting.without_empty(state, parts), names, False)
     if not patches:
         raise HostError(_misfit(state, metadata, model, source))
+    exact = set[Any]()  # weights that merging would not round
     for key, patch in patches.items():
-        _check_shape(model, clip, key, patch, lambda: _misfit(state, metadata, model, source))
+        shape, dtype = _weight_of(model, clip, key)
+        if shape is not None and (why := fitting.misfit(patch, shape)):
+            sentence = _misfit(state, metadata, model, source)
+            raise HostError(f"{sentence} ({key} {why}.)")
+        if not bypass.is_fp8(dtype or model.model_dtype()):
+            exact.add(key)
     notes = (
         _unknown(parts, patches, names, source, clip is not None),
+        _unread(parts, patches, source),
         _other_base(model, metadata or {}, source),
     )
     note = " ".join(filter(None, notes))
     if note:
         logging.warning("LoRA²: %s", note)
-    patched = _patched(model, clip, patches, strength_model, strength_clip, strengths, way)
+    merged = {"merge": patches.keys(), "bypass": (), "auto": exact}[way]
+    patched = _patched(model, clip, patches, strength_model, strength_clip, strengths, merged)
     return Applied(*patched, note)
 
 
@@ -95,17 +103,16 @@ def _patched(
     strength_model: float,
     strength_clip: float,
     strengths: Strengths,
-    way: str,
+    merged: Collection[Any],
 ) -> tuple[ModelPatcher, Any | None]:
     new_model, new_clip = model.clone(), None if clip is None else clip.clone()
+    new_model.is_injected = False  # what is in the layers by now is the other's
     unet = {k: p for k, p in patches.items() if _weight(k).startswith("diffusion_model.")}
     factors = {key: strength_model * strengths.of(_weight(key)) for key in unet}
-    beside: dict[Any, Any] = {}
-    if way == "bypass" or (way == "auto" and bypass.weights_are_fp8(model)):
-        beside = {key: patch for key, patch in unet.items() if bypass.fits(model, key, patch)}
-        wanted = {key: patch for key, patch in beside.items() if factors[key]}
-        if wanted:
-            bypass.add_branches(new_model, wanted, factors)
+    free = {key: patch for key, patch in unet.items() if key not in merged}
+    beside = {key: patch for key, patch in free.items() if bypass.fits(model, key, patch)}
+    if wanted := {key: patch for key, patch in beside.items() if factors[key]}:
+        bypass.add_branches(new_model, wanted, factors)
     for factor in dict.fromkeys(factors.values()):
         group = {k: p for k, p in unet.items() if factors[k] == factor and k not in beside}
         if factor and group:
@@ -129,31 +136,17 @@ def _asked_for(names: dict[str, Any], parts: lora_keys.Parts) -> dict[str, Any]:
     return {name: names[name] for name in found if name in names}
 
 
-def _in_known_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``state`` with the names of PEFT, which ComfyUI does not know, in kohya's."""
-    new: dict[str, str] = {}
-    if not any(key != lora_keys.plain_name(key) for key in state):
-        return dict(state)
-    for pair in lora_keys.split(state).pairs:
-        if pair.name != lora_keys.plain_name(pair.name):
-            name = lora_names.kohya_name(pair.name)
-            ends = (".lora_down.weight", ".lora_up.weight", lora_keys.ALPHA, lora_keys.DORA_SCALE)
-            old = (pair.down, pair.up, pair.alpha, pair.dora_scale)
-            new |= {key: name + end for key, end in zip(old, ends, strict=True) if key}
-    return {new.get(key, key): tensor for key, tensor in state.items()}
-
-
 def _misfit(
     state: Mapping[str, Tensor],
     metadata: Mapping[str, str] | None,
     model: ModelPatcher,
     source: str,
 ) -> str:
-    inputs = {
-        pair.name: int(state[pair.down][0].numel())
-        for pair in lora_keys.split(state).pairs
-        if state[pair.down].dim() and state[pair.down].shape[0]
-    }
+    parts = lora_keys.split(state)
+    inputs = {p.name: state[p.down].shape[1:].numel() for p in parts.pairs if state[p.down].dim()}
+    for name in parts.others.get("loha", {}):
+        if (half := state.get(f"{name}.hada_w1_b")) is not None and half.dim():
+            inputs[name] = half.shape[1:].numel()
     if not inputs:
         return (
             f"{source} fits no layer of this model, {family_of(model).text}; choose a LoRA for it."
@@ -179,6 +172,19 @@ def _unknown(
     return made_for.unknown(source, missing, len(found))
 
 
+def _unread(parts: lora_keys.Parts, patches: Mapping[Any, Any], source: str) -> str:
+    """What is said of tensors that neither this pack nor ComfyUI can tell the meaning of."""
+    if not parts.unknown:
+        return ""
+    read = {key for patch in patches.values() for key in getattr(patch, "loaded_keys", ())}
+    left = [key[:60] for key in parts.unknown if key not in read]
+    if not left:
+        return ""
+    more = ", …" if len(left) > 3 else ""
+    tensors = "1 tensor" if len(left) == 1 else f"{len(left)} tensors"
+    return f"{source}: {tensors} of unknown kind left out: {', '.join(left[:3])}{more}."
+
+
 def _other_base(model: ModelPatcher, metadata: Mapping[str, str], source: str) -> str:
     """What is said where both know their base and it is not the same."""
     metadata = lora_format.understood(metadata)
@@ -195,23 +201,12 @@ def _other_base(model: ModelPatcher, metadata: Mapping[str, str], source: str) -
     )
 
 
-def _check_shape(model: ModelPatcher, clip: Any | None, key: Any, patch: Any, misfit: Any) -> None:
-    """Raises HostError for two factors whose product is not of the weight's shape."""
-    weights = getattr(patch, "weights", None)
-    if not isinstance(key, str) or weights is None or getattr(patch, "name", "") != "lora":
-        return  # other kinds of patch are ComfyUI's business
-    up, down, _, middle, _, reshape = weights
-    if middle is not None or reshape is not None:
-        return
+def _weight_of(
+    model: ModelPatcher, clip: Any | None, key: Any
+) -> tuple[torch.Size | None, torch.dtype | None]:
+    if not isinstance(key, str):
+        return None, None  # a part of a weight: ComfyUI's business
     root: Any = model.model
     if not key.startswith("diffusion_model.") and clip is not None:
         root = clip.cond_stage_model
-    weight: Any = comfy.utils.get_attr(root, key)
-    shape: torch.Size = weight.shape
-    if min(up.dim(), down.dim()) < 2 or up.shape[1] != down.shape[0]:
-        raise HostError(f"{misfit()} ({key} has halves that do not fit together.)")
-    if (up.shape[0], down[0].numel()) != (shape[0], shape[1:].numel()):
-        raise HostError(
-            f"{misfit()} ({key} is {shape[0]}×{shape[1:].numel()} in the model and "
-            f"{up.shape[0]}×{down[0].numel()} in the file.)"
-        )
+    return fitting.weight_of(root, key)

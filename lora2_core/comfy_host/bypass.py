@@ -7,7 +7,8 @@ patched model and takes them out when it unloads it, so clones of one model do n
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import comfy.utils
@@ -35,6 +36,10 @@ class Branch:
             return functional.conv2d(middle, up.view(*up.shape[:2], 1, 1)) * self.scale
         return functional.linear(functional.linear(x, down.flatten(1)), up.flatten(1)) * self.scale
 
+    def delta(self) -> Tensor:
+        """The same as a change of the layer's weight: (out, in · kernel), fp32."""
+        return self.up.float().flatten(1) @ self.down.float().flatten(1) * self.scale
+
     def leave(self) -> None:
         """Give back what lies on the device."""
         self._there = None
@@ -55,6 +60,7 @@ class _Injection(PatcherInjection):
         self._handles: list[Any] = []
 
     def _put_in(self, patcher: ModelPatcher) -> None:
+        self._take_out(patcher)  # clones share this; whichever is loaded, it works once
         for key, branches in self.branches.items():
             layer = comfy.utils.get_attr(patcher.model, key.removesuffix(".weight"))
             self._handles.append(layer.register_forward_hook(_adding(branches)))
@@ -93,11 +99,9 @@ def fits(model: ModelPatcher, key: Any, patch: Any) -> bool:
 
 def add_branches(model: ModelPatcher, patches: Mapping[str, Any], strength: Mapping[str, float]):
     """Put two-factor patches beside the layers of ``model``, a clone; those it has stay."""
-    branches: dict[str, tuple[Branch, ...]] = {}
+    branches = branches_of(model)
     for name in [name for name in model.injections if name.startswith(_PREFIX)]:
-        for injection in model.injections.pop(name):  # each of them ours, as its name says
-            assert isinstance(injection, _Injection)
-            branches |= injection.branches
+        model.remove_injections(name)
     for key, patch in patches.items():
         up, down, alpha = patch.weights[:3]
         scale = (1.0 if alpha is None else alpha / down.shape[0]) * strength[key]
@@ -106,7 +110,38 @@ def add_branches(model: ModelPatcher, patches: Mapping[str, Any], strength: Mapp
     model.set_injections(_PREFIX + uuid.uuid4().hex, [_Injection(branches)])
 
 
-def weights_are_fp8(model: ModelPatcher) -> bool:
-    """Whether merging into this model's weights would round stochastically."""
-    dtype = model.model_dtype()
-    return dtype is not None and torch.tensor([], dtype=dtype).element_size() == 1
+def branches_of(model: ModelPatcher) -> dict[str, tuple[Branch, ...]]:
+    """What works beside the layers of ``model``, by the key of the layer's weight."""
+    return {key: found for one in _ours(model) for key, found in one.branches.items()}
+
+
+def _ours(model: ModelPatcher) -> list[_Injection]:
+    injections = [i for name, i in model.injections.items() if name.startswith(_PREFIX)]
+    return [one for group in injections for one in group if isinstance(one, _Injection)]
+
+
+@contextmanager
+def set_aside(model: ModelPatcher) -> Iterator[None]:
+    """Layers without what works beside them, to be copied."""
+    inside = _ours(model) if model.is_injected else []
+    for one in inside:
+        one.eject(model)
+    try:
+        yield
+    finally:
+        for one in inside:
+            one.inject(model)
+
+
+def merge_into(root: nn.Module, model: ModelPatcher) -> None:
+    """Add what works beside the layers of ``model`` to the weights of a copy of it."""
+    for key, branches in branches_of(model).items():
+        weight: Any = comfy.utils.get_attr(root, key)
+        delta = torch.stack([branch.delta() for branch in branches]).sum(0)  # (out, in · kernel)
+        wide = weight.data.float() + delta.to(weight.device).view(weight.shape)
+        weight.data.copy_(wide)
+
+
+def is_fp8(dtype: torch.dtype | None) -> bool:
+    """Whether merging into weights of this type would round stochastically."""
+    return dtype is not None and dtype.is_floating_point and dtype.itemsize == 1

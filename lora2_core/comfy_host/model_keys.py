@@ -10,7 +10,16 @@ from comfy.model_patcher import ModelPatcher
 
 from ..made_for import Architecture
 
-_FAMILIES = {"SDXL": "SDXL", "SDXLRefiner": "the SDXL refiner", "Flux": "Flux", "SD3": "SD3"}
+_FAMILIES = {  # ComfyUI's classes → the names of made_for
+    "SDXL": "SDXL", "SDXLRefiner": "the SDXL refiner", "SD3": "SD3", "AuraFlow": "AuraFlow",
+    "StableCascade_C": "Stable Cascade", "StableCascade_B": "Stable Cascade",
+    "Flux": "Flux", "Flux2": "Flux 2", "Chroma": "Chroma", "ChromaRadiance": "Chroma",
+    "HunyuanVideo": "Hunyuan Video", "HunyuanVideoI2V": "Hunyuan Video",
+    "HunyuanVideo15": "Hunyuan Video", "HunyuanDiT": "Hunyuan DiT", "QwenImage": "Qwen-Image",
+    "WAN21": "Wan", "WAN22": "Wan", "WAN21_Vace": "Wan", "WAN22_Animate": "Wan",
+    "PixArt": "PixArt", "LTXV": "LTX-Video", "GenmoMochi": "Mochi", "HiDream": "HiDream",
+}  # fmt: skip
+_LUMINA = {2304: "Lumina 2", 3840: "Z-Image"}  # by the width that their blocks have
 _BY_CONTEXT = {768: "SD 1.5", 1024: "SD 2", 2048: "SDXL"}
 
 # Names only depend on the model, which is asked for them at every change of a strength.
@@ -35,8 +44,11 @@ def _of(module: Any, find: Any) -> dict[str, Any]:
 def family_of(model: ModelPatcher) -> Architecture:
     """The family of a model, as people call it."""
     base = model.model
-    context = base.model_config.unet_config.get("context_dim")
+    config = base.model_config.unet_config
+    context = config.get("context_dim")
     name = _FAMILIES.get(type(base).__name__)
+    if type(base).__name__ == "Lumina2":
+        name = _LUMINA.get(config.get("dim", 0), "Lumina 2 or Z-Image")
     if name is None:
         name = _BY_CONTEXT.get(context or 0) or type(base).__name__
     return Architecture(name, context if isinstance(context, int) else None)

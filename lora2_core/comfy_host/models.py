@@ -16,6 +16,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
+from . import bypass
 from .errors import HostError
 
 _QUANTIZED = ("scale_weight", "weight_scale", "scaled_fp8")  # weights that need a scale beside
@@ -67,7 +68,9 @@ def private_copy(model: ModelPatcher, precision: str = "auto") -> comfy.model_ba
     private.__dict__ = dict(base.__dict__)
     # copy.deepcopy of the whole BaseModel fails from ComfyUI 0.8.0 on, of these two it works.
     private._modules = dict(base._modules)
-    private._modules["diffusion_model"] = copy_frozen(base.diffusion_model, dtype)
+    with bypass.set_aside(model):
+        private._modules["diffusion_model"] = copy_frozen(base.diffusion_model, dtype)
+    bypass.merge_into(private, model)  # adapters look at weights; this copy has room for it
     sampling = copy.deepcopy(model.get_model_object("model_sampling"))
     private._modules["model_sampling"] = sampling.to(model.load_device)
     private.current_patcher = None  # type: ignore[assignment]

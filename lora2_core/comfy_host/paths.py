@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import folder_paths
 
 from .errors import HostError
+
+_ENDINGS = (".safetensors", "")  # of files that a LoRA's link may lead to
 
 
 def lora_names() -> list[str]:
@@ -17,10 +19,40 @@ def lora_names() -> list[str]:
 
 
 def lora_path(name: str) -> Path:
-    """The file of a listed LoRA. Raises HostError when ``name`` is not in a loras folder."""
-    if path := folder_paths.get_full_path("loras", name):
-        return Path(path)
-    raise HostError(f"lora_name {name!r} is not in a loras folder; choose one from the list.")
+    """The file of a listed LoRA, found through ComfyUI's loras folders.
+
+    A name stays within these folders: one that is absolute or steps up by ``..`` is refused. Links
+    are followed wherever they lead, as ComfyUI does, since many keep their models on another disk
+    or in a cache that names files by their content alone. So what a link leads to may bear
+    ``.safetensors`` or no ending; any other kind of file is refused, and of what is read nothing
+    is shown before it proved to be a LoRA. Raises HostError when ``name`` is not in a loras folder.
+    """
+    if _leaves(name):
+        raise HostError(
+            f"lora_name {_shown(name)} leads out of the loras folders; choose one from the list."
+        )
+    found = folder_paths.get_full_path("loras", name)
+    if not found:
+        raise HostError(
+            f"lora_name {_shown(name)} is not in a loras folder; choose one from the list."
+        )
+    path = Path(found)
+    if path.suffix != ".safetensors" or path.resolve().suffix.lower() not in _ENDINGS:
+        raise HostError(
+            f"lora_name {_shown(name)} is no .safetensors file, or a link to another kind of file; "
+            "choose a .safetensors LoRA."
+        )
+    return path
+
+
+def _leaves(name: str) -> bool:
+    """Whether a name is more than folders and a file, on any system."""
+    plain = name.replace("\\", "/")
+    return plain.startswith("/") or PureWindowsPath(name).drive != "" or ".." in plain.split("/")
+
+
+def _shown(name: str) -> str:
+    return repr(name if len(name) <= 120 else name[:119] + "…")
 
 
 def lora_fingerprint(name: str) -> str:

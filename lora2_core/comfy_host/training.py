@@ -24,6 +24,7 @@ from ..estimate import Estimate, attempt
 from ..network import AdaptiveRankNetwork, fingerprint
 from ..objective import CrossAttentionEntropy
 from ..targets import Target, find_targets
+from . import bypass
 from .checkpointing import blocks_of, checkpoint_blocks
 from .class_images import class_images, class_samples, paints
 from .encoding import Encoder
@@ -154,7 +155,7 @@ def _cross_attention(unet: nn.Module) -> CrossAttentionEntropy:
 
 def _base_hash(model: ModelPatcher, unet: nn.Module, config: TrainConfig) -> str:
     found = fingerprint(unet)
-    if not model.patches:  # else it is not that of the base alone
+    if not model.patches and not bypass.branches_of(model):  # else it is not that of the base alone
         remember_base_hash(model, config.precision, found)
     return found
 

@@ -145,12 +145,17 @@ def test_the_heat_map_is_read_with_the_keyboard(page: Page, server: Any, picture
     job_id = _start(page, server, "keys", steps=6)
     page.page.locator(f'{PANEL}[data-job-state="finished"]').wait_for(timeout=SECONDS)
     heat = page.page.locator(MAP)
+    page.page.wait_for_function(
+        f"() => Number(document.querySelector('{MAP}').dataset.cells) > 0", timeout=SECONDS
+    )
     assert "arrow keys" in (heat.get_attribute("aria-label") or "")
     page.ask(SHOW)
     heat.focus()
     page.page.keyboard.press("ArrowRight")
     tip = page.page.locator(".lora2-tip")
     first = tip.inner_text()
+    page.page.wait_for_timeout(1500)  # the whole training is fetched once more at its end
+    assert tip.inner_text().splitlines()[-1] == first.splitlines()[-1], "news took it away"
     page.page.keyboard.press("ArrowRight")
     page.page.keyboard.press("ArrowDown")
     second = tip.inner_text()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import math
+import random
 import struct
 import zlib
 from pathlib import Path
@@ -12,7 +14,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from lora2_pack.lora2_core import cli, comparison, inspector, lora_file, measure
+from lora2_pack.lora2_core import canvas, cli, comparison, inspector, lora_file, measure, report
 from lora2_pack.lora2_core.made_for import Architecture, made_for, misfit, unknown
 from lora2_pack.tests.core.test_resize import deltas, foreign, written
 from lora2_pack.tests.core.toy import thumbnail
@@ -45,6 +47,7 @@ def test_the_facts_of_a_file(tmp_path: Path, monkeypatch):
         assert word in text, word
     assert max(map(len, text.splitlines())) <= 230
     told = json.loads(json.dumps(found.as_dict()))
+    assert told["hashes"]["sshs_model_hash"] == digest and len(told["hashes"]) == 2
     assert told["trigger"] == "sks dog" and len(told["components"]) == 9
     assert told["measured"] is None and told["metadata"]["ss_steps"] == "500"
 
@@ -57,18 +60,61 @@ def test_the_facts_of_a_file(tmp_path: Path, monkeypatch):
         thumbnail()[:60], "data:image/png;base64," + "A" * 2_000_000,
     ],
 )  # fmt: skip
-def test_a_thumbnail_that_is_none(uri: str):
+def test_a_thumbnail_that_is_none(uri: str, tmp_path: Path):
     assert inspector.decoded(uri) is None
+    found = inspector.inspect(written(tmp_path / "x", **{"modelspec.thumbnail": uri}))
+    assert ("Thumbnail    ignored: it is no PNG" in found.text()) == bool(uri)
+    assert found.picture()
 
 
-def test_a_thumbnail_that_claims_to_be_huge():
-    """A hundred bytes that would unpack to ten gigabytes."""
-    size = struct.pack(">II", 60_000, 60_000)
-    chunk = b"IHDR" + size + b"\x08\x02\x00\x00\x00"
-    data = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk
-    data += struct.pack(">I", zlib.crc32(chunk)) + struct.pack(">I", 0) + b"IDAT" + bytes(4)
-    uri = "data:image/png;base64," + base64.b64encode(data).decode()
-    assert inspector.decoded(uri) is None
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("side", [4097, 12_000, 60_000])  # the last two: Pillow warns, and raises
+def test_a_thumbnail_that_claims_to_be_huge(side: int):
+    assert inspector.decoded(uri(png(side))) is None
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_a_thumbnail_with_spoilt_bytes(kind: str):
+    whole, chance = base64.b64decode(thumbnail(24, kind).partition(",")[2]), random.Random(0)
+    for _ in range(400):
+        spoilt = bytearray(whole[: chance.randint(1, len(whole))])
+        for _ in range(chance.randint(0, 6)):
+            spoilt[chance.randrange(len(spoilt))] = chance.randrange(256)
+        inspector.decoded(uri(bytes(spoilt), kind))  # a picture or None
+
+
+def uri(data: bytes, kind: str = "PNG") -> str:
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(data).decode()}"
+
+
+def png(side: int) -> bytes:
+    """A hundred bytes that say they are a picture of ``side`` × ``side``."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        )
+
+    head = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    body = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(9))) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def test_what_a_stranger_wrote_moves_no_terminal(tmp_path: Path, capsys):
+    """Escape sequences, new lines that would pass for facts of ours, text that runs backwards."""
+    evil = "a\x1b[2J\nBase         SDXL\rb\u202ec\x07"
+    state = {f"{evil}{n}.lora_{part}.weight": torch.ones(n, n) for n in (2, 3)
+             for part in ("down", "up")}  # fmt: skip
+    names = ("modelspec.trigger_phrase", "ss_sd_model_name", "ss_steps", "ss_network_alpha")
+    tags = json.dumps({"x": {evil: 3}})
+    spec = dict.fromkeys(names, evil) | {"ss_tag_frequency": tags, "sshs_model_hash": evil}
+    path = tmp_path / "x.safetensors"
+    safetensors.torch.save_file(state, path, spec)
+    assert cli.main(["inspect", str(path), str(path), "--measure"]) == 0
+    out = capsys.readouterr().out
+    assert all(line.isprintable() for line in out.split("\n"))
+    assert out.count("\nBase ") == 2 and "\nBase         SDXL" not in out
+    assert inspector.inspect(path).hashes == {}
 
 
 @pytest.mark.parametrize("tags", ["", "[]", "{", '{"a": 3}', '{"a": {"b": "c"}}', "[" * 9999])
@@ -139,6 +185,15 @@ def test_what_the_tensors_say(tmp_path: Path, kind):
     assert "could be cut to" in text and "at 99 % of its energy" in text
 
 
+def test_a_lora_that_adds_nothing(tmp_path: Path):
+    state = {f"x.lora_{part}.weight": torch.zeros(4, 4) for part in ("down", "up")}
+    safetensors.torch.save_file(state, tmp_path / "x.safetensors")
+    found = measure.measure(tmp_path / "x.safetensors")
+    assert found.norm == 0 and found.cut_rank == 0
+    assert [(one.norm, one.share, one.effective_rank) for one in found.components] == [(0, 0, 0)]
+    assert inspector.inspect(tmp_path / "x.safetensors", with_tensors=True).text()
+
+
 # --- pictures ---------------------------------------------------------------------------------
 
 
@@ -152,6 +207,25 @@ def test_several_files_in_one_scale(tmp_path: Path):
     assert len(picture.getcolors(1 << 20) or []) > 50
     with pytest.raises(ValueError, match="no LoRA to compare"):
         comparison.compare([])
+
+
+def test_a_title_ends_before_the_picture(tmp_path: Path):
+    """No letter is cut by the thumbnail, nor stands in the gap before it."""
+    name = "wwwww " * 40
+    path = written(tmp_path / name, **{"modelspec.thumbnail": thumbnail(64)})
+    before_it = inspector.inspect(path).picture().crop((1280 - 36 - 64 - 14, 0, 1280 - 36 - 64, 90))
+    assert len(before_it.getcolors() or []) == 1
+
+
+def test_labels_of_the_scale_do_not_touch():
+    for largest in (*range(2, 300), *range(300, 5000, 7)):
+        scale, ticks = report.Scale(1, largest), report.scale_ticks(largest)
+        for one, two in itertools.pairwise(ticks):
+            if two > largest:  # no file has it
+                continue
+            apart = 290 * (scale.position(two) - scale.position(one))
+            widths = [canvas.text_width(report.short(tick), 11) for tick in (one, two)]
+            assert apart > sum(widths) / 2 + 2, (largest, one, two)
 
 
 # --- the command line -------------------------------------------------------------------------

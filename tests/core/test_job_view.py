@@ -20,7 +20,7 @@ from lora2_pack.lora2_core.job_list import JobList
 from lora2_pack.lora2_core.job_queue import JobQueue, Origin, UnknownJob, WrongState
 from lora2_pack.lora2_core.job_watch import JobWatch
 from lora2_pack.lora2_core.lora_file import ComponentInfo
-from lora2_pack.tests.core import toy_job
+from lora2_pack.tests.core import toy, toy_job
 from lora2_pack.tests.core.shown import HOST, Held, a_queue, check
 from PIL import Image
 
@@ -336,7 +336,7 @@ def _save(path: Path, metadata: dict[str, str]) -> None:
 
 
 def test_a_file_of_others(tmp_path: Path):
-    picture = "data:image/png;base64," + "iVBORw0KGgo" * 4
+    picture = toy.thumbnail()
     path = tmp_path / "of others.safetensors"
     _save(
         path,
@@ -346,6 +346,7 @@ def test_a_file_of_others(tmp_path: Path):
             "modelspec.trigger_phrase": "sks cat",
             "modelspec.thumbnail": picture,
             "modelspec.title": "t" * 5000,
+            "ss_sd_model_name": "/home/ada/base.safetensors",
         },
     )
     found = check(job_view.inspected("x/of others.safetensors", path), "file")
@@ -356,6 +357,9 @@ def test_a_file_of_others(tmp_path: Path):
     }  # fmt: skip
     assert len(found["metadata"]["modelspec.title"]) <= 500
     assert found["thumbnail"] == picture
+    assert found["base"] == "an unknown model" and found["kinds"] == {"lora": 1}
+    assert found["hashes"].keys() == {"sshs_model_hash", "sshs_legacy_hash"}
+    assert "/home" not in json.dumps(found)
     (component,) = found["components"]
     assert (component["rank"], component["nu"], component["max_rank"]) == (2, None, None)
 
@@ -367,6 +371,7 @@ def test_a_file_of_others(tmp_path: Path):
         "https://example.com/tracker.png",
         "javascript:alert(1)",
         "data:image/png;base64," + "A" * 2_000_000,
+        "data:image/png;base64," + "iVBORw0KGgo" * 4,  # begins as one
     ],
 )
 def test_only_pictures_are_thumbnails(tmp_path: Path, picture: str):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from lora2_pack.lora2_core import lora_keys, lora_names
 from lora2_pack.lora2_core.lora_keys import PAIR_ENDINGS, Pair, split
 
@@ -20,8 +22,9 @@ def test_two_factors_of_every_naming(down: str, up: str):
 def test_other_kinds_and_what_is_unknown():
     keys = [
         "a.hada_w1_a", "a.hada_w1_b", "a.hada_w2_a", "a.hada_w2_b", "a.alpha", "b.lokr_w1",
-        "b.lokr_w2_a", "b.lokr_w2_b", "c.a1.weight", "d.oft_blocks", "e.diff", "e.diff_b",
-        "f.w_norm",        "g.lora_up.weight", "h.weight", "bundle_emb.x.string_to_param.*",
+        "b.lokr_w2_a", "b.lokr_w2_b", "d.oft_blocks", "e.diff", "e.diff_b", "f.w_norm",
+        "g.lora_up.weight", "h.weight", "bundle_emb.x.string_to_param.*",
+        *(f"c.{part}.weight" for part in ("a1", "a2", "b1", "b2")),
     ]  # fmt: skip
     parts = split(keys)
     assert {kind: list(found) for kind, found in parts.others.items()} == {
@@ -31,6 +34,69 @@ def test_other_kinds_and_what_is_unknown():
     assert parts.others["loha"]["a"] == (*keys[:4], "a.alpha")
     assert parts.lonely == ("g.lora_up.weight",)
     assert parts.unknown == ("h.weight", "bundle_emb.x.string_to_param.*")
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ["x.lora_down.weight"], ["x.lora_B.weight"], ["x_lora.up.weight"], ["x.lora_A"],
+        ["x.lora_mid.weight"], ["x.lora_down.weight", "x.lora_B.weight"],
+        ["x.hada_w1_a", "x.hada_w1_b", "x.hada_w2_a"],
+        ["x.hada_w1_a", "x.hada_w1_b", "x.hada_w2_a", "x.hada_w2_b", "x.hada_t1"],
+        ["x.lokr_w1"], ["x.lokr_w1_a", "x.lokr_w2"], ["x.lokr_t2"],
+        ["x.a1.weight", "x.b1.weight"],
+    ],
+)  # fmt: skip
+def test_what_lacks_its_other_half(keys: list[str]):
+    parts = split([*keys, "y.lora_down.weight", "y.lora_up.weight", "x.alpha"])
+    assert sorted(parts.lonely) == sorted(keys)
+    assert [pair.name for pair in parts.pairs] == ["y"] and not parts.others
+    assert parts.unknown == ("x.alpha",)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "", ".", "alpha", "x.alpha", "x.weight", "x.lora_down", "x.down.weight", "x_lora.weight",
+        "lora_down.weight", "x.lora.weight", "x.dora_scale", "x.lora_B.bias", "x.Diff",
+        "x.lora_magnitude_vector.default.weight", "." * 9999,
+    ],
+)  # fmt: skip
+def test_names_without_a_known_ending(key: str):
+    parts = split([key])
+    assert parts.unknown == (key,) and not (parts.pairs or parts.others or parts.lonely)
+
+
+ENDINGS = [
+    *(end for pair in PAIR_ENDINGS for end in pair),
+    *(end for ends in lora_keys.OTHER_ENDINGS.values() for end in ends),
+    lora_keys.MID, lora_keys.ALPHA, lora_keys.DORA_SCALE, lora_keys.NU, ".weight", "",
+]  # fmt: skip
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    keys=st.lists(
+        st.tuples(st.sampled_from(["a", "b.c", "x_lora", "", "."]), st.sampled_from(ENDINGS)),
+        max_size=12,
+    )
+)
+def test_every_key_has_exactly_one_place(keys: list[tuple[str, str]]):
+    names = [name + end for name, end in keys]
+    parts = split(names)
+    others = [key for found in parts.others.values() for keys in found.values() for key in keys]
+    pairs = [key for pair in parts.pairs for key in (pair.down, pair.up)]
+    beside = {key for pair in parts.pairs for key in pair.keys} - set(pairs)
+    placed = [*pairs, *others, *parts.lonely, *parts.unknown]
+    assert set(placed) | beside == set(names)
+    assert len(placed) == len(set(placed)) and not beside & set(placed) - set(others)
+
+
+def test_no_ending_is_the_end_of_another():
+    """So the first that is found, from the end of a key, is the only one."""
+    known = ENDINGS[:-6]
+    assert not [(a, b) for a in known for b in known if a != b and a.endswith(b)]
+    assert max(end.count(".") for end in known) <= 3
 
 
 def test_a_third_factor_belongs_to_its_convolution():

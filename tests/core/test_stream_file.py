@@ -84,6 +84,6 @@ def peak(tmp_path: Path, components: int, way: str) -> float:
 def test_memory_does_not_grow_with_the_file(tmp_path: Path, way: str, ranks: int):
     few, many = peak(tmp_path, FEW, way), peak(tmp_path, MANY, way)
     one = ranks * ONE_MB  # a sum of two has the rank of both
-    # If they were kept, 45 more in fp32 would take 45 · one / 2.
-    assert many < few + 2 * one, f"{many} MB for {MANY} components, {few} MB for {FEW}"
+    # If they were kept, 45 more in fp32 would take 45 · one / 2; what stays is the allocator's.
+    assert many < few + 4 * one, f"{many} MB for {MANY} components, {few} MB for {FEW}"
     assert many < 8 * one, "both factors, their fp16 versions and products, all in fp64"

@@ -84,6 +84,8 @@ def test_the_file_can_be_inspected(studio: Studio, trained: dict[str, Any]):
     assert file["bytes"] == job["bytes"] and file["mean_rank"] == job["mean_rank"]
     assert [c["module"] for c in file["components"]] == [c["module"] for c in job["components"]]
     assert [c["rank"] for c in file["components"]] == [c["rank"] for c in job["components"]]
+    assert file["kinds"] == {"lora": len(file["components"])} and file["thumbnail"] is None
+    assert file["hashes"]["sshs_model_hash"] and file["base"].endswith("(context 192)")
     assert "16 steps" in file["headline"] and file["metadata"]["ss_steps"] == "16"
     assert str(studio.server.directory) not in json.dumps([file, job])
 

@@ -46,10 +46,22 @@ export class HeatMap {
 
   /** Show these: [{module, label, row, column, rank, max_rank, nu, bytes}]. */
   set(components) {
+    const same =
+      components.length === this.components.length &&
+      components.every(({ module }, index) => module === this.components[index].module);
     this.components = components.map((component) => ({ ...component }));
+    if (same) {
+      // News of the same layers: whoever reads one of them goes on reading.
+      this.range = null;
+      this.widen();
+      if (this.tip.shown) this.tell(false);
+      this.surface.request();
+      return;
+    }
     this.chosen = -1;
     this.tip.hide();
     this.range = null;
+    this.cells = []; // of other components; laid out anew when it is drawn
     this.plan = plan(this.components);
     this.widen();
     this.width = 0; // the cells are laid out anew
