@@ -50,14 +50,7 @@ def decompose(component: Component) -> Component:
     left, values, right = torch.linalg.svd(up_r @ down_r.t())
     rank = int((values > _NOISE * values[0]).sum())
     new_up, new_down = up_q @ left[:, :rank], right[:rank] @ down_q.t()
-    return Component(
-        component.name,
-        new_down.float().view(rank, *component.lora_down.shape[1:]),
-        new_up.float().view(component.out_features, rank, *component.lora_up.shape[2:]),
-        values[:rank].float(),
-        component.nu,
-        component.root,
-    )
+    return _taken_apart(component, new_down, new_up, values[:rank])
 
 
 def singular_values(component: Component) -> Tensor:
@@ -82,15 +75,20 @@ def decompose_quickly(component: Component) -> Component:
     squares, vectors = torch.linalg.eigh(found.inner)
     some = found.not_faint(squares)
     values, vectors = squares[some].flip(0).sqrt(), vectors[:, some].flip(1)
-    rank = values.numel()
     new_up = up @ (found.of_up[:, None] * (found.half @ vectors) / values)  # (out, rank)
     # H = Q √w, so H w⁻¹ is the inverse of Hᵀ
     inverse = found.half / found.half.square().sum(0)
     new_down = ((inverse @ vectors).t() * found.of_down) @ down  # (rank, in)
+    return _taken_apart(component, new_down, new_up, values)
+
+
+def _taken_apart(component: Component, down: Tensor, up: Tensor, values: Tensor) -> Component:
+    """``component`` with other sides, still unrolled, and singular values as its importance."""
+    rank = values.numel()
     return Component(
         component.name,
-        new_down.float().view(rank, *component.lora_down.shape[1:]),
-        new_up.float().view(component.out_features, rank, *component.lora_up.shape[2:]),
+        down.float().view(rank, *component.lora_down.shape[1:]),
+        up.float().view(component.out_features, rank, *component.lora_up.shape[2:]),
         values.float(),
         component.nu,
         component.root,
@@ -159,10 +157,8 @@ def add(name: str, components: Sequence[tuple[Component, float]]) -> Component:
     down = torch.cat([c.lora_down for c, _ in components])  # (Σ rank, in, …)
     scaled = [_scaled(c, weight) for c, weight in components]
     up = torch.cat(scaled, dim=1)  # (out, Σ rank, …)
-    total = Component(name, down, up, torch.ones(down.shape[0]), first.nu, first.root)
-    if len(components) > 1:
-        total = Component(name, down, up, total.importance, None, first.root)
-    return within_bounds(total)
+    nu = first.nu if len(components) == 1 else None  # that of a sum says nothing
+    return within_bounds(Component(name, down, up, torch.ones(down.shape[0]), nu, first.root))
 
 
 def _scaled(component: Component, weight: float) -> Tensor:

@@ -11,10 +11,11 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors
 import torch
@@ -49,6 +50,7 @@ __all__ = [
     "to_state",
     "truncate",
     "write_atomically",
+    "writing",
 ]
 
 _MID = ".lora_mid.weight"  # a third factor that some convolution LoRAs of others have
@@ -135,13 +137,20 @@ def save(
 
 def write_atomically(path: Path, data: bytes) -> None:
     """``data`` in ``path``, whole or not at all. Raises LoRAFileError on a full or closed disk."""
+    with writing(path, len(data)) as file:
+        file.write(data)
+
+
+@contextmanager
+def writing(path: Path, nbytes: int) -> Iterator[BinaryIO]:
+    """:func:`.replacing`, whose OSError becomes a LoRAFileError that tells what is needed."""
     try:
         with replacing(path) as file:
-            file.write(data)
+            yield file
     except OSError as error:
         raise LoRAFileError(
             f"{path} could not be written ({error.strerror or error}); it needs "
-            f"{len(data) / 1e6:.1f} MB. Free some space or choose another output folder."
+            f"{nbytes / 1e6:.1f} MB. Free some space or choose another output folder."
         ) from error
 
 

@@ -85,6 +85,12 @@ class Parts:
     lonely: tuple[str, ...] = ()  # factors without the others that they are multiplied with
     unknown: tuple[str, ...] = ()  # no ending that is known
 
+    @property
+    def names(self) -> list[str]:
+        """Of all components, whatever their kind."""
+        others = [name for components in self.others.values() for name in components]
+        return [pair.name for pair in self.pairs] + others
+
 
 def split(keys: Iterable[str]) -> Parts:
     """Group the keys of a file by component, in the order of the file."""

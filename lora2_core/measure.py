@@ -59,7 +59,8 @@ def measure(path: Path) -> Measured:
             component = source.component(key)
             stored.append(component.rank)
             whole = factors.decompose(component)
-            parts.append(part_of(whole, source.nbytes, decomposed=True))
+            beside = source.extra(key)  # a DoRA's magnitudes stay as they are
+            parts.append(part_of(whole, source.nbytes, decomposed=True, beside=beside))
         metadata = source.metadata
     total = sum(sum(part.energies) for part in parts)
     ranks = ranks_for_energy(parts, _ALMOST_ALL) if total else [0] * len(parts)

@@ -17,9 +17,8 @@ from pathlib import Path
 from torch import Tensor
 
 from . import factors, lora_format, lora_header, shrink, stream_file
-from .atomic_file import replacing
 from .component import Component
-from .lora_file import LoRAFileError
+from .lora_file import LoRAFileError, writing
 from .lora_source import Addend, LoRASource, Source, Sum
 from .rank_choice import (
     Outline,
@@ -233,14 +232,8 @@ class _Work:
 
 
 def _copy(source: Path, target: Path) -> None:
-    try:
-        with replacing(target) as file, source.open("rb") as original:
-            shutil.copyfileobj(original, file)
-    except OSError as error:
-        raise LoRAFileError(
-            f"{target} could not be written ({error.strerror or error}). Free some space or choose "
-            "another output folder."
-        ) from error
+    with writing(target, source.stat().st_size) as file, source.open("rb") as original:
+        shutil.copyfileobj(original, file)
 
 
 def _titled(metadata: Mapping[str, str], target: Path) -> dict[str, str]:

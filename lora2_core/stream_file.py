@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from . import lora_format
-from .atomic_file import replacing
-from .lora_format import DOWN, UP, LoRAFileError
+from .lora_file import writing
+from .lora_format import DOWN, UP
 from .rank_choice import Outline
 
 _WINDOW = 0x100000, 0x110000  # of the bytes that kohya's short hash is of
@@ -50,28 +50,22 @@ def write(
     size = lora_format.encoded_bytes(shapes, metadata)
     length = size - sum(lora_format.nbytes(shapes[key]) for key in order)
     whole, window = hashlib.sha256(), hashlib.sha256()
-    try:
-        with replacing(path) as file:
-            file.write(bytes(length))
-            position = lora_format.kohya_header_bytes(shapes, metadata)
-            for data in _data(order, owners, tensors_of):
-                file.write(data)
-                whole.update(data)
-                start, end = (min(max(edge - position, 0), len(data)) for edge in _WINDOW)
-                window.update(data[start:end])
-                position += len(data)
-            header = lora_format.header(
-                lora_format.places(shapes), metadata, whole.hexdigest(), window.hexdigest()[:8]
-            )
-            if len(header) != length:
-                raise RuntimeError(f"{path.name}: the header has {len(header)} bytes, not {length}")
-            file.seek(0)
-            file.write(header)
-    except OSError as error:
-        raise LoRAFileError(
-            f"{path} could not be written ({error.strerror or error}); it needs {size / 1e6:.1f} "
-            "MB. Free some space or choose another output folder."
-        ) from error
+    with writing(path, size) as file:
+        file.write(bytes(length))
+        position = lora_format.kohya_header_bytes(shapes, metadata)
+        for data in _data(order, owners, tensors_of):
+            file.write(data)
+            whole.update(data)
+            start, end = (min(max(edge - position, 0), len(data)) for edge in _WINDOW)
+            window.update(data[start:end])
+            position += len(data)
+        header = lora_format.header(
+            lora_format.places(shapes), metadata, whole.hexdigest(), window.hexdigest()[:8]
+        )
+        if len(header) != length:
+            raise RuntimeError(f"{path.name}: the header has {len(header)} bytes, not {length}")
+        file.seek(0)
+        file.write(header)
     return size
 
 
@@ -101,8 +95,4 @@ def _data(
 
 
 def _bytes(tensor: Tensor) -> bytes:
-    return (
-        tensor.contiguous().view(torch.uint8).numpy().tobytes()
-        if tensor.dim()
-        else (tensor.numpy().tobytes())
-    )
+    return tensor.contiguous().numpy().tobytes()

@@ -1,9 +1,13 @@
 """What the node files share: the category, the LORA2 socket, advanced inputs, pictures."""
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 from comfy_api.latest import io
 from PIL import Image
+
+from ..lora2_core import comfy_host
 
 CATEGORY = "LoRA²"
 
@@ -11,6 +15,14 @@ CATEGORY = "LoRA²"
 LoRA2Socket = io.Custom("LORA2")
 # The value is a lora2_core.presets.Options.
 OptionsSocket = io.Custom("LORA2_OPTIONS")
+
+
+NO_LORA = "none"  # the choice of a list that need not be used
+
+
+def fingerprint(names: Iterable[str]) -> str:
+    """Changes when one of these LoRA files does, so that ComfyUI reads it again."""
+    return " ".join(comfy_host.lora_fingerprint(name) for name in names if name != NO_LORA)
 
 
 def advanced(widget: io.WidgetInput) -> io.WidgetInput:

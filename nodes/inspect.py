@@ -10,11 +10,10 @@ from PIL import Image
 from ..lora2_core import comfy_host, comparison, inspector, lora_file, made_for, report
 from ..lora2_core.inspector import FileReport
 from ..lora2_core.jobs import TrainedLoRA
-from .common import CATEGORY, LoRA2Socket, advanced, to_image
+from .common import CATEGORY, NO_LORA, LoRA2Socket, advanced, fingerprint, to_image
+from .load import MORE
 
 _FROM_SOCKET = "(the connected LORA2)"
-_NONE = "none"
-_MORE = (2, 3, 4)
 
 
 class LoRA2InspectRanks(io.ComfyNode):
@@ -54,8 +53,8 @@ class LoRA2InspectRanks(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, lora_name: str, **others: Any) -> str:
-        names = [lora_name, *(others.get(f"lora_{number}", _NONE) for number in _MORE)]
-        return " ".join(comfy_host.lora_fingerprint(name) for name in names)
+        names = [lora_name, *(others.get(f"lora_{number}", NO_LORA) for number in MORE)]
+        return fingerprint(names)
 
     @classmethod
     def execute(
@@ -65,8 +64,8 @@ class LoRA2InspectRanks(io.ComfyNode):
         measure: bool = False,
         **more: str,
     ) -> io.NodeOutput:
-        names = [lora_name, *(more.get(f"lora_{number}", _NONE) for number in _MORE)]
-        files = [name for name in names if name not in (_FROM_SOCKET, _NONE)]
+        names = [lora_name, *(more.get(f"lora_{number}", NO_LORA) for number in MORE)]
+        files = [name for name in names if name not in (_FROM_SOCKET, NO_LORA)]
         reports = [inspector.inspect(comfy_host.lora_path(n), measure, n) for n in files]
         if lora_name == _FROM_SOCKET and lora2 is not None:
             reports.insert(0, _report_of(lora2, measure))
@@ -98,13 +97,13 @@ def _more(names: list[str]) -> list[io.Input]:
             advanced(
                 io.Combo.Input(
                     f"lora_{number}",
-                    options=[_NONE, *names],
-                    default=_NONE,
+                    options=[NO_LORA, *names],
+                    default=NO_LORA,
                     optional=True,
                     tooltip="One more file, to see side by side in one scale of colours.",
                 )
             )
-            for number in _MORE
+            for number in MORE
         ),
     ]
 

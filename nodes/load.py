@@ -6,10 +6,9 @@ from comfy_api.latest import io, ui
 
 from ..lora2_core import comfy_host
 from ..lora2_core.lora_cache import LoRACache
-from .common import CATEGORY
+from .common import CATEGORY, NO_LORA, fingerprint
 from .load_options import LoadOptions, LoadOptionsSocket, strength
 
-NO_LORA = "none"
 MORE = (2, 3, 4)  # files beside the first
 _cache = LoRACache()
 
@@ -55,8 +54,8 @@ class LoRA2Load(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, lora_name: str, **others: Any) -> str:
-        names = [lora_name, *(others.get(f"lora_{number}", NO_LORA) for number in MORE)]
-        return " ".join(comfy_host.lora_fingerprint(name) for name in names if name != NO_LORA)
+        more = (others.get(f"lora_{number}", NO_LORA) for number in MORE)
+        return fingerprint((lora_name, *more))
 
     @classmethod
     def execute(

@@ -7,8 +7,7 @@ from comfy_api.latest import io, ui
 
 from ..lora2_core import comfy_host, resize
 from .background import job_queue
-from .common import CATEGORY
-from .load import NO_LORA
+from .common import CATEGORY, NO_LORA, fingerprint
 from .load_options import limit_widgets, limits_of
 
 _COUNT = 4
@@ -88,8 +87,7 @@ class LoRA2Merge(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **values: Any) -> str:
-        names = [values.get(f"lora_{number}", NO_LORA) for number in range(1, _COUNT + 1)]
-        return " ".join(comfy_host.lora_fingerprint(name) for name in names if name != NO_LORA)
+        return fingerprint(values.get(f"lora_{number}", NO_LORA) for number in range(1, _COUNT + 1))
 
     @classmethod
     def execute(cls, file_name: str, **options: Any) -> io.NodeOutput:

@@ -74,12 +74,12 @@ def apply_lora(
     names = _asked_for(every, parts)
     patches = comfy.lora.load_lora(fitting.without_empty(state, parts), names, False)
     if not patches:
-        raise HostError(_misfit(state, metadata, model, source))
+        raise HostError(_misfit(state, parts, metadata, model, source))
     exact = set[Any]()  # weights that merging would not round
     for key, patch in patches.items():
         shape, dtype = _weight_of(model, clip, key)
         if shape is not None and (why := fitting.misfit(patch, shape)):
-            sentence = _misfit(state, metadata, model, source)
+            sentence = _misfit(state, parts, metadata, model, source)
             raise HostError(f"{sentence} ({key} {why}.)")
         if not bypass.is_fp8(dtype or model.model_dtype()):
             exact.add(key)
@@ -131,18 +131,16 @@ def _asked_for(names: dict[str, Any], parts: lora_keys.Parts) -> dict[str, Any]:
     """Of all names of layers those that the file has: ComfyUI tries every kind of patch on each."""
     if parts.unknown:  # of a kind that this pack cannot tell
         return names
-    found = [pair.name for pair in parts.pairs]
-    found += [name for components in parts.others.values() for name in components]
-    return {name: names[name] for name in found if name in names}
+    return {name: names[name] for name in parts.names if name in names}
 
 
 def _misfit(
     state: Mapping[str, Tensor],
+    parts: lora_keys.Parts,
     metadata: Mapping[str, str] | None,
     model: ModelPatcher,
     source: str,
 ) -> str:
-    parts = lora_keys.split(state)
     inputs = {p.name: state[p.down].shape[1:].numel() for p in parts.pairs if state[p.down].dim()}
     for name in parts.others.get("loha", {}):
         if (half := state.get(f"{name}.hada_w1_b")) is not None and half.dim():
@@ -162,8 +160,7 @@ def _unknown(
     with_clip: bool,
 ) -> str:
     """What is said of components that the model has no layer for."""
-    found = [pair.name for pair in parts.pairs]
-    found += [name for components in parts.others.values() for name in components]
+    found = parts.names
     if len(patches) >= len(found):
         return ""
     missing = [name for name in found if name not in names]

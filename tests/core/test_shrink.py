@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from lora2_pack.lora2_core import lora_file, resize, shrink
+from lora2_pack.lora2_core import lora_file, measure, resize, shrink
 from lora2_pack.lora2_core.lora_file import LoRAFileError
 from lora2_pack.lora2_core.lora_source import LoRASource
 from lora2_pack.lora2_core.shrink import Limits
@@ -60,6 +60,13 @@ def test_magnitudes_of_a_dora_count(tmp_path: Path, order: str, megabytes: float
         assert (f"{key}.dora_scale" in state) == (f"{key}.lora_up.weight" in state)
     small = shrink.shrink(dora(), limits)
     assert len(safetensors.torch.save(small)) <= megabytes * 1e6
+
+
+def test_what_a_dora_could_be_cut_to_counts_its_magnitudes(tmp_path: Path):
+    source = save(tmp_path / "a.safetensors", dora())
+    told = measure.measure(source).cut_bytes
+    found = resize.resize(source, tmp_path / "b.safetensors", Limits(energy=0.99, order="svd"))
+    assert told == pytest.approx(found.after, rel=0.05)  # its metadata has a line on the cut
 
 
 def test_tensors_of_other_kinds_count():
