@@ -1,6 +1,6 @@
-"""LoRA files without ComfyUI: look inside, make smaller, add.
+"""Without ComfyUI: look inside LoRA files, make them smaller, add them; score pictures.
 
-From the pack's folder: ``python -m lora2_core inspect|resize|merge …``.
+From the pack's folder: ``python -m lora2_core inspect|resize|merge|score …``.
 """
 
 from __future__ import annotations
@@ -10,25 +10,28 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import cli_inspect, resize
+from . import cli_inspect, cli_score, resize
 from .checks import ConfigError
 from .lora_file import LoRAFileError
 from .shrink import ORDERS, Limits
+from .vision import JudgeError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 when all went well, 1 with a sentence on the standard error if not."""
     parser = argparse.ArgumentParser(
-        prog="python -m lora2_core", description="Look inside LoRA files, resize and merge them."
+        prog="python -m lora2_core",
+        description="Look inside LoRA files, resize and merge them; score pictures.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     cli_inspect.add_parser(commands)
     _add_resize(commands)
     _add_merge(commands)
+    cli_score.add_parser(commands)
     options = parser.parse_args(arguments)
     try:
         return options.run(options)
-    except (LoRAFileError, ConfigError, OSError) as error:
+    except (LoRAFileError, ConfigError, JudgeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 

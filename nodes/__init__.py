@@ -16,6 +16,7 @@ from .options import (
     LoRA2SafetyOptions,
 )
 from .resize import LoRA2Merge, LoRA2Resize
+from .score import LoRA2Score
 from .train import LoRA2Train
 
 
@@ -34,6 +35,7 @@ class LoRA2Extension(ComfyExtension):
             LoRA2LoadOptions,
             LoRA2Resize,
             LoRA2Merge,
+            LoRA2Score,
         ]
 
 

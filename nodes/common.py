@@ -35,3 +35,12 @@ def to_image(picture: Image.Image) -> torch.Tensor:
     """A ComfyUI IMAGE, (1, height, width, 3), from a PIL picture."""
     pixels = np.asarray(picture.convert("RGB"), dtype=np.float32) / 255.0
     return torch.from_numpy(pixels)[None]
+
+
+def to_pictures(images: Iterable[torch.Tensor]) -> list[Image.Image]:
+    """PIL pictures from batches (n, height, width, 3) of any sizes, in 0 to 1."""
+    found: list[Image.Image] = []
+    for batch in images:
+        pixels = (batch[..., :3].float().clamp(0, 1) * 255).round().byte().cpu().numpy()
+        found += map(Image.fromarray, pixels)
+    return found

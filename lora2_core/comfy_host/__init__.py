@@ -8,6 +8,7 @@ from .applying import Applied, apply_lora, apply_state
 from .blocking import blocked
 from .encoding import Encoder
 from .errors import HostError
+from .judging import clip_vision_judge, judge_folder
 from .models import build_autoencoder, build_sdxl, check_model, prediction_of, private_copy
 from .paths import (
     cache_folder,
@@ -37,11 +38,13 @@ __all__ = [
     "cache_folder",
     "check_model",
     "checkpoint_folder",
+    "clip_vision_judge",
     "dataset_folder",
     "dataset_folders",
     "deaf_to_cancel",
     "free_memory",
     "jobs_folder",
+    "judge_folder",
     "lora_fingerprint",
     "lora_names",
     "lora_path",

@@ -27,7 +27,7 @@ def lora_path(name: str) -> Path:
     ``.safetensors`` or no ending; any other kind of file is refused, and of what is read nothing
     is shown before it proved to be a LoRA. Raises HostError when ``name`` is not in a loras folder.
     """
-    if _leaves(name):
+    if leaves(name):
         raise HostError(
             f"lora_name {_shown(name)} leads out of the loras folders; choose one from the list."
         )
@@ -45,7 +45,7 @@ def lora_path(name: str) -> Path:
     return path
 
 
-def _leaves(name: str) -> bool:
+def leaves(name: str) -> bool:
     """Whether a name is more than folders and a file, on any system."""
     plain = name.replace("\\", "/")
     return plain.startswith("/") or PureWindowsPath(name).drive != "" or ".." in plain.split("/")

@@ -23,7 +23,8 @@ def studio(runtime: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     directory = tmp_path_factory.mktemp("studio")
     config = directory / "testing.yaml"
     # JSON is YAML.
-    config.write_text(json.dumps({"testing": {"custom_nodes": str(TESTING_NODES)}}))
+    folders = {"custom_nodes": str(TESTING_NODES), "diffusers": str(directory / "judges")}
+    config.write_text(json.dumps({"testing": folders}))
     extra = ["--extra-model-paths-config", str(config)]
     if not runtime.packaged:  # where only named packs are loaded, the later list counts
         extra += ["--whitelist-custom-nodes", *_pack_names(runtime.path), "lora2_testing"]

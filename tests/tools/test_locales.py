@@ -70,7 +70,7 @@ def test_english_is_what_the_nodes_say(object_info: dict[str, Any]):
 
 def test_every_node_and_socket_has_words(object_info: dict[str, Any]):
     english = load(SOURCE, NODES)
-    assert len(english) == len(object_info) == 12
+    assert len(english) == len(object_info) == 13
     for name, info in object_info.items():
         assert english[name]["display_name"] and english[name]["description"]
         given = english[name].get("inputs", {})
