@@ -39,8 +39,8 @@ def lora_path(name: str) -> Path:
     path = Path(found)
     if path.suffix != ".safetensors" or path.resolve().suffix.lower() not in _ENDINGS:
         raise HostError(
-            f"lora_name {_shown(name)} is no .safetensors file, or a link to another kind of file; "
-            "choose a .safetensors LoRA."
+            f"lora_name {_shown(name)} is not a safetensors file, or a link to another kind of "
+            "file; choose a .safetensors LoRA."
         )
     return path
 
