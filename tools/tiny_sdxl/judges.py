@@ -113,6 +113,18 @@ class Judge:
             for question, words in ANSWERS.items()
         ))  # fmt: skip
 
+    def probabilities(self, images: Tensor) -> dict[str, Tensor]:
+        """Return for each question how likely each word is: (n, words)."""
+        answers = list(self._answers(images))
+        return {
+            question: torch.cat([answer.logits[question] for answer in answers]).softmax(1)
+            for question in ANSWERS
+        }
+
+    def words(self, question: str) -> tuple[str, ...]:
+        """Return what a question may be answered with."""
+        return ANSWERS[question]
+
     def embed(self, images: Tensor) -> Tensor:
         """Return what likeness compares, (n, 64), each of length 1."""
         return torch.cat([answer.embedding for answer in self._answers(images)])

@@ -1,0 +1,48 @@
+"""A LoRA of a fixed rank made smaller after its training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ...lora2_core import factors, lora_file, lora_format, lora_source, resize, shrink
+
+ROUNDS = 40  # of halving the share that is kept
+
+
+def cut(source: Path, target: Path, megabytes: float, how: str) -> dict[str, float]:
+    """Write ``source`` within a size: by one SVD over all layers, or by each layer's own."""
+    if how == "svd":
+        limits = shrink.Limits(megabytes=megabytes, order="svd")
+        resize.resize(source, target, limits)
+    else:
+        _by_each_layer(source, target, int(megabytes * 1e6))
+    components, _ = lora_file.inspect(target)
+    ranks = [one.rank for one in components]
+    return {"mean_rank": sum(ranks) / len(ranks), "megabytes": target.stat().st_size / 1e6}
+
+
+def _by_each_layer(source: Path, target: Path, limit: int) -> None:
+    """As kohya's resize script does with ``sv_fro``: every layer keeps the fewest columns that
+    hold a share of its own Frobenius norm; here the largest share that fits into ``limit``."""
+    with lora_source.LoRASource(source) as opened:
+        found = [factors.decompose(opened.component(key)) for key in opened.keys]
+        metadata = dict(opened.metadata)
+    low, high = 0.0, 1.0
+    best: list[Any] | None = None
+    for _ in range(ROUNDS):
+        share = (low + high) / 2
+        kept = [component.first(_columns(component, share)) for component in found]
+        if len(lora_format.encode(lora_format.to_state(kept), metadata)) <= limit:
+            low, best = share, kept
+        else:
+            high = share
+    if best is None:
+        raise ValueError(f"{source.name} cannot be cut to {limit} bytes: rank 1 takes more.")
+    lora_file.save(target, best, metadata)
+
+
+def _columns(component: Any, share: float) -> int:
+    energy = factors.energies(component)  # (rank,), squares of the norm
+    norms = energy.cumsum(0).sqrt()
+    return int((norms < share * norms[-1]).sum()) + 1 if len(energy) else 0

@@ -1,0 +1,38 @@
+"""What a piece of work takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+def with_peak(work: Callable[[], T]) -> tuple[T, float]:
+    """A piece of work's result, and by how many MB it raised the memory in use at its worst.
+
+    On a GPU what torch has allocated there, else the process's resident memory (Linux).
+    """
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = work()
+        return result, (torch.cuda.max_memory_allocated() - before) / 1e6
+    try:
+        Path("/proc/self/clear_refs").write_text("5", "ascii")  # forgets the highest level
+        before = _resident("VmRSS")
+    except OSError:
+        return work(), float("nan")
+    result = work()
+    return result, (_resident("VmHWM") - before) / 1e6
+
+
+def _resident(name: str) -> float:
+    """A line of the process's status, in bytes."""
+    for line in Path("/proc/self/status").read_text("ascii").splitlines():
+        if line.startswith(f"{name}:"):
+            return 1024 * float(line.split()[1])
+    raise OSError(f"{name} is not told")

@@ -1,0 +1,142 @@
+"""Subjects: drawn ones and photographs for the demo base, DreamBooth's folders for real ones."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from ...tools.tiny_sdxl.latents import SIZE
+from ...tools.tiny_sdxl.scenes import PLACE_WORDS
+from ...tools.tiny_sdxl.subjects import (
+    RARE_WORD,
+    SUBJECT_SEEDS,
+    VIEW_PLACES,
+    View,
+    make_subject,
+    subject_views,
+)
+from . import table_a1
+
+TUNING_SEED = 27  # the robot: rates are tried on it, and it is in no table
+CROPS = 5
+# Photographs that scikit-image carries: (its name, what it shows, where in the picture that is).
+PHOTOGRAPHS = (
+    ("chelsea", "cat", (60, 0, 360, 300)),
+    ("coffee", "mug", (90, 40, 430, 380)),
+    ("astronaut", "astronaut", (60, 0, 420, 360)),
+    ("rocket", "rocket", (200, 20, 520, 340)),
+    ("camera", "photographer", (70, 20, 420, 370)),
+)
+_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
+
+
+@dataclass(frozen=True)
+class Study:
+    """One subject of a benchmark."""
+
+    name: str
+    photos: Sequence[View]  # with the captions that they are trained on
+    prompts: Sequence[str]
+    places: Sequence[str] = ()  # of each prompt, where a judge knows the word for it
+    thing: str = ""  # what it is, where a judge knows the word
+    own: Sequence[View] = ()  # the subject itself for each prompt, never trained on
+
+
+def drawn(seed: int, prompts: int) -> Study:
+    """A subject of ours in poses and places that the base never saw it in."""
+    subject = make_subject(seed)
+    held_out: dict[str, View] = {}
+    for view in subject_views(subject, "held_out", SIZE):
+        held_out.setdefault(view.place, view)
+    views = list(held_out.values())[:prompts]
+    return Study(
+        f"{subject.object}-{seed}",
+        subject_views(subject, "train", SIZE),
+        [view.caption for view in views],
+        [view.place for view in views],
+        subject.object,
+        views,
+    )
+
+
+def photographed(number: int, prompts: int) -> Study:
+    """Crops of a real photograph; the base has never seen any."""
+    import skimage.data
+
+    name, word, box = PHOTOGRAPHS[number]
+    pixels = getattr(skimage.data, name)()
+    if pixels.ndim == 2:
+        pixels = np.stack([pixels] * 3, -1)
+    picture = Image.fromarray(pixels).crop(box)
+    rng = random.Random(f"photograph {name}")
+    photos = [
+        View(np.asarray(_crop(picture, rng)), f"a {RARE_WORD} {word}", "") for _ in range(CROPS)
+    ]
+    places = list(dict.fromkeys(VIEW_PLACES["held_out"]))[:prompts]
+    return Study(f"photo-{name}", photos, [_in_place(word, place) for place in places], places)
+
+
+def _in_place(word: str, place: str) -> str:
+    words = PLACE_WORDS[place]
+    parts = ("a", words.adjectives[0], RARE_WORD, word, words.phrases[0])
+    return " ".join(part for part in parts if part)
+
+
+def _crop(picture: Image.Image, rng: random.Random) -> Image.Image:
+    side = round(min(picture.size) * rng.uniform(0.82, 1.0))
+    left, top = (rng.randint(0, whole - side) for whole in picture.size)
+    return picture.crop((left, top, left + side, top + side)).resize(
+        (SIZE, SIZE), Image.Resampling.LANCZOS
+    )
+
+
+def of_demo(prompts: int) -> list[Study]:
+    """The subjects that are tested: eleven drawn ones, and five photographs."""
+    seeds = [seed for seed in SUBJECT_SEEDS if seed != TUNING_SEED]
+    return [
+        *(drawn(seed, prompts) for seed in seeds),
+        *(photographed(number, prompts) for number in range(len(PHOTOGRAPHS))),
+    ]
+
+
+def tuning_of_demo(prompts: int) -> Study:
+    """The subject that rates are tried on."""
+    return drawn(TUNING_SEED, prompts)
+
+
+def dreambooth(folder: Path, prompts: int, word: str = RARE_WORD) -> list[Study]:
+    """Subjects of the DreamBooth data set as its authors publish it: a folder of photos each.
+
+    Raises ValueError for a folder that holds none of them.
+    """
+    if (folder / "dataset").is_dir():  # of the repository's clone
+        folder = folder / "dataset"
+    found = [
+        _dreambooth(folder / name, prompts, word)
+        for name in table_a1.PROMPTS
+        if (folder / name).is_dir()
+    ]
+    if not found:
+        raise ValueError(
+            f"{folder} holds no subject of the DreamBooth data set; it must hold folders such as "
+            "backpack/ and dog6/ with their photos."
+        )
+    return found
+
+
+def _dreambooth(folder: Path, prompts: int, word: str) -> Study:
+    files = sorted(one for one in folder.iterdir() if one.suffix.lower() in _ENDINGS)
+    if not files:
+        raise ValueError(f"{folder} holds no photo ({', '.join(_ENDINGS)}).")
+    caption = f"a {word} {table_a1.class_of(folder.name)}"
+    photos = []
+    for file in files:
+        with Image.open(file) as opened:
+            upright = ImageOps.exif_transpose(opened).convert("RGB")
+        photos.append(View(np.asarray(upright), caption, ""))
+    return Study(folder.name, photos, table_a1.prompts_of(folder.name, word)[:prompts])

@@ -1,0 +1,113 @@
+"""The arithmetic of the paper's benchmark, on numbers that can be checked by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from lora2_pack.bench.paper import methods, results, table_a1
+from lora2_pack.bench.paper.plan import Plan
+from lora2_pack.bench.paper.results import Point, Result
+
+
+def result(method: str, subject: str, seed: int = 0, likeness: float = 0.5, **more) -> Result:
+    known = {"place": 1.0, "thing": None, "nbytes": 100, "seconds": 1.0, "peak_megabytes": 1.0}
+    return Result(subject, method, seed, likeness, **{**known, "ranks": {}, **more})
+
+
+def test_table_a1_is_whole():
+    assert len(table_a1.PROMPTS) == 30 and table_a1.TUNING in table_a1.PROMPTS
+    for subject, prompts in table_a1.PROMPTS.items():
+        assert len(prompts) == 10
+        word = table_a1.class_of(subject)
+        assert all(f"<c> {word}" in prompt for prompt in prompts), subject
+    assert table_a1.class_of("bear_plushie") == "stuffed animal"
+    assert table_a1.prompts_of("vase", "sks")[0].count("sks vase") == 1
+
+
+def test_ranks_are_the_papers_where_the_base_is_as_wide():
+    assert methods.fixed_ranks(640) == methods.PAPERS_RANKS
+    assert methods.fixed_ranks(64) == (1, 2, 4, 8, 16, 32, 64)
+
+
+@pytest.mark.parametrize("width", [64, 640, 1280])
+def test_what_a_cut_needs_comes_before_it(width: int):
+    known = methods.methods_for(width)
+    order = list(known)
+    for name, method in known.items():
+        assert method.trained == (not method.of)
+        for needed in filter(None, (method.of, method.to)):
+            assert order.index(needed) < order.index(name)
+    assert set(methods.QUICK) <= set(methods.methods_for(64))
+    largest = known[f"fixed-{methods.fixed_ranks(width)[-1]}"].rank["target_rank"]
+    assert known["balanced"].rank["target_rank"] == pytest.approx(largest / 7, rel=0.1)
+
+
+def test_a_plan_needs_something_to_do():
+    with pytest.raises(ValueError, match="pictures is 0"):
+        Plan(pictures=0)
+
+
+def test_records_are_read_as_the_paper_averages(tmp_path: Path):
+    scores = {
+        "a": {"likeness": [0.2, 0.4], "place": [1.0, 0.5]},
+        "b": {"likeness": [0.6, 0.8], "place": [0.5, 0.0], "object": [1.0, 1.0]},
+    }
+    settings = {"subject": "mug-1", "method": "fixed-8", "seed": 2}
+    file = tmp_path / "records" / "mug-1" / "fixed-8-0.004-2.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps({"settings": settings, "scores": scores, "bytes": 7}))
+    (found,) = results.read(tmp_path)
+    assert (found.subject, found.method, found.seed, found.nbytes) == ("mug-1", "fixed-8", 2, 7)
+    assert found.likeness == pytest.approx(0.5)
+    assert (found.place, found.thing) == (pytest.approx(0.5), pytest.approx(1.0))
+    assert found.prompt == pytest.approx(0.75)
+
+
+def test_seeds_are_averaged_within_a_subject():
+    some = [
+        result("m", "a", 0, 0.2), result("m", "a", 1, 0.4), result("m", "b", 0, 0.9),
+        result("n", "a", 0, 0.5),
+    ]  # fmt: skip
+    assert results.by_subject(some, "m", lambda one: one.likeness) == {
+        "a": pytest.approx(0.3), "b": pytest.approx(0.9),
+    }  # fmt: skip
+    gained = results.paired(some, "m", "n", lambda one: one.likeness)
+    assert gained is not None and gained.mean == pytest.approx(0.2), "only the shared subject"
+    assert results.paired(some, "m", "gone", lambda one: one.likeness) is None
+
+
+@given(st.lists(st.floats(-1, 1), min_size=1, max_size=30))
+def test_an_interval_holds_its_mean(values: list[float]):
+    found = results.interval(values)
+    assert min(values) - 1e-9 <= found.low <= found.high <= max(values) + 1e-9
+    assert found.low - 1e-9 <= found.mean <= found.high + 1e-9 or len(set(values)) < 30
+
+
+def test_an_interval_narrows_with_the_number_of_subjects():
+    few, many = results.interval([0.0, 1.0] * 3), results.interval([0.0, 1.0] * 100)
+    assert many.high - many.low < 0.4 * (few.high - few.low)
+    with pytest.raises(ValueError, match="run a method first"):
+        results.interval([])
+
+
+def test_the_front_lies_between_two_sizes_and_never_falls():
+    front = [Point("c", 1000, 0.4, 1), Point("a", 10, 0.2, 1), Point("b", 100, 0.6, 1)]
+
+    def at(nbytes: float) -> float:
+        return results.front_at(front, nbytes, lambda point: point.likeness)
+
+    assert at(5) == pytest.approx(0.2) and at(10) == pytest.approx(0.2)
+    assert at(10**1.5) == pytest.approx(0.4)
+    assert at(100) == pytest.approx(0.6) and at(1e6) == pytest.approx(0.6)
+
+
+def test_ranks_that_follow_subjects_are_told_from_those_that_follow_seeds():
+    ranks = {"a": {"x": 1, "y": 8}, "b": {"x": 8, "y": 1}}
+    some = [result("m", s, seed, ranks=ranks[s]) for s in ("a", "b") for seed in (0, 1)]
+    assert results.rank_distances(some, "m") == (0, 3)
+    with pytest.raises(ValueError, match="two subjects and two seeds"):
+        results.rank_distances(some[:1], "m")
