@@ -81,7 +81,7 @@ def _measure(name: str) -> Any:
     runtime.enter()
     import torch
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     if name.startswith("state-"):
         return _state_megabytes(name.removeprefix("state-"))
     if name == "estimates":
