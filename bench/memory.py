@@ -92,7 +92,7 @@ def _measure(name: str) -> Any:
 def _growth(run: Callable[[], Any]) -> float:
     before = _settled()
     run()
-    return (_resident("VmHWM") - before) / 1e6
+    return (runtime.resident("VmHWM") - before) / 1e6
 
 
 def _settled() -> int:
@@ -100,7 +100,7 @@ def _settled() -> int:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # or what was freed so far would be filled unseen
     Path("/proc/self/clear_refs").write_text("5")
-    return _resident("VmRSS")
+    return runtime.resident("VmRSS")
 
 
 def _estimates() -> list[dict[str, Any]]:
@@ -182,11 +182,6 @@ def _state_megabytes(optimizer: str) -> float:
 
 def _big(value: Any) -> bool:
     return hasattr(value, "numel") and value.numel() > 1
-
-
-def _resident(field: str) -> int:
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return 1024 * int(re.search(rf"{field}:\s+(\d+)", status)[1])  # type: ignore[index]
 
 
 def _table(found: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ import importlib
 import importlib.machinery
 import importlib.util
 import os
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -31,6 +32,12 @@ def enter() -> None:
     package.__spec__ = spec
     package.__path__ = [str(ROOT)]
     sys.modules[package.__name__] = package
+
+
+def resident(field: str) -> int:
+    """Bytes of this process's memory: VmRSS now, VmHWM at the most (Linux)."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return 1024 * int(re.search(rf"{field}:\s+(\d+)", status)[1])  # type: ignore[index]
 
 
 def rerun_in_environment() -> None:

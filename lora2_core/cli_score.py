@@ -84,5 +84,5 @@ def _folders(folder: Path) -> list[Path]:
     return sorted(one for one in folder.iterdir() if one.is_dir() and one.name[0] != ".")
 
 
-def _pictures(folder: Path) -> list[Picture]:
-    return [*sorted(one for one in folder.iterdir() if one.suffix.lower() in _ENDINGS)]
+def _pictures(folder: Path) -> list[Path]:
+    return sorted(one for one in folder.iterdir() if one.suffix.lower() in _ENDINGS)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -22,16 +20,7 @@ def main() -> int:
     return importlib.import_module("lora2_pack.bench.paper.app").main()
 
 
-def in_environment() -> None:
-    """Start again with the environment's Python when this one has no torch."""
-    if importlib.util.find_spec("torch") is not None:
-        return
-    found = ROOT / ".venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    if not found.is_file():
-        sys.exit("There is no .venv yet. Run: python3 tools/comfyui.py --dev")
-    os.execv(found, [str(found), "-m", "bench.paper", *sys.argv[1:]])
-
-
 if __name__ == "__main__":
-    in_environment()
+    sys.path.insert(0, str(ROOT / "bench"))  # not `bench.runtime`: run as a file there is no root
+    importlib.import_module("runtime").rerun_in_environment()
     sys.exit(main())

@@ -28,11 +28,13 @@ def _by_each_layer(source: Path, target: Path, limit: int) -> None:
     with lora_source.LoRASource(source) as opened:
         found = [factors.decompose(opened.component(key)) for key in opened.keys]
         metadata = dict(opened.metadata)
+    norms = [factors.energies(component).cumsum(0).sqrt() for component in found]  # (rank,) each
     low, high = 0.0, 1.0
     best: list[Any] | None = None
     for _ in range(ROUNDS):
         share = (low + high) / 2
-        kept = [component.first(_columns(component, share)) for component in found]
+        ranks = [int((norm < share * norm[-1]).sum()) + 1 if len(norm) else 0 for norm in norms]
+        kept = [component.first(rank) for component, rank in zip(found, ranks, strict=True)]
         if len(lora_format.encode(lora_format.to_state(kept), metadata)) <= limit:
             low, best = share, kept
         else:
@@ -40,9 +42,3 @@ def _by_each_layer(source: Path, target: Path, limit: int) -> None:
     if best is None:
         raise ValueError(f"{source.name} cannot be cut to {limit} bytes: rank 1 takes more.")
     lora_file.save(target, best, metadata)
-
-
-def _columns(component: Any, share: float) -> int:
-    energy = factors.energies(component)  # (rank,), squares of the norm
-    norms = energy.cumsum(0).sqrt()
-    return int((norms < share * norms[-1]).sum()) + 1 if len(energy) else 0

@@ -8,6 +8,8 @@ from typing import TypeVar
 
 import torch
 
+from ..runtime import resident
+
 T = TypeVar("T")
 
 
@@ -23,16 +25,8 @@ def with_peak(work: Callable[[], T]) -> tuple[T, float]:
         return result, (torch.cuda.max_memory_allocated() - before) / 1e6
     try:
         Path("/proc/self/clear_refs").write_text("5", "ascii")  # forgets the highest level
-        before = _resident("VmRSS")
+        before = resident("VmRSS")
     except OSError:
         return work(), float("nan")
     result = work()
-    return result, (_resident("VmHWM") - before) / 1e6
-
-
-def _resident(name: str) -> float:
-    """A line of the process's status, in bytes."""
-    for line in Path("/proc/self/status").read_text("ascii").splitlines():
-        if line.startswith(f"{name}:"):
-            return 1024 * float(line.split()[1])
-    raise OSError(f"{name} is not told")
+    return result, (resident("VmHWM") - before) / 1e6

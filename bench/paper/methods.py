@@ -33,35 +33,33 @@ class Method:
 def fixed_ranks(width: int) -> tuple[int, ...]:
     """The paper's ranks for a base whose narrowest attention is ``width`` wide; from 1 up."""
     scale = min(1.0, width / PAPERS_WIDTH)
-    return tuple(dict.fromkeys(max(1, 2 ** round_log2(rank * scale)) for rank in PAPERS_RANKS))
+    return tuple(dict.fromkeys(2 ** round_log2(rank * scale) for rank in PAPERS_RANKS))
 
 
 def round_log2(value: float) -> int:
-    """The exponent of the power of two next to a value, by proportion."""
+    """The exponent of the power of two next to a value, by proportion; not below 0."""
     return max(0, round(math.log2(value)))
 
 
 def methods_for(width: int) -> dict[str, Method]:
     """Every method by its name, in the order of a table."""
     ranks = fixed_ranks(width)
-    largest, target = ranks[-1], max(1, round(ranks[-1] / SHARE))
+    next_largest, largest = ranks[-2:]
+    target = max(1, round(largest / SHARE))
     own = {"target_rank": float(target)}
+    free = {**own, "rank_weight": 0.0, "controller_gain": 0.0}  # nothing pulls at the ranks
     found = {
         f"fixed-{rank}": Method(f"LoRA, rank {rank}", "ours", mode="fixed",
-                                rank={"target_rank": float(rank), "max_rank": max(rank, 1)})
+                                rank={"target_rank": float(rank), "max_rank": rank})
         for rank in ranks
     }  # fmt: skip
     found |= {
         "balanced": Method("LoRA² balanced", "ours", mode="balanced", rank=own, entropy=1e-4),
         "balanced-no-rank": Method(
-            "… without rank term", "ours", mode="balanced", entropy=1e-4,
-            rank={**own, "rank_weight": 0.0, "controller_gain": 0.0},
+            "… without rank term", "ours", mode="balanced", rank=free, entropy=1e-4
         ),
         "balanced-no-entropy": Method("… without entropy", "ours", mode="balanced", rank=own),
-        "balanced-neither": Method(
-            "… without both", "ours", mode="balanced",
-            rank={**own, "rank_weight": 0.0, "controller_gain": 0.0},
-        ),
+        "balanced-neither": Method("… without both", "ours", mode="balanced", rank=free),
         "paper": Method(
             "LoRA² paper", "ours", mode="paper", entropy=1e-4, rank={"max_rank": largest}
         ),
@@ -69,7 +67,7 @@ def methods_for(width: int) -> dict[str, Method]:
             "AdaLoRA (PEFT)", "peft", mode="adalora",
             rank={"init_r": 2 * target, "target_r": target},
         ),
-        "dora": Method("DoRA (PEFT)", "peft", mode="dora", rank={"r": fixed_ranks(width)[3]}),
+        "dora": Method("DoRA (PEFT)", "peft", mode="dora", rank={"r": ranks[3]}),
         "svd-largest": Method(
             f"rank {largest}, then SVD", "cut", mode="svd", of=f"fixed-{largest}", to="balanced"
         ),
@@ -77,11 +75,11 @@ def methods_for(width: int) -> dict[str, Method]:
             f"rank {largest}, then sv_fro", "cut", mode="sv_fro", of=f"fixed-{largest}",
             to="balanced",
         ),
+        "svd-next": Method(
+            f"rank {next_largest}, then SVD", "cut", mode="svd", of=f"fixed-{next_largest}",
+            to="balanced",
+        ),
     }  # fmt: skip
-    if (twice := f"fixed-{ranks[-2]}") in found:
-        found["svd-next"] = Method(
-            f"rank {ranks[-2]}, then SVD", "cut", mode="svd", of=twice, to="balanced"
-        )
     return found
 
 

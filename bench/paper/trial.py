@@ -21,9 +21,9 @@ from torch import Tensor
 from ...lora2_core import comfy_host, config, lora_file, scoring
 from ...tools.tiny_sdxl.figures import write_json
 from ...tools.tiny_sdxl.grids import read_strip, write_strip
-from ...tools.tiny_sdxl.latents import SIZE, to_pixels
+from ...tools.tiny_sdxl.latents import to_pixels
 from ...tools.tiny_sdxl.painting import Painter
-from ...tools.tiny_sdxl.personalising import Parts, train_lora
+from ...tools.tiny_sdxl.personalising import Parts, demo_config, train_lora
 from . import cuts, rivals
 from .measuring import with_peak
 from .methods import Method
@@ -141,16 +141,14 @@ class Bench:
 def training_config(method: Method, plan: Plan, seed: int, rate: float) -> config.TrainConfig:
     """The ``TrainConfig`` of a method; of a rival only what is not about ranks counts."""
     mode, ranks = ("fixed", {}) if method.kind == "peft" else (method.mode, method.rank)
-    return config.TrainConfig(
+    return demo_config(
+        mode,
+        ranks,
         steps=plan.steps,
         learning_rate=rate,
-        schedule="cosine",
         batch_size=plan.batch,
-        resolution=SIZE,
         seed=seed,
         entropy_weight=method.entropy,
-        probes=0,
-        rank=config.RankConfig.for_mode(mode, **ranks),
     )
 
 

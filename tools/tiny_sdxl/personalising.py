@@ -254,18 +254,22 @@ class Trial:
 
 def training_config(method: Method, plan: Plan, seed: int) -> Any:
     """Return the ``TrainConfig`` of a method."""
-    config = core("config")
-    return config.TrainConfig(
+    return demo_config(
+        method.mode,
+        method.ranks,
         steps=plan.steps,
         learning_rate=method.learning_rate,
-        schedule="cosine",
         batch_size=plan.batch,
-        resolution=SIZE,
         seed=seed,
         entropy_weight=method.entropy_weight,
-        probes=0,
-        rank=config.RankConfig.for_mode(method.mode, **method.ranks),
     )
+
+
+def demo_config(mode: str, ranks: Mapping[str, Any], **settings: Any) -> Any:
+    """Return a ``TrainConfig`` for the base, with what all methods that are compared share."""
+    config = core("config")
+    rank = config.RankConfig.for_mode(mode, **ranks)
+    return config.TrainConfig(schedule="cosine", resolution=SIZE, probes=0, rank=rank, **settings)
 
 
 def prepare(parts: Parts, views: Sequence[View], config: Any) -> Any:
