@@ -16,7 +16,9 @@ def main() -> int:
     package = ModuleType("lora2_pack")
     package.__path__ = [str(ROOT)]
     sys.modules[package.__name__] = package
-    importlib.import_module("lora2_pack.tools.tiny_sdxl.host").open_comfyui()
+    demo = not any(word.startswith("--base") and word != "--base=demo" for word in sys.argv)
+    cpu = demo or not importlib.import_module("torch").cuda.is_available()
+    importlib.import_module("lora2_pack.tools.tiny_sdxl.host").open_comfyui(cpu=cpu)
     return importlib.import_module("lora2_pack.bench.paper.app").main()
 
 

@@ -3,50 +3,196 @@
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import statistics
+import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ...tools.tiny_sdxl.evaluation import load_parts
-from ...tools.tiny_sdxl.personalising import fingerprint
-from . import methods, plan, subjects
-from .trial import BASE, OWN, Bench
+from ...lora2_core import vision
+from . import (
+    archive,
+    methods,
+    plan,
+    queue,
+    report,
+    results,
+    seeded,
+    subjects,
+    sweep,
+    table_a1,
+    tuning,
+    verdict,
+)  # fmt: skip
+from .bases import Base, Demo
+from .checkpoints import Checkpoint
+from .methods import BASE, OWN, Method
+from .subjects import Study
+from .trial import Bench, Work
+
+_START = Path(__file__).parent / "__main__.py"
 
 
 def main() -> int:
     options = _parser().parse_args()
-    torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
-    return tune(options) if options.tune else run(options)
+    if options.archive and options.archive.is_file() and not options.worker:
+        archive.unpack(options.archive, options.out)
+    try:
+        several = options.processes > 1 and not options.report
+        code = _in_processes(options) if several else _alone(options)
+    finally:
+        if options.archive and not options.worker:
+            archive.write(options.out, options.archive)
+    return code
+
+
+def _alone(options: argparse.Namespace) -> int:
+    """Do the work in this process; 3 when the time was over before the end."""
+    torch.set_num_threads(options.threads)
+    until = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
+    asked = _asked(options)
+    bench, rates = asked.bench, tuning.rates(asked.bench)
+    if options.tune:
+        works = tuning.works(asked.studies[0], asked.methods, bench.base)
+    else:
+        works = works_of(asked.studies, asked.methods, asked.seeds, rates)
+    done = options.report or queue.do_all(bench, works, rates, until, _say)
+    if done and options.tune:
+        tuning.keep(bench, works)
+    elif not options.worker:
+        _report(bench, works)
+    return 0 if done else 3
+
+
+def _report(bench: Bench, works: Sequence[Work]) -> None:
+    records = [record for work in works if (record := bench.found(work)) is not None]
+    found = [results.result(record) for record in records]
+    much = bench.plan
+    about = (
+        f"Base: {bench.base.name}. {much.steps} steps of batch {much.batch}; {much.prompts} prompts"
+        f" a subject, {much.pictures} picture(s) of each; {len(records)} of {len(works)} records."
+    )
+    page = report.write(found, bench.methods, about, bench.folder / "report")
+    print(f"{page}\n\n{report.markdown(verdict.claims(found, bench.methods))}", flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.paper", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="records, pictures and files")
+    known = f"demo, a checkpoint file, or with --dry {' or '.join(seeded.SHAPES)}"
+    parser.add_argument("--base", default="demo", help=known)
+    parser.add_argument("--dino", default=vision.DINO, help="of a checkpoint: a folder or a name")
+    parser.add_argument("--clip", default=vision.CLIP, help="of a checkpoint: a folder or a name")
+    subjects_are = "of a checkpoint: the DreamBooth data set's folder"
+    parser.add_argument("--subjects", type=Path, help=subjects_are)
+    parser.add_argument("--dry", action="store_true", help="one step with seeded weights")
     parser.add_argument("--methods", default="", help="names with commas; all if left out")
-    parser.add_argument("--subjects", default="", help="names with commas; all if left out")
+    parser.add_argument("--only", default="", help="subjects with commas; all if left out")
     parser.add_argument("--seeds", type=int, default=3, help="how many, 3 if left out")
     parser.add_argument("--quick", action="store_true", help="3 subjects, 4 methods, 1 seed")
     parser.add_argument("--tune", action="store_true", help="try learning rates on one subject")
+    parser.add_argument("--sweep", action="store_true", help="try what the paper leaves open")
+    parser.add_argument("--report", action="store_true", help="only write it, of what is there")
     parser.add_argument("--minutes", type=float, help="begin nothing new after that long")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--archive", type=Path, help="a file that all records are kept in, too")
+    cores = os.cpu_count() or 1
+    usual = 1 if torch.cuda.is_available() else min(4, cores)  # more need more memory
+    parser.add_argument("--processes", type=int, default=usual, help="at work on it together")
+    parser.add_argument("--threads", type=int, default=max(1, cores // usual), help="of each")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser
 
 
-def _bench(options: argparse.Namespace) -> Bench:
-    parts = load_parts()
-    width = 64  # of the demo's narrowest attention
-    much = plan.QUICK if options.quick else plan.Plan()
-    known = methods.methods_for(width)
-    return Bench(parts, fingerprint(parts), options.out, much, known)
+def _in_processes(options: argparse.Namespace) -> int:
+    """The same command in several processes, which share the work; 0 when all are done."""
+    alone = [sys.executable, str(_START), *sys.argv[1:], "--processes=1", "--worker"]
+    running = [subprocess.Popen(alone) for _ in range(options.processes)]
+    try:
+        code = max(abs(process.wait()) for process in running)
+    finally:
+        for process in running:
+            process.terminate()
+    if not options.tune:
+        options.report = True
+        _alone(options)
+    return code
 
 
-def _chosen(wanted: str, known: list[str], what: str) -> list[str]:
+@dataclass(frozen=True)
+class Asked:
+    """What the command is to do."""
+
+    bench: Bench
+    studies: list[Study]
+    methods: dict[str, Method]
+    seeds: int
+
+
+def _asked(options: argparse.Namespace) -> Asked:
+    """The bench, and which subjects, methods and seeds it is asked for."""
+    base, usual = _base(options)
+    much, known, seeds = usual, methods.methods_for(base.width), options.seeds
+    able, what = list(known), "method"
+    if options.tune:
+        able, what = tuning.tried(known), "method that is tuned"
+        much = replace(usual, pictures=plan.TUNING_PICTURES)
+    elif options.sweep:
+        much, known, what = plan.SWEEP, sweep.variants(known["balanced"]), "variant"
+        able = list(known)
+    elif options.quick:
+        much, able, seeds = plan.QUICK, list(methods.quick(known)), 1
+    studies = _studies(options, much.prompts)
+    names = _chosen(options.methods, able, what)
+    wanted = _chosen(options.only, [study.name for study in studies], "subject")
+    studies = [study for study in studies if study.name in wanted]
+    bench = Bench(base, options.out, much, known)
+    return Asked(bench, studies, {name: known[name] for name in names}, seeds)
+
+
+def _base(options: argparse.Namespace) -> tuple[Base, plan.Plan]:
+    """The base, and how much is trained on it."""
+    if options.base == "demo":
+        return Demo.load(), plan.Plan()
+    if not options.dry:
+        judges = (Path(one) if Path(one).is_dir() else vision.cached(one)
+                  for one in (options.dino, options.clip))  # fmt: skip
+        found = Checkpoint.load(Path(options.base), *judges)
+        return found, found.plan
+    place = options.out / "seeded"
+    file = seeded.checkpoint(options.base, place / f"{options.base}.safetensors")
+    judges = seeded.dino(place / "dino"), seeded.clip(place / "clip")
+    found = Checkpoint.load(file, *judges, resolution=128)
+    sampling = replace(found.parts.sampling, steps=1)
+    return replace(found, parts=replace(found.parts, sampling=sampling)), plan.DRY
+
+
+def _studies(options: argparse.Namespace, prompts: int) -> list[Study]:
+    if options.base != "demo":
+        folder = options.subjects
+        if options.dry and folder is None:
+            folder = seeded.photographs(options.out / "seeded" / "photographs")
+        if folder is None:
+            sys.exit("A checkpoint needs --subjects: the folder of the DreamBooth data set.")
+        found = subjects.dreambooth(folder, prompts)
+        tuned = table_a1.TUNING
+        return [study for study in found if (study.name == tuned) == bool(options.tune)]
+    if options.subjects is not None:
+        sys.exit("The demo base brings subjects of its own; leave --subjects out.")
+    if options.tune:
+        return [subjects.tuning_of_demo(prompts)]
+    if options.sweep:
+        return subjects.sweep_of_demo(prompts)
+    return subjects.of_demo(prompts)[: 3 if options.quick else None]
+
+
+def _chosen(wanted: str, known: Sequence[str], what: str) -> list[str]:
     names = [name.strip() for name in wanted.split(",") if name.strip()] or known
     for name in names:
         if name not in known:
@@ -54,66 +200,32 @@ def _chosen(wanted: str, known: list[str], what: str) -> list[str]:
     return [name for name in known if name in names]  # in the order of tables
 
 
-def tune(options: argparse.Namespace) -> int:
-    """Try every rate with every method that trains, on the subject that is in no table."""
-    bench = _bench(options)
-    study = subjects.tuning_of_demo(bench.plan.prompts)
-    trained = [name for name, method in bench.methods.items() if method.trained]
-    until = _until(options)
-    for name in _chosen(options.methods, trained, "method that trains"):
-        for rate in plan.RATES:
-            if time.monotonic() > until:
-                return 3
-            started = time.monotonic()
-            record = bench.record(study, name, 0, rate)
-            _say(study.name, f"{name} at {rate:g}", record, time.monotonic() - started)
-    return 0
-
-
-def run(options: argparse.Namespace) -> int:
-    """Everything that is wanted and not there yet; 3 when the time was over before."""
-    bench = _bench(options)
-    studies = {study.name: study for study in subjects.of_demo(bench.plan.prompts)}
-    names = _chosen(options.methods, list(bench.methods), "method")
-    chosen = _chosen(options.subjects, list(studies), "subject")
-    seeds = options.seeds
-    if options.quick:
-        names, chosen, seeds = [n for n in names if n in methods.QUICK], chosen[:3], 1
-    rates, until = _rates(), _until(options)
+def works_of(
+    studies: Sequence[Study],
+    chosen: Mapping[str, Method],
+    seeds: int,
+    rates: Mapping[str, float],
+) -> list[Work]:
+    """Everything, one seed of all subjects after the other."""
+    found: list[Work] = []
     for seed in range(seeds):
-        for subject in chosen:
-            study = studies[subject]
-            for name in (BASE, *([OWN] if study.own else []), *names):
-                if time.monotonic() > until:
-                    return 3
-                if seed and name in (BASE, OWN):
-                    continue  # they know no training
-                method = bench.methods.get(name)
-                rate = rates.get(name, method.rate) if method and method.trained else None
-                started = time.monotonic()
-                record = bench.record(study, name, seed, rate)
-                _say(subject, f"{name}, seed {seed}", record, time.monotonic() - started)
-    return 0
+        for study in studies:
+            if not seed:  # these know no training
+                names = (BASE, OWN) if study.own else (BASE,)
+                found += [Work(study, name, 0) for name in names]
+            found += [Work(study, name, seed, rates.get(name)) for name in chosen]
+    return found
 
 
-def _rates() -> dict[str, float]:
-    """The rates that tuning chose; see docs/method.md."""
-    file = Path(__file__).parent / "rates.json"
-    return json.loads(file.read_text("utf-8")) if file.is_file() else {}
-
-
-def _until(options: argparse.Namespace) -> float:
-    return time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
-
-
-def _say(subject: str, what: str, record: dict[str, Any], seconds: float) -> None:
+def _say(work: Work, record: dict[str, Any], seconds: float) -> None:
+    if not seconds:
+        return  # was there already
+    scores = record["scores"].values()
+    measures = dict.fromkeys(key for judge in scores for key in judge)
     told = {
-        key: statistics.fmean(
-            statistics.fmean(judge[key]) for judge in record["scores"].values() if key in judge
-        )
-        for key in ("likeness", "place", "object")
-        if all(key in judge for judge in record["scores"].values())
+        key: statistics.fmean(statistics.fmean(judge[key]) for judge in scores if key in judge)
+        for key in measures
     }
     figures = ", ".join(f"{key} {value:.3f}" for key, value in told.items())
     size = f", {record['bytes'] / 1e6:.2f} MB" if "bytes" in record else ""
-    print(f"{subject}: {what}: {figures}{size} ({seconds:.0f} s)", flush=True)
+    print(f"{work.study.name}: {work.stem}: {figures}{size} ({seconds:.0f} s)", flush=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 PAPERS_RANKS = (8, 16, 32, 64, 128, 256, 512)  # on layers 640 and 1280 wide
 PAPERS_WIDTH = 640
+BASE = "base"  # in a method's place: no LoRA at all
+OWN = "own"  # the subject itself, as the autoencoder gives it back
 SHARE = 7  # LoRA² is asked for this part of the largest rank's bytes
 
 
@@ -18,10 +20,10 @@ class Method:
 
     label: str
     kind: Literal["ours", "peft", "cut"]
-    rate: float = 4e-3  # where nothing has been tuned
     rank: Mapping[str, Any] = field(default_factory=dict)  # of RankConfig; of PEFT: its own words
     mode: str = ""  # of ours; "adalora" or "dora"; "svd" or "sv_fro"
     entropy: float = 0.0  # weight, λ_e
+    change: str = ""  # of what no setting changes, see variants.CHANGES
     of: str = ""  # a cut: of which method's file
     to: str = ""  # … to the bytes of which other's
 
@@ -44,8 +46,7 @@ def round_log2(value: float) -> int:
 def methods_for(width: int) -> dict[str, Method]:
     """Every method by its name, in the order of a table."""
     ranks = fixed_ranks(width)
-    next_largest, largest = ranks[-2:]
-    target = max(1, round(largest / SHARE))
+    target = max(1, round(ranks[-1] / SHARE))
     own = {"target_rank": float(target)}
     free = {**own, "rank_weight": 0.0, "controller_gain": 0.0}  # nothing pulls at the ranks
     found = {
@@ -61,26 +62,34 @@ def methods_for(width: int) -> dict[str, Method]:
         "balanced-no-entropy": Method("… without entropy", "ours", mode="balanced", rank=own),
         "balanced-neither": Method("… without both", "ours", mode="balanced", rank=free),
         "paper": Method(
-            "LoRA² paper", "ours", mode="paper", entropy=1e-4, rank={"max_rank": largest}
+            "LoRA² paper", "ours", mode="paper", entropy=1e-4, rank={"max_rank": ranks[-1]}
         ),
         "adalora": Method(
             "AdaLoRA (PEFT)", "peft", mode="adalora",
             rank={"init_r": 2 * target, "target_r": target},
         ),
         "dora": Method("DoRA (PEFT)", "peft", mode="dora", rank={"r": ranks[3]}),
-        "svd-largest": Method(
-            f"rank {largest}, then SVD", "cut", mode="svd", of=f"fixed-{largest}", to="balanced"
-        ),
-        "sv-fro-largest": Method(
-            f"rank {largest}, then sv_fro", "cut", mode="sv_fro", of=f"fixed-{largest}",
-            to="balanced",
-        ),
-        "svd-next": Method(
-            f"rank {next_largest}, then SVD", "cut", mode="svd", of=f"fixed-{next_largest}",
-            to="balanced",
-        ),
     }  # fmt: skip
+    return found | _cuts(ranks)
+
+
+def _cuts(ranks: Sequence[int]) -> dict[str, Method]:
+    """Of the largest ranks, to the bytes of ``balanced``; the third takes as much memory to train
+    as it does, or twice that."""
+    found: dict[str, Method] = {}
+    for rank in dict.fromkeys(reversed(ranks[-3:])):
+        found[f"svd-{rank}"] = Method(
+            f"LoRA, rank {rank}, then SVD", "cut", mode="svd", of=f"fixed-{rank}", to="balanced"
+        )
+    rank = ranks[-1]
+    found[f"sv-fro-{rank}"] = Method(
+        f"LoRA, rank {rank}, then sv_fro", "cut", mode="sv_fro", of=f"fixed-{rank}", to="balanced"
+    )
     return found
 
 
-QUICK = ("fixed-1", "fixed-8", "balanced", "svd-next")  # methods of --quick
+def quick(known: Mapping[str, Method]) -> tuple[str, ...]:
+    """The four methods of ``--quick``."""
+    cut = next(name for name, method in known.items() if method.kind == "cut")
+    fixed = [name for name, method in known.items() if method.mode == "fixed"]
+    return fixed[0], known[cut].of, "balanced", cut

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-RATES = (1e-3, 2e-3, 4e-3, 8e-3)  # each method is tried at all of them on the tuning subject
-
 
 @dataclass(frozen=True)
 class Plan:
-    """Equal for all methods of a run."""
+    """Equal for all methods of a run. As it stands for the demo base."""
 
     steps: int = 300
     batch: int = 1  # the paper's
     prompts: int = 10  # the paper's
-    pictures: int = 3  # of each prompt, from noise of their own; the paper paints 5
+    pictures: int = 1  # of each prompt, from noise of their own; the paper paints 5
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "prompts", "pictures"):
@@ -22,4 +20,9 @@ class Plan:
                 raise ValueError(f"{name} is {getattr(self, name)}; at least 1 is needed.")
 
 
-QUICK = Plan(steps=150, prompts=6, pictures=2)
+QUICK = Plan(steps=150, prompts=6)
+SWEEP = Plan(pictures=2)
+SDXL = Plan(steps=500, pictures=5)  # the paper's
+KOALA = Plan(steps=800, pictures=5)  # the paper's
+DRY = Plan(steps=1, prompts=1)
+TUNING_PICTURES = 3  # of each prompt: one subject has to tell rates apart

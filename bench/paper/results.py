@@ -1,6 +1,6 @@
 """Records of a run as numbers: by method, subject and seed; means, intervals and pairs.
 
-Knows nothing of ComfyUI or torch: it reads the JSON that :mod:`.trial` wrote.
+Knows nothing of ComfyUI: it reads the JSON that :mod:`.trial` wrote.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ import math
 import random
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from . import archive
 
 _DRAWS = 2000  # of a bootstrap
 
@@ -25,28 +27,32 @@ class Result:
     subject: str
     method: str
     seed: int
-    likeness: float  # mean of judges, over prompts
+    likeness: float  # over prompts; of two judges of one kind, as the demo's, the mean
     place: float | None  # probability of the place asked for, mean of judges
     thing: float | None
+    text: float | None  # cosine of pictures with their prompts
     nbytes: int | None
     seconds: float | None
     peak_megabytes: float | None
     ranks: dict[str, int]
+    judges: dict[str, float] = field(default_factory=dict)  # "measure, judge" → mean
 
     @property
     def prompt(self) -> float | None:
         """How much the prompt is obeyed: what can be asked, on average."""
-        told = [value for value in (self.place, self.thing) if value is not None]
+        told = [one for one in (self.place, self.thing, self.text) if one is not None]
         return statistics.fmean(told) if told else None
 
 
-def read(folder: Path) -> list[Result]:
-    """All records of a run, whatever their order on the disk."""
-    files = sorted((folder / "records").glob("*/*.json"))
-    return [_result(json.loads(file.read_text("utf-8"))) for file in files]
+def read(source: Path) -> list[Result]:
+    """All records of a run's folder or of an archive."""
+    if source.is_file():
+        return [result(record) for record in archive.read(source)]
+    return [result(json.loads(file.read_text("utf-8"))) for file in archive.files(source)]
 
 
-def _result(record: dict[str, Any]) -> Result:
+def result(record: dict[str, Any]) -> Result:
+    """Of one record."""
     settings = record["settings"]
 
     def mean(key: str) -> float | None:
@@ -57,8 +63,13 @@ def _result(record: dict[str, Any]) -> Result:
     assert likeness is not None, "every judge compares"
     return Result(
         settings["subject"], settings["method"], settings["seed"], likeness, mean("place"),
-        mean("object"), record.get("bytes"), record.get("seconds"),
+        mean("object"), mean("text"), record.get("bytes"), record.get("seconds"),
         record.get("peak_megabytes"), record.get("ranks", {}),
+        {
+            f"{measure}, {judge}": statistics.fmean(values)
+            for judge, told in record["scores"].items()
+            for measure, values in told.items()
+        },
     )  # fmt: skip
 
 
@@ -145,22 +156,40 @@ def front_at(front: Sequence[Point], nbytes: float, value: Callable[[Point], flo
     return best[-1][1]
 
 
-def rank_distances(results: Sequence[Result], method: str) -> tuple[float, float]:
-    """How far learnt ranks lie apart: (between seeds of a subject, between subjects).
+@dataclass(frozen=True)
+class RankTest:
+    """Whether learnt ranks follow the subject."""
 
-    The mean over pairs of the mean over components of |log2 rank − log2 rank|.
+    within: float  # mean distance between seeds of a subject
+    between: float  # mean distance between subjects
+    chance: float  # of a difference as large if subjects did not matter
+
+
+def rank_test(results: Sequence[Result], method: str, seed: int = 0) -> RankTest | None:
+    """A permutation test of learnt ranks; None without two subjects and two seeds.
+
+    The distance of two runs is the mean over components of |log2 rank − log2 rank|; runs change
+    subjects at random.
     """
     told = [one for one in results if one.method == method and one.ranks]
-    within, between = [], []
-    for index, one in enumerate(told):
-        for other in told[index + 1 :]:
-            if one.subject == other.subject:
-                within.append(_distance(one.ranks, other.ranks))
-            elif one.seed == other.seed:
-                between.append(_distance(one.ranks, other.ranks))
-    if not within or not between:
-        raise ValueError(f"{method} needs two subjects and two seeds to compare ranks.")
-    return statistics.fmean(within), statistics.fmean(between)
+    pairs = list(itertools.combinations(range(len(told)), 2))
+    distances = [_distance(told[one].ranks, told[other].ranks) for one, other in pairs]
+    names = [one.subject for one in told]
+
+    def split(names: Sequence[str]) -> tuple[float, float] | None:
+        within, between = [], []
+        for (one, other), distance in zip(pairs, distances, strict=True):
+            (within if names[one] == names[other] else between).append(distance)
+        return (statistics.fmean(within), statistics.fmean(between)) if within and between else None
+
+    if (found := split(names)) is None:
+        return None
+    rng, as_large = random.Random(seed), 1
+    for _ in range(_DRAWS // 2):
+        drawn = split(rng.sample(names, len(names)))
+        assert drawn is not None, "the same subjects as often"
+        as_large += drawn[1] - drawn[0] >= found[1] - found[0]
+    return RankTest(*found, as_large / (_DRAWS // 2 + 1))
 
 
 def _distance(one: dict[str, int], other: dict[str, int]) -> float:

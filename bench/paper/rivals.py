@@ -28,6 +28,7 @@ def train(
     allocate = _inject(unet, method, config)
     weights = [p for name, p in unet.named_parameters() if _learns(name)]
     for weight in weights:
+        weight.data = weight.data.float()  # PEFT makes them in the base's precision
         weight.requires_grad_(True)
     optimizer = torch.optim.AdamW(weights, config.learning_rate, weight_decay=0.0)
     generator = torch.Generator().manual_seed(config.seed ^ trainer._NOISE_SEED)
@@ -96,7 +97,7 @@ def _regulariser(unet: nn.Module, method: Method) -> Tensor | float:
     for name, weight in unet.named_parameters():
         if "lora_A" in name or "lora_B" in name:
             square = weight @ weight.T if "lora_A" in name else weight.T @ weight
-            squares.append((square - torch.eye(len(square))).norm())
+            squares.append((square - torch.eye(len(square), device=square.device)).norm())
     return ORTHOGONAL * torch.stack(squares).mean()
 
 

@@ -23,6 +23,8 @@ from ...tools.tiny_sdxl.subjects import (
 from . import table_a1
 
 TUNING_SEED = 27  # the robot: rates are tried on it, and it is in no table
+# More that are in no table: what is to be the default is chosen on these three.
+SWEEP_SUBJECTS = ((TUNING_SEED, None), (201, "mug"), (202, "cat"))
 CROPS = 5
 # Photographs that scikit-image carries: (its name, what it shows, where in the picture that is).
 PHOTOGRAPHS = (
@@ -47,9 +49,9 @@ class Study:
     own: Sequence[View] = ()  # the subject itself for each prompt, never trained on
 
 
-def drawn(seed: int, prompts: int) -> Study:
+def drawn(seed: int, prompts: int, thing: str | None = None) -> Study:
     """A subject of ours in poses and places that the base never saw it in."""
-    subject = make_subject(seed)
+    subject = make_subject(seed, thing)
     held_out: dict[str, View] = {}
     for view in subject_views(subject, "held_out", SIZE):
         held_out.setdefault(view.place, view)
@@ -107,6 +109,11 @@ def of_demo(prompts: int) -> list[Study]:
 def tuning_of_demo(prompts: int) -> Study:
     """The subject that rates are tried on."""
     return drawn(TUNING_SEED, prompts)
+
+
+def sweep_of_demo(prompts: int) -> list[Study]:
+    """The subjects that the default is chosen on."""
+    return [drawn(seed, prompts, thing) for seed, thing in SWEEP_SUBJECTS]
 
 
 def dreambooth(folder: Path, prompts: int, word: str = RARE_WORD) -> list[Study]:

@@ -8,13 +8,20 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from lora2_pack.bench.paper import methods, results, table_a1
+from lora2_pack.bench.paper import archive, methods, results, table_a1
 from lora2_pack.bench.paper.plan import Plan
 from lora2_pack.bench.paper.results import Point, Result
 
 
 def result(method: str, subject: str, seed: int = 0, likeness: float = 0.5, **more) -> Result:
-    known = {"place": 1.0, "thing": None, "nbytes": 100, "seconds": 1.0, "peak_megabytes": 1.0}
+    known = {
+        "place": 1.0,
+        "thing": None,
+        "text": None,
+        "nbytes": 100,
+        "seconds": 1.0,
+        "peak_megabytes": 1.0,
+    }
     return Result(subject, method, seed, likeness, **{**known, "ranks": {}, **more})
 
 
@@ -41,7 +48,8 @@ def test_what_a_cut_needs_comes_before_it(width: int):
         assert method.trained == (not method.of)
         for needed in filter(None, (method.of, method.to)):
             assert order.index(needed) < order.index(name)
-    assert set(methods.QUICK) <= set(methods.methods_for(64))
+    four = methods.quick(known)
+    assert len(set(four)) == 4 and set(four) <= set(known) and known[four[3]].of == four[1]
     largest = known[f"fixed-{methods.fixed_ranks(width)[-1]}"].rank["target_rank"]
     assert known["balanced"].rank["target_rank"] == pytest.approx(largest / 7, rel=0.1)
 
@@ -108,6 +116,48 @@ def test_the_front_lies_between_two_sizes_and_never_falls():
 def test_ranks_that_follow_subjects_are_told_from_those_that_follow_seeds():
     ranks = {"a": {"x": 1, "y": 8}, "b": {"x": 8, "y": 1}}
     some = [result("m", s, seed, ranks=ranks[s]) for s in ("a", "b") for seed in (0, 1)]
-    assert results.rank_distances(some, "m") == (0, 3)
-    with pytest.raises(ValueError, match="two subjects and two seeds"):
-        results.rank_distances(some[:1], "m")
+    found = results.rank_test(some, "m")
+    assert found is not None and (found.within, found.between) == (0, 3)
+    assert 0.2 < found.chance < 0.5, "two of two and two: one draw in three"
+    assert results.rank_test(some[:1], "m") is None
+    many = [
+        result("m", s, seed, ranks=ranks[s[0]])
+        for s in ("a1", "b1", "a2", "b2")
+        for seed in range(3)
+    ]
+    apart = results.rank_test(many, "m")
+    assert apart is not None and apart.chance < 0.05
+    alike = [result("m", s, seed, ranks={"x": 1 + seed}) for s in "abcd" for seed in range(3)]
+    same = results.rank_test(alike, "m")
+    assert same is not None and same.chance > 0.5
+
+
+def record(method: str, subject: str, seed: int = 0, **more) -> dict:
+    settings = {"subject": subject, "method": method, "seed": seed, "rate": 0.004, "base": "w"}
+    scores = {"a": {"likeness": [0.25, 0.5]}, "b": {"likeness": [0.5, 0.75], "place": [1, 0]}}
+    return {"settings": settings, "scores": scores, **more}
+
+
+def test_an_archive_gives_back_what_it_was_given(tmp_path: Path):
+    given = [
+        record("fixed-8", "mug", ranks={"x": 3, "y": 8}, bytes=99, seconds=1.5, loss=0.125),
+        record("base", "cat"),
+        record("balanced", "mug", 2, ranks={"x": 3}, bytes=12),
+    ]
+    for one in given:
+        own = one["settings"]
+        name = f"{own['method']}-0.004-{own['seed']}.json"
+        file = tmp_path / "run" / "records" / own["subject"] / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(one))
+    kept = tmp_path / "kept" / "run.jsonl"
+    assert archive.write(tmp_path / "run", kept) == 3
+    read, wanted = ([json.dumps(one, sort_keys=True) for one in some]
+                    for some in (archive.read(kept), given))  # fmt: skip
+    assert sorted(read) == sorted(wanted)
+    first = sorted(tmp_path.glob("run/records/*/*.json"))[0]
+    first.unlink()
+    archive.unpack(kept, tmp_path / "run")
+    assert archive.write(tmp_path / "run", tmp_path / "again.jsonl") == 3
+    assert (tmp_path / "again.jsonl").read_bytes() == kept.read_bytes()
+    assert len(results.read(kept)) == len(results.read(tmp_path / "run")) == 3

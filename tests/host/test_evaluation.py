@@ -50,7 +50,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "SIZE", SIDE)
         monkeypatch.setattr(module, "subject_views", two_views)
     monkeypatch.setattr(evaluation, "OTHERS", 1)
-    monkeypatch.setattr(painting, "NOISE_SHAPE", (4, SIDE // 8, SIDE // 8))
+    monkeypatch.setattr(painting, "SIZE", SIDE)
 
 
 @pytest.fixture(scope="module")

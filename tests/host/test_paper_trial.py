@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from lora2_pack.bench.paper import cuts, methods, rivals, subjects, trial
+from lora2_pack.bench.paper import bases, cuts, methods, queue, rivals, subjects, sweep, trial
 from lora2_pack.bench.paper.plan import Plan
+from lora2_pack.bench.paper.trial import Work
 from lora2_pack.lora2_core import comfy_host, lora_file
-from lora2_pack.tools.tiny_sdxl.evaluation import load_parts
 
 torch.set_num_threads(1)
 
@@ -19,10 +19,20 @@ FEW = Plan(steps=3, batch=1, prompts=2, pictures=1)
 METHODS = methods.methods_for(64)
 
 
+RATE = 4e-3
+RATES = {name: RATE for name, method in METHODS.items() if method.trained}
+
+
 @pytest.fixture(scope="module")
-def parts(runtime: Any) -> Any:
-    found = load_parts()
-    return replace(found, sampling=replace(found.sampling, steps=2))
+def base(runtime: Any) -> bases.Demo:
+    found = bases.Demo.load()
+    parts = found.parts
+    return replace(found, parts=replace(parts, sampling=replace(parts.sampling, steps=2)))
+
+
+@pytest.fixture(scope="module")
+def parts(base: bases.Demo) -> Any:
+    return base.parts
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +42,11 @@ def study() -> subjects.Study:
 
 @pytest.mark.parametrize("name", ["adalora", "dora"])
 def test_a_rivals_file_is_what_peft_computes(
-    parts: Any, study: subjects.Study, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    config = trial.training_config(METHODS[name], FEW, 0, 4e-2)
+    base: bases.Demo, study: subjects.Study, name: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
+    parts = base.parts
+    config = trial.training_config(METHODS[name], base, FEW, 0, 4e-2)
     kept: list[Any] = []
     original = rivals.clean_task
 
@@ -67,46 +79,83 @@ def _asked(unet: Any, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
     return unet(x, torch.tensor([400.0]), context=context, y=torch.zeros(1, width))
 
 
-def test_the_allocator_takes_ranks_away(parts: Any, study: subjects.Study, tmp_path: Path):
-    config = trial.training_config(METHODS["adalora"], replace(FEW, steps=20), 0, 4e-3)
+def test_the_allocator_takes_ranks_away(base: bases.Demo, study: subjects.Study, tmp_path: Path):
+    config = trial.training_config(METHODS["adalora"], base, replace(FEW, steps=20), 0, RATE)
     file = tmp_path / "rival.safetensors"
-    about = rivals.train(parts, study.photos, METHODS["adalora"], config, file)
+    about = rivals.train(base.parts, study.photos, METHODS["adalora"], config, file)
     ranks = METHODS["adalora"].rank
     assert about["mean_rank"] == pytest.approx(ranks["target_r"], rel=0.05)
 
 
+@pytest.fixture
+def bench(base: bases.Demo, tmp_path: Path) -> trial.Bench:
+    return trial.Bench(base, tmp_path, FEW, METHODS)
+
+
+def works_of(study: subjects.Study, *names: str) -> list[Work]:
+    return [Work(study, name, 0, RATES.get(name)) for name in names]
+
+
 def test_a_record_is_made_once_and_cuts_meet_their_size(
-    parts: Any, study: subjects.Study, tmp_path: Path
+    bench: trial.Bench, study: subjects.Study, tmp_path: Path
 ):
-    bench = trial.Bench(parts, "weights", tmp_path, FEW, METHODS)
-    assert bench.record(study, trial.BASE, 0)["scores"].keys() == parts.judges.keys()
-    own = bench.record(study, trial.OWN, 0)["scores"]
-    made = {name: bench.record(study, name, 0, 4e-3) for name in ("fixed-64", "balanced")}
-    for name in ("svd-largest", "sv-fro-largest"):
-        made[name] = bench.record(study, name, 0)
+    cuts_of_it = ("svd-64", "svd-16", "sv-fro-64")
+    # Cuts before what they cut: the queue has to find the order by itself.
+    works = works_of(
+        study, methods.BASE, methods.OWN, *cuts_of_it, "fixed-64", "fixed-16", "balanced"
+    )
+    made: dict[str, dict[str, Any]] = {}
+    told: list[str] = []
+
+    def tell(work: Work, record: dict[str, Any], seconds: float) -> None:
+        made[work.name] = record
+        told.append(work.name) if seconds else None
+
+    assert queue.do_all(bench, works, RATES, float("inf"), tell)
+    assert sorted(told) == sorted(work.name for work in works)
+    assert made[methods.BASE]["scores"].keys() == bench.base.parts.judges.keys()
+    for name in cuts_of_it:
         assert 0.8 < made[name]["bytes"] / made["balanced"]["bytes"] <= 1
-    files = {file: file.stat().st_mtime_ns for file in (tmp_path / "records").rglob("*")}
-    assert bench.record(study, "balanced", 0, 4e-3) == made["balanced"]
-    assert files == {file: file.stat().st_mtime_ns for file in (tmp_path / "records").rglob("*")}
-    for scores in own.values():
+    files = {file: file.stat().st_mtime_ns for file in (tmp_path / "records").rglob("*.*[!k]")}
+    told.clear()
+    assert queue.do_all(bench, works, RATES, float("inf"), tell) and not told
+    assert files == {
+        file: file.stat().st_mtime_ns for file in (tmp_path / "records").rglob("*.*[!k]")
+    }
+    for scores in made[methods.OWN]["scores"].values():
         assert {key: len(values) for key, values in scores.items()} == {
             "likeness": 2, "place": 2, "object": 2,
         }  # fmt: skip
     assert set(made["balanced"]["ranks"].values()) - {64}
+    (work,) = works_of(study, "balanced")
     other = replace(bench, plan=replace(FEW, steps=2))
-    again = other.record(study, "balanced", 0, 4e-3)
-    assert again["settings"] != made["balanced"]["settings"], "another plan is another record"
+    assert other.found(work) is None, "another plan is another record"
+    assert other.record(work)["settings"] != made["balanced"]["settings"]
+    assert bench.found(work) is None
 
 
-def test_a_cut_needs_what_it_cuts(parts: Any, study: subjects.Study, tmp_path: Path):
-    bench = trial.Bench(parts, "weights", tmp_path, FEW, METHODS)
-    with pytest.raises(ValueError, match=r"fixed-64 .* must be run before"):
-        bench.record(study, "svd-largest", 0)
+def test_time_that_is_over_begins_nothing(bench: trial.Bench, study: subjects.Study):
+    works = works_of(study, methods.BASE)
+    assert not queue.do_all(bench, works, RATES, -1.0, lambda *_: None)
+    assert bench.found(works[0]) is None
 
 
-def test_each_layer_keeps_its_share(parts: Any, study: subjects.Study, tmp_path: Path):
-    bench = trial.Bench(parts, "weights", tmp_path, FEW, METHODS)
-    bench.record(study, "fixed-8", 0, 4e-3)
+VARIANTS = sweep.variants(METHODS["balanced"])
+
+
+@pytest.mark.parametrize("name", ["svd-3", *(n for n, one in VARIANTS.items() if one.change)])
+def test_every_variant_of_the_sweep_trains(
+    base: bases.Demo, study: subjects.Study, tmp_path: Path, name: str
+):
+    bench = trial.Bench(base, tmp_path, replace(FEW, prompts=1), VARIANTS)
+    record = bench.record(Work(study, name, 0, RATE))
+    assert record["ranks"] and record["scores"]
+    if name.startswith("svd"):
+        assert record["bytes"] <= sweep.MEGABYTES * 1e6
+
+
+def test_each_layer_keeps_its_share(bench: trial.Bench, study: subjects.Study, tmp_path: Path):
+    bench.record(*works_of(study, "fixed-8"))
     (source,) = (tmp_path / "records").rglob("fixed-8-*.safetensors")
     size = source.stat().st_size / 1e6
     about = cuts.cut(source, tmp_path / "cut.safetensors", 0.6 * size, "sv_fro")

@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 COMFYUI = ROOT / ".comfyui"  # where tools/comfyui.py puts it
 
 
-def open_comfyui(folder: Path = COMFYUI) -> None:
-    """Make ``comfy`` importable and keep it on the CPU.
+def open_comfyui(folder: Path = COMFYUI, cpu: bool = True) -> None:
+    """Make ``comfy`` importable and keep it on the CPU, unless told otherwise.
 
     Raises SystemExit when ComfyUI is not there.
     """
@@ -25,7 +25,7 @@ def open_comfyui(folder: Path = COMFYUI) -> None:
         sys.path.insert(0, str(folder))
     import comfy.cli_args  # its module reads no command line unless told to
 
-    comfy.cli_args.args.cpu = True
+    comfy.cli_args.args.cpu = cpu
 
 
 def core(name: str) -> ModuleType:

@@ -12,7 +12,6 @@ from torch import Tensor
 from .latents import SIZE
 
 AT_ONCE = 16  # prompts
-NOISE_SHAPE = (4, SIZE // 8, SIZE // 8)
 
 
 @dataclass(frozen=True)
@@ -28,11 +27,21 @@ class Sampling:
 class Painter:
     """A MODEL, its CLIP and its VAE, as ComfyUI's nodes hold them."""
 
-    def __init__(self, model: Any, clip: Any, vae: Any, sampling: Sampling = Sampling()):
+    def __init__(
+        self,
+        model: Any,
+        clip: Any,
+        vae: Any,
+        sampling: Sampling = Sampling(),
+        size: int | None = None,
+        at_once: int = AT_ONCE,
+    ):
         self.model, self.clip, self.vae, self.sampling = model, clip, vae, sampling
+        self.size, self.at_once = size or SIZE, at_once  # px along each side; prompts
 
     def paint(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
-        """Return a picture of each prompt from the noise of its seed: (n, 3, 192, 192), 0 to 1."""
+        """Return a picture of each prompt from the noise of its seed: (n, 3, size, size), 0 to 1,
+        on the CPU."""
         return torch.cat(list(self._parts(prompts, seeds)))
 
     @torch.inference_mode()
@@ -40,22 +49,22 @@ class Painter:
         import comfy.model_management
 
         comfy.model_management.load_models_gpu([self.model], force_full_load=True)
-        for first in range(0, len(prompts), AT_ONCE):
-            some = slice(first, first + AT_ONCE)
+        for first in range(0, len(prompts), self.at_once):
+            some = slice(first, first + self.at_once)
             latents = self._sample(prompts[some], seeds[some])
             pixels = self.vae.decode(latents)  # (n, h, w, 3)
-            yield pixels.permute(0, 3, 1, 2).float().clamp(0, 1)
+            yield pixels.permute(0, 3, 1, 2).float().clamp(0, 1).cpu()
 
     def _sample(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
-        """Return latents as ComfyUI passes them on, (n, 4, 24, 24)."""
+        """Return latents as ComfyUI passes them on, (n, 4, size/8, size/8)."""
         import comfy.k_diffusion.sampling
         import comfy.samplers
 
-        base = self.model.model
+        base, device = self.model.model, self.model.load_device
         sigmas = comfy.samplers.calculate_sigmas(
             base.model_sampling, self.sampling.scheduler, self.sampling.steps
-        )
-        noise = torch.stack([_noise(seed) for seed in seeds])
+        ).to(device)
+        noise = torch.stack([self._noise(seed) for seed in seeds]).to(device)
         start = base.model_sampling.noise_scaling(sigmas[:1], noise, torch.zeros_like(noise), True)
         sampler = getattr(comfy.k_diffusion.sampling, f"sample_{self.sampling.sampler}")
         latents = sampler(self._guided(prompts), start, sigmas, disable=True)
@@ -81,10 +90,11 @@ class Painter:
             self.clip.tokenize(prompt), return_pooled=True
         )
         vector = self.model.model.encode_adm(
-            pooled_output=pooled, width=SIZE, height=SIZE, device=pooled.device
+            pooled_output=pooled, width=self.size, height=self.size, device=pooled.device
         )
-        return context, vector
+        device = self.model.load_device
+        return context.to(device), vector.to(device)
 
-
-def _noise(seed: int) -> Tensor:
-    return torch.randn(NOISE_SHAPE, generator=torch.Generator().manual_seed(seed))
+    def _noise(self, seed: int) -> Tensor:
+        shape = (4, self.size // 8, self.size // 8)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed))

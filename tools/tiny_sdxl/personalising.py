@@ -275,8 +275,8 @@ def demo_config(mode: str, ranks: Mapping[str, Any], **settings: Any) -> Any:
 def prepare(parts: Parts, views: Sequence[View], config: Any) -> Any:
     """Return the ``TrainingSetup`` for pictures and their captions."""
     photos = [
-        core("dataset").Photo(image.permute(1, 2, 0).contiguous(), view.caption)
-        for image, view in zip(pixels_of(views), views, strict=True)
+        core("dataset").Photo(pixels_of([view])[0].permute(1, 2, 0).contiguous(), view.caption)
+        for view in views  # each may be of another size
     ]
     return core("comfy_host").prepare_training(parts.model, parts.clip, parts.vae, photos, config)
 
@@ -296,7 +296,8 @@ def train_lora(parts: Parts, views: Sequence[View], config: Any, file: Path) -> 
         probes=[],
         title=file.stem,
     )
-    lora_file.save(file, components, about)
+    ranks = setup.config.rank
+    lora_file.save(file, components, about, ranks.target_megabytes, ranks.min_rank)
     last = events[-max(1, len(events) // 5) :]
     return {
         "loss": statistics.fmean(event.loss for event in last),  # of the last fifth

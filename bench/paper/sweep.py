@@ -1,0 +1,59 @@
+"""The choices that the paper leaves open, each tried alone on subjects that are in no table."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from .methods import Method
+
+MEGABYTES = 0.625  # of a file of the demo base with rank 9 in every layer
+
+
+def variants(balanced: Method) -> dict[str, Method]:
+    """``balanced`` as it is, and with one thing changed each, by name."""
+
+    def ranks(**settings: Any) -> Method:
+        return replace(balanced, rank={**balanced.rank, **settings})
+
+    def room(change: str = "", **settings: Any) -> Method:
+        sized = {key: value for key, value in balanced.rank.items() if key != "target_rank"}
+        sized |= {"target_megabytes": MEGABYTES, **settings}
+        return replace(balanced, rank=sized, change=change)
+
+    def changed(change: str, **settings: Any) -> Method:
+        return replace(ranks(**settings), change=change)
+
+    found: dict[str, tuple[str, Method]] = {
+        "as-it-is": ("as it is", balanced),
+        "svd-2": ("trained at 2 × the ranks, then one SVD", room()),
+        "svd-3": ("trained at 3 × the ranks, then one SVD", room("room × 3")),
+        "svd-1.5": ("trained at 1.5 × the ranks, then one SVD", room("room × 1.5")),
+        "nu-rate-0.005": ("ν's rate 0.005", ranks(rank_learning_rate=5e-3)),
+        "nu-rate-0.01": ("ν's rate 0.01", ranks(rank_learning_rate=1e-2)),
+        "nu-rate-0.04": ("ν's rate 0.04", ranks(rank_learning_rate=4e-2)),
+        "nu-rate-0.08": ("ν's rate 0.08", ranks(rank_learning_rate=8e-2)),
+        "scale-f": ("Λ = f, as in the paper", changed("Λ = f")),
+        "scale-at-start": ("Λ = f/f₁ with ν of the start", changed("Λ = f/f₁ at the start")),
+        "scale-sum": ("ΣΛ = 1", changed("ΣΛ = 1")),
+        "scale-square": ("ΣΛ² = 1", changed("ΣΛ² = 1")),
+        "quantile-0.5": ("q = 0.5", ranks(quantile=0.5)),
+        "quantile-0.99": ("q = 0.99", ranks(quantile=0.99)),
+        "softplus": ("ν = softplus of what is learnt", changed("ν = softplus")),
+        # Whose steps are not in proportion to ν: at its own best rate on the toy of method 2.
+        "plain-nu": ("ν learnt itself, rate 0.002", changed("ν itself", rank_learning_rate=2e-3)),
+        "start-of-a": ("A as in 3.3.1, for our Λ", changed("A as in the paper")),
+        "start-maximum": ("start at the maximum", ranks(start="maximum")),
+        "never-frozen": ("ν free to the end", ranks(freeze_fraction=0.0)),
+        "half-frozen": ("ν held for half of the run", ranks(freeze_fraction=0.5)),
+        "random-growth": ("new columns of B random", ranks(growth="random")),
+        "no-hysteresis": ("no hysteresis", ranks(hysteresis=False)),
+        "kappa-low": ("κ starts at a tenth", ranks(rank_weight=5e-4)),
+        "kappa-high": ("κ starts tenfold", ranks(rank_weight=5e-2)),
+        "entropy-0": ("λ_e = 0", replace(balanced, entropy=0.0)),
+        "entropy-0.001": ("λ_e = 0.001", replace(balanced, entropy=1e-3)),
+        "entropy-0.01": ("λ_e = 0.01", replace(balanced, entropy=1e-2)),
+        "target-4.5": ("target 4.5", ranks(target_rank=4.5)),
+        "target-18": ("target 18", ranks(target_rank=18.0)),
+    }
+    return {name: replace(method, label=label) for name, (label, method) in found.items()}

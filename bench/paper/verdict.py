@@ -1,0 +1,199 @@
+"""What the numbers say, in plain sentences, also where we lose.
+
+Every sentence has a verdict by one rule, on the mean over subjects and its 95 % interval:
+"beats" holds when the interval is above zero; "no worse" when the mean is, or when the interval
+lies above a hair's breadth below zero. An interval wholly on the wrong side fails; all else is
+open.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from . import results
+from .methods import Method
+from .results import Interval, Point, Result, Value
+
+Verdict = Literal["holds", "open", "fails"]
+OURS = "balanced"
+HAIR = 0.01  # of a score: closer is a tie
+SHARE_KEPT = 0.97  # of the largest rank's likeness, at a seventh of its bytes
+_DRAWS = 1000
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence with its numbers."""
+
+    verdict: Verdict
+    sentence: str
+
+
+def likeness(one: Result) -> float | None:
+    return one.likeness
+
+
+def prompt(one: Result) -> float | None:
+    return one.prompt
+
+
+def claims(found: Sequence[Result], methods: Mapping[str, Method]) -> list[Claim]:
+    """All that can be said of these results; what lacks a method is left out."""
+    run = {one.method for one in found}
+    fixed = [name for name in methods if methods[name].mode == "fixed" and name in run]
+    if OURS not in run or not fixed:
+        return []
+    said = [*_front(found, fixed), *_largest(found, fixed, methods)]
+    for name, method in methods.items():
+        if name in run and (method.kind != "ours" or method.mode == "paper"):
+            said.append(_against(found, name, method, must_beat=name == "adalora"))
+    return said + _ablation(found, run) + _ranks(found)
+
+
+def beats(gap: Interval) -> Verdict:
+    return "holds" if gap.low > 0 else "fails" if gap.high < 0 else "open"
+
+
+def no_worse(gap: Interval) -> Verdict:
+    if gap.mean >= 0 or gap.low > -HAIR:
+        return "holds"
+    return "fails" if gap.high < 0 else "open"
+
+
+def _front(found: Sequence[Result], fixed: Sequence[str]) -> list[Claim]:
+    said: list[Claim] = []
+    for value, what in ((likeness, "likeness"), (prompt, "prompt score")):
+        gap = above_front(found, fixed, value)
+        if gap is not None:
+            sentence = f"Beside fixed ranks of the same bytes its {what} is {signed(gap)}."
+            said.append(Claim(no_worse(gap), sentence))
+    ours, *others = results.points(found, [OURS, *fixed])
+    better = [one.method for one in others if _dominates(one, ours)]
+    sentence = (
+        f"No fixed rank is as small, as like and as obedient at once ({OURS}: {_of(ours)})."
+        if not better
+        else f"{', '.join(better)} is as small, as like and as obedient at once."
+    )
+    return [*said, Claim("fails" if better else "holds", sentence)]
+
+
+def _dominates(one: Point, other: Point) -> bool:
+    prompts = one.prompt is None or other.prompt is None or one.prompt >= other.prompt
+    return one.nbytes <= other.nbytes and one.likeness >= other.likeness and prompts
+
+
+def above_front(found: Sequence[Result], fixed: Sequence[str], value: Value) -> Interval | None:
+    """By how much ``balanced`` is above the front of fixed ranks at its own bytes."""
+    tables = {name: results.by_subject(found, name, value) for name in (OURS, *fixed)}
+    sizes = {
+        name: results.by_subject(found, name, lambda one: one.nbytes) for name in (OURS, *fixed)
+    }
+    subjects = [one for one in tables[OURS] if all(one in table for table in tables.values())]
+    if not subjects:
+        return None
+
+    def gap(chosen: Sequence[str]) -> float:
+        def mean(table: Mapping[str, float]) -> float:
+            return statistics.fmean(table[subject] for subject in chosen)
+
+        front = [Point(name, mean(sizes[name]), mean(tables[name]), None) for name in fixed]
+        reached = results.front_at(front, mean(sizes[OURS]), lambda point: point.likeness)
+        return mean(tables[OURS]) - reached
+
+    return _bootstrap(subjects, gap)
+
+
+def _bootstrap(subjects: Sequence[str], measure: Callable[[Sequence[str]], float]) -> Interval:
+    rng = random.Random(0)
+    drawn = sorted(measure(rng.choices(subjects, k=len(subjects))) for _ in range(_DRAWS))
+    return Interval(measure(subjects), drawn[_DRAWS // 40], drawn[-_DRAWS // 40 - 1])
+
+
+def _largest(
+    found: Sequence[Result], fixed: Sequence[str], methods: Mapping[str, Method]
+) -> list[Claim]:
+    largest = fixed[-1]
+    ours, other = results.points(found, [OURS, largest])
+    tables = [results.by_subject(found, name, likeness) for name in (OURS, largest)]
+    subjects = [one for one in tables[0] if one in tables[1]]
+    if not subjects:
+        return []
+
+    def share(chosen: Sequence[str]) -> float:
+        sums = [sum(table[subject] for subject in chosen) for table in tables]
+        return sums[0] / sums[1]
+
+    kept = _bootstrap(subjects, share)
+    label = methods[largest].label
+    sentence = (
+        f"At 1/{other.nbytes / ours.nbytes:.1f} of the bytes of {label} it keeps "
+        f"{kept.mean:.1%} of its likeness ({kept.low:.1%} to {kept.high:.1%}; "
+        f"asked for: {SHARE_KEPT:.0%})."
+    )
+    ok = kept.mean >= SHARE_KEPT
+    said = [Claim("holds" if ok else "fails" if kept.high < SHARE_KEPT else "open", sentence)]
+    gap = results.paired(found, largest, OURS, prompt)
+    if gap is not None:
+        said.append(Claim(no_worse(gap), f"Its prompt score beside {label} is {signed(gap)}."))
+    return said
+
+
+def _against(found: Sequence[Result], name: str, method: Method, must_beat: bool) -> Claim:
+    gap = results.paired(found, name, OURS, likeness)
+    assert gap is not None, "both were run on the same subjects"
+    told = f"Beside {method.label} ({_of(*results.points(found, [name]))}) its likeness is "
+    told += signed(gap)
+    asked = results.paired(found, name, OURS, prompt)
+    if asked is not None:
+        told += f", its prompt score {signed(asked)}"
+    return Claim(beats(gap) if must_beat else no_worse(gap), f"{told}.")
+
+
+def _ablation(found: Sequence[Result], run: set[str]) -> list[Claim]:
+    said: list[Claim] = []
+    if "balanced-no-rank" in run:
+        sizes = [point.nbytes for point in results.points(found, [OURS, "balanced-no-rank"])]
+        growth = results.paired(found, OURS, "balanced-no-rank", lambda one: one.nbytes)
+        assert growth is not None, "both were run on the same subjects"
+        sentence = (
+            f"Without the rank term the file takes {sizes[1] / sizes[0]:.2f} times the bytes "
+            "(the paper: it grows)."
+        )
+        said.append(Claim(beats(growth), sentence))
+    if "balanced-no-entropy" in run:
+        gap = results.paired(found, "balanced-no-entropy", OURS, prompt)
+        if gap is not None:
+            sentence = (
+                f"With the entropy term the prompt score is {signed(gap, 4)} beside without "
+                "(the paper: higher)."
+            )
+            said.append(Claim(beats(gap), sentence))
+    return said
+
+
+def _ranks(found: Sequence[Result]) -> list[Claim]:
+    test = results.rank_test(found, OURS)
+    if test is None:
+        return []
+    sentence = (
+        f"Learnt ranks of two subjects lie {test.between:.3f} octaves apart, those of two seeds "
+        f"of a subject {test.within:.3f} (chance: p = {test.chance:.3f})."
+    )
+    further = test.between > test.within
+    verdict = "holds" if further and test.chance < 0.05 else "open" if further else "fails"
+    return [Claim(verdict, sentence)]
+
+
+def _of(point: Point) -> str:
+    told = f"{point.nbytes / 1e6:.2f} MB, likeness {point.likeness:.3f}"
+    return told + (f", prompt {point.prompt:.3f}" if point.prompt is not None else "")
+
+
+def signed(gap: Interval, digits: int = 3) -> str:
+    """``0.012 higher (-0.004 to 0.030)``."""
+    way = "higher" if gap.mean >= 0 else "lower"
+    return f"{abs(gap.mean):.{digits}f} {way} ({gap.low:+.{digits}f} to {gap.high:+.{digits}f})"

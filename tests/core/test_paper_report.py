@@ -1,0 +1,115 @@
+"""What the benchmark says of numbers whose meaning is known, also when we lose."""
+
+from __future__ import annotations
+
+import random
+import re
+from pathlib import Path
+
+import pytest
+from lora2_pack.bench.paper import methods, report, results, verdict
+from lora2_pack.bench.paper.results import Interval, Result
+
+METHODS = methods.methods_for(64)
+SUBJECTS = [f"mug-{number}" for number in range(8)]
+KEYS = [
+    f"lora_unet_{block}_transformer_blocks_0_attn{kind}_to_{side}"
+    for block in ("input_blocks_4_1", "middle_block_1", "output_blocks_3_1")
+    for kind in (1, 2)
+    for side in ("q", "k", "v", "out_0")
+]
+
+
+def run(ours: float, largest: float = 0.7, adalora: float = 0.6, prompt: float = 0.9):
+    """Results in which every method has a level of its own, and subjects differ by as much."""
+    levels = {"fixed-1": 0.5, "fixed-8": 0.65, "fixed-64": largest, "balanced": ours,
+              "balanced-no-rank": ours, "balanced-no-entropy": ours, "adalora": adalora,
+              "svd-64": 0.66}  # fmt: skip
+    sizes = {"fixed-1": 1, "fixed-8": 8, "fixed-64": 63, "balanced-no-rank": 40}
+    rng = random.Random(0)
+    for method, level in levels.items():
+        for number, subject in enumerate(SUBJECTS):
+            for seed in range(2):
+                ranks = {key: 1 + (number * 7 + place) % 16 for place, key in enumerate(KEYS)}
+                yield Result(
+                    subject, method, seed, level + 0.05 * number + rng.gauss(0, 0.002),
+                    prompt if method.startswith("balanced") else 0.9, None, None,
+                    1_000_000 * sizes.get(method, 9), 30.0, 100.0, ranks,
+                    {"likeness, a": level},
+                )  # fmt: skip
+
+
+def said(**levels: float) -> dict[str, verdict.Claim]:
+    known = {name: METHODS[name] for name in METHODS}
+    return {claim.sentence: claim for claim in verdict.claims(list(run(**levels)), known)}
+
+
+def one(claims: dict[str, verdict.Claim], part: str) -> verdict.Claim:
+    (found,) = [claim for sentence, claim in claims.items() if part in sentence]
+    return found
+
+
+def test_where_we_win_it_says_so():
+    claims = said(ours=0.7)
+    for part in ("its likeness is", "No fixed rank", "At 1/7.0 of the bytes", "AdaLoRA",
+                 "then SVD", "4.44 times the bytes"):  # fmt: skip
+        found = [claim for sentence, claim in claims.items() if part in sentence]
+        assert found and all(claim.verdict == "holds" for claim in found), part
+    assert "Learnt ranks of two subjects" in next(reversed(claims))
+
+
+def test_where_we_lose_it_says_so():
+    claims = said(ours=0.55, prompt=0.5)
+    for part in ("fixed ranks of the same bytes its likeness", "of the same bytes its prompt",
+                 "AdaLoRA", "then SVD", "fixed-8 is as small", "At 1/7.0"):  # fmt: skip
+        assert one(claims, part).verdict == "fails", part
+    assert "lower" in one(claims, "AdaLoRA").sentence
+
+
+def test_a_term_that_changes_nothing_is_no_proof():
+    entropy = one(said(ours=0.7), "With the entropy term")
+    assert entropy.verdict == "open" and "0.0000 higher" in entropy.sentence
+
+
+@pytest.mark.parametrize(
+    ("gap", "beats", "no_worse"),
+    [
+        (Interval(0.1, 0.05, 0.2), "holds", "holds"),
+        (Interval(0.01, -0.05, 0.1), "open", "holds"),
+        (Interval(-0.001, -0.005, 0.002), "open", "holds"),
+        (Interval(-0.01, -0.05, 0.1), "open", "open"),
+        (Interval(-0.1, -0.2, -0.05), "fails", "fails"),
+    ],
+)
+def test_the_rule(gap: Interval, beats: str, no_worse: str):
+    assert (verdict.beats(gap), verdict.no_worse(gap)) == (beats, no_worse)
+
+
+def test_the_page_needs_no_network_and_shows_every_method(tmp_path: Path):
+    found = list(run(ours=0.7))
+    page = report.write(found, METHODS, "Base: <demo>", tmp_path).read_text("utf-8")
+    assert "&lt;demo&gt;" in page and not re.search(r"https?://|//", page)
+    pictures = set(re.findall(r"src=(\S+?\.png)", page))
+    assert pictures == {"front.png", "pairs.png", "sizes.png", "ranks.png"}
+    for name in pictures:
+        assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
+    for name in {one.method for one in found}:
+        assert METHODS[name].label in page
+    best = max(
+        statistics_mean for statistics_mean in
+        (sum(results.by_subject(found, name, verdict.likeness).values()) / 8
+         for name in {one.method for one in found})
+    )  # fmt: skip
+    assert f"<td class=best>{best:.3f}</td>" in page
+    assert report.markdown(verdict.claims(found, METHODS)).count("\n| ") > 5
+
+
+def test_without_results_there_is_no_page(tmp_path: Path):
+    with pytest.raises(ValueError, match="run the benchmark first"):
+        report.write([], METHODS, "", tmp_path)
+
+
+def test_few_methods_are_enough_for_a_page(tmp_path: Path):
+    for chosen in ({"fixed-1"}, {"fixed-1", "balanced"}, {"balanced"}):
+        found = [one for one in run(ours=0.7) if one.method in chosen]
+        assert report.write(found, METHODS, "", tmp_path).is_file()
