@@ -58,26 +58,33 @@ def _alone(options: argparse.Namespace) -> int:
     torch.set_num_threads(options.threads)
     until = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
     asked = _asked(options)
-    bench, rates = asked.bench, tuning.rates(asked.bench)
+    bench = asked.bench
+    rates: dict[str, float] = tuning.rates(bench)
+    if options.rate:
+        rates = {name: float(options.rate) for name in rates}
     if options.tune:
-        works = tuning.works(asked.studies[0], asked.methods, bench.base)
+        tried = [float(options.rate)] if options.rate else bench.base.rates
+        works = tuning.works(asked.studies[0], asked.methods, tried)
     else:
-        works = works_of(asked.studies, asked.methods, asked.seeds, rates)
+        parts = asked.studies, asked.methods, asked.seeds, rates
+        works = works_of(*parts, levels=not options.sweep)
+    if options.sweep:  # one variant on all subjects after the other
+        works.sort(key=lambda work: list(asked.methods).index(work.name))
     done = options.report or queue.do_all(bench, works, rates, until, _say)
     if done and options.tune:
-        tuning.keep(bench, works)
-    elif not options.worker:
+        tuning.keep(bench, asked.studies[0], asked.methods)
+    elif not options.worker and not options.sweep:
         _report(bench, works)
     return 0 if done else 3
 
 
 def _report(bench: Bench, works: Sequence[Work]) -> None:
     records = [record for work in works if (record := bench.found(work)) is not None]
-    found = [results.result(record) for record in records]
+    found = results.results_of(records)
     much = bench.plan
     about = (
         f"Base: {bench.base.name}. {much.steps} steps of batch {much.batch}; {much.prompts} prompts"
-        f" a subject, {much.pictures} picture(s) of each; {len(records)} of {len(works)} records."
+        f" a subject, {much.pictures} picture(s) of each; {len(found)} of {len(works)} records."
     )
     page = report.write(found, bench.methods, about, bench.folder / "report")
     print(f"{page}\n\n{report.markdown(verdict.claims(found, bench.methods))}", flush=True)
@@ -92,13 +99,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--clip", default=vision.CLIP, help="of a checkpoint: a folder or a name")
     subjects_are = "of a checkpoint: the DreamBooth data set's folder"
     parser.add_argument("--subjects", type=Path, help=subjects_are)
-    parser.add_argument("--dry", action="store_true", help="one step with seeded weights")
+    parser.add_argument("--dry", action="store_true", help="a few steps with seeded weights")
     parser.add_argument("--methods", default="", help="names with commas; all if left out")
     parser.add_argument("--only", default="", help="subjects with commas; all if left out")
     parser.add_argument("--seeds", type=int, default=3, help="how many, 3 if left out")
     parser.add_argument("--quick", action="store_true", help="3 subjects, 4 methods, 1 seed")
     parser.add_argument("--tune", action="store_true", help="try learning rates on one subject")
     parser.add_argument("--sweep", action="store_true", help="try what the paper leaves open")
+    parser.add_argument("--rate", type=float, help="of learning, in place of the tuned ones")
     parser.add_argument("--report", action="store_true", help="only write it, of what is there")
     parser.add_argument("--minutes", type=float, help="begin nothing new after that long")
     parser.add_argument("--archive", type=Path, help="a file that all records are kept in, too")
@@ -205,12 +213,13 @@ def works_of(
     chosen: Mapping[str, Method],
     seeds: int,
     rates: Mapping[str, float],
+    levels: bool = True,
 ) -> list[Work]:
-    """Everything, one seed of all subjects after the other."""
+    """Everything, one seed of all subjects after the other; ``levels``: also without a LoRA."""
     found: list[Work] = []
     for seed in range(seeds):
         for study in studies:
-            if not seed:  # these know no training
+            if not seed and levels:  # these know no training
                 names = (BASE, OWN) if study.own else (BASE,)
                 found += [Work(study, name, 0) for name in names]
             found += [Work(study, name, seed, rates.get(name)) for name in chosen]
@@ -220,6 +229,9 @@ def works_of(
 def _say(work: Work, record: dict[str, Any], seconds: float) -> None:
     if not seconds:
         return  # was there already
+    if "failed" in record:
+        print(f"{work.study.name}: {work.stem}: {record['failed']}", flush=True)
+        return
     scores = record["scores"].values()
     measures = dict.fromkeys(key for judge in scores for key in judge)
     told = {

@@ -24,5 +24,5 @@ QUICK = Plan(steps=150, prompts=6)
 SWEEP = Plan(pictures=2)
 SDXL = Plan(steps=500, pictures=5)  # the paper's
 KOALA = Plan(steps=800, pictures=5)  # the paper's
-DRY = Plan(steps=1, prompts=1)
+DRY = Plan(steps=12, prompts=1)  # fewer give AdaLoRA no time to choose
 TUNING_PICTURES = 3  # of each prompt: one subject has to tell rates apart

@@ -45,10 +45,15 @@ class Result:
 
 
 def read(source: Path) -> list[Result]:
-    """All records of a run's folder or of an archive."""
+    """All results of a run's folder or of an archive."""
     if source.is_file():
-        return [result(record) for record in archive.read(source)]
-    return [result(json.loads(file.read_text("utf-8"))) for file in archive.files(source)]
+        return results_of(archive.read(source))
+    return results_of(json.loads(file.read_text("utf-8")) for file in archive.files(source))
+
+
+def results_of(records: Iterable[dict[str, Any]]) -> list[Result]:
+    """Without those of runs that failed."""
+    return [result(record) for record in records if "failed" not in record]
 
 
 def result(record: dict[str, Any]) -> Result:

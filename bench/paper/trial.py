@@ -16,6 +16,7 @@ from typing import Any
 
 from ...lora2_core import config, lora_file
 from ...lora2_core.rank_config import RankConfig
+from ...lora2_core.trainer import TrainingError
 from ...tools.tiny_sdxl.figures import write_json
 from ...tools.tiny_sdxl.grids import read_strip, write_strip
 from ...tools.tiny_sdxl.latents import to_pixels
@@ -115,7 +116,10 @@ class Bench:
             return {"scores": self._judged(work.study, strip, 1)}
         took: dict[str, Any] = {}
         if work.name != BASE:
-            took, peak = with_peak(lambda: self._train(work, needs, lora))
+            try:
+                took, peak = with_peak(lambda: self._train(work, needs, lora))
+            except TrainingError as error:  # too high a learning rate: that is a result, too
+                return {"failed": str(error)}
             ranks = {one.key: one.rank for one in lora_file.inspect(lora)[0]}
             took |= {"peak_megabytes": peak, "bytes": lora.stat().st_size, "ranks": ranks}
         prompts = [prompt for prompt in work.study.prompts for _ in range(self.plan.pictures)]

@@ -7,12 +7,12 @@ much prompts are obeyed. What only differs from another method by a term of the 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ...tools.tiny_sdxl.figures import write_json
 from . import results
-from .bases import Base
 from .methods import Method
 from .subjects import Study
 from .trial import Bench, Work
@@ -26,24 +26,34 @@ def tried(methods: Mapping[str, Method]) -> list[str]:
     return [name for name, one in methods.items() if one.trained and not name.startswith(_SHARED)]
 
 
-def works(study: Study, names: Sequence[str] | Mapping[str, Method], base: Base) -> list[Work]:
-    return [Work(study, name, 0, rate) for name in names for rate in base.rates]
+def works(study: Study, names: Iterable[str], rates: Sequence[float]) -> list[Work]:
+    return [Work(study, name, 0, rate) for name in names for rate in rates]
 
 
-def keep(bench: Bench, done: Sequence[Work]) -> None:
+def keep(bench: Bench, study: Study, names: Iterable[str]) -> None:
     """Write the best rate of each method beside this file, with what all of them reached."""
     known = json.loads(FILE.read_text("utf-8")) if FILE.is_file() else {}
     mine = known.setdefault(bench.base.name, {})
-    for name in dict.fromkeys(work.name for work in done):
-        reached: dict[str, list[float]] = {}
-        for work in done:
-            record = bench.found(work)
-            if work.name == name and record is not None:
-                one = results.result(record)
-                reached[f"{work.rate:g}"] = [round(one.likeness, 4), round(one.prompt or 0, 4)]
-        best = max(reached, key=lambda rate: sum(reached[rate]))
-        mine[name] = {"rate": float(best), "tried": reached}
+    for name in names:
+        reached: dict[float, list[float] | str] = {}
+        for file in bench.folder.glob(f"records/{study.name}/{name}-*-0.json"):
+            record = json.loads(file.read_text("utf-8"))
+            told = record["settings"]
+            if told["method"] == name and bench.found(Work(study, name, 0, told["rate"])):
+                reached[told["rate"]] = _reached(record)
+        good = {rate: sum(one) for rate, one in reached.items() if not isinstance(one, str)}
+        if good:
+            tried = {f"{rate:g}": reached[rate] for rate in sorted(reached)}
+            mine[name] = {"rate": max(good, key=lambda rate: good[rate]), "tried": tried}
     write_json(FILE, known)
+
+
+def _reached(record: dict[str, Any]) -> list[float] | str:
+    """Likeness and prompt score."""
+    if "failed" in record:
+        return "diverged"
+    one = results.result(record)
+    return [round(one.likeness, 4), round(one.prompt or 0, 4)]
 
 
 def rates(bench: Bench) -> dict[str, float]:
