@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from . import scoring, vision
+from . import demo_judges, scoring, vision
 from .checks import ConfigError
 from .scoring import Picture, Subject
 
@@ -31,6 +31,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--without", default="", metavar="WORDS", help="words that CLIP-T is not asked for: sks"
     )
+    parser.add_argument(
+        "--demo", action="store_true", help="also the demo model's judges, for its drawn world"
+    )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, mps")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.set_defaults(run=run)
@@ -42,6 +45,8 @@ def run(options: argparse.Namespace) -> int:
     chosen = vision.judges(
         _folder(options.dino), _folder(options.clip), options.without, options.device
     )
+    if options.demo:
+        chosen += demo_judges.likeness_judges()
     found = scoring.score(subjects, chosen)
     if options.json:
         print(json.dumps([one.as_dict() for one in found], indent=2))

@@ -7,6 +7,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..lora2_core import comfy_host, scoring, vision
+from ..lora2_core import demo_judges as demo
 from .common import CATEGORY, to_pictures
 
 
@@ -43,6 +44,15 @@ class LoRA2Score(io.ComfyNode):
                 io.ClipVision.Input(
                     "clip_vision", optional=True, tooltip="One more judge of likeness."
                 ),
+                io.Boolean.Input(
+                    "demo_judges",
+                    default=False,
+                    optional=True,
+                    tooltip=(
+                        "Two more judges of likeness that come with the pack. They know the demo "
+                        "model's drawn world and nothing else."
+                    ),
+                ),
             ],
             outputs=[
                 io.String.Output(display_name="text", tooltip="The scores as a table."),
@@ -62,6 +72,7 @@ class LoRA2Score(io.ComfyNode):
         dino: list[str],
         clip: list[str],
         clip_vision: list[Any] | None = None,
+        demo_judges: list[bool] | None = None,
     ) -> io.NodeOutput:
         pictures = to_pictures(images)
         by_prompt: dict[str, list[scoring.Picture]] = {}
@@ -72,6 +83,8 @@ class LoRA2Score(io.ComfyNode):
         if not any(by_prompt):
             judges = [judge for judge in judges if judge.metric != "CLIP-T"]
         judges += map(comfy_host.clip_vision_judge, clip_vision or [])
+        if demo_judges and demo_judges[0]:
+            judges += demo.likeness_judges()
         subject = scoring.Subject("subject", to_pictures(real), by_prompt)
         found = scoring.score([subject], judges)
         text = scoring.table(found)

@@ -25,7 +25,7 @@ class Method:
     entropy: float = 0.0  # weight, λ_e
     change: str = ""  # of what no setting changes, see variants.CHANGES
     of: str = ""  # a cut: of which method's file
-    to: str = ""  # … to the bytes of which other's
+    to: str = ""  # to the bytes of which other's
 
     @property
     def trained(self) -> bool:
@@ -61,6 +61,9 @@ def methods_for(width: int) -> dict[str, Method]:
         ),
         "balanced-no-entropy": Method("… without entropy", "ours", mode="balanced", rank=own),
         "balanced-neither": Method("… without both", "ours", mode="balanced", rank=free),
+        "balanced-svd": Method(
+            "LoRA² to a size", "ours", mode="balanced", entropy=1e-4, to="balanced"
+        ),
         "paper": Method(
             "LoRA² paper", "ours", mode="paper", entropy=1e-4, rank={"max_rank": ranks[-1]}
         ),

@@ -10,7 +10,7 @@ import gc
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ class Bench:
     def needs(self, work: Work, rates: Mapping[str, float]) -> list[Work]:
         """What must be done before: what a cut cuts, and whose size it is cut to."""
         method = self.methods.get(work.name)
-        names = [method.of, method.to] if method and method.kind == "cut" else []
+        names = filter(None, (method.of, method.to) if method else ())
         return [Work(work.study, name, work.seed, rates[name]) for name in names]
 
     def record(
@@ -130,14 +130,20 @@ class Bench:
     def _train(self, work: Work, needs: Sequence[Work], lora: Path) -> dict[str, Any]:
         method = self.methods[work.name]
         if method.kind == "cut":
-            source, size = (self.file(one).with_suffix(".safetensors") for one in needs)
-            return cuts.cut(source, lora, size.stat().st_size / 1e6, method.mode)
+            source = self.file(needs[0]).with_suffix(".safetensors")
+            return cuts.cut(source, lora, self._megabytes(needs[-1]), method.mode)
         assert work.rate is not None, "a method that trains has a learning rate"
+        if method.to:
+            size = {"target_megabytes": self._megabytes(needs[-1])}
+            method = replace(method, rank={**method.rank, **size})
         settings = training_config(method, self.base, self.plan, work.seed, work.rate)
         if method.kind == "peft":
             return rivals.train(self.base.parts, work.study.photos, method, settings, lora)
         with variants.applied(method.change):
             return train_lora(self.base.parts, work.study.photos, settings, lora)
+
+    def _megabytes(self, work: Work) -> float:
+        return self.file(work).with_suffix(".safetensors").stat().st_size / 1e6
 
     def _judged(self, study: Study, strip: Path, pictures: int) -> Scores:
         """By prompt. Pictures are read back, so that what judges see is what was kept."""

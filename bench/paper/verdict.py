@@ -49,7 +49,8 @@ def claims(found: Sequence[Result], methods: Mapping[str, Method]) -> list[Claim
         return []
     said = [*_front(found, fixed), *_largest(found, fixed, methods)]
     for name, method in methods.items():
-        if name in run and (method.kind != "ours" or method.mode == "paper"):
+        others = method.kind != "ours" or method.mode == "paper" or method.to
+        if name in run and others:
             said.append(_against(found, name, method, must_beat=name == "adalora"))
     return said + _ablation(found, run) + _ranks(found)
 

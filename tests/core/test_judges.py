@@ -11,11 +11,12 @@ import torch
 
 pytest.importorskip("skia", reason="scenes need skia-python", exc_type=ImportError)
 
-from lora2_tools.tiny_sdxl import judges, training
-from lora2_tools.tiny_sdxl.judge_networks import ANSWERS, NETWORKS
-from lora2_tools.tiny_sdxl.judges import UNKNOWN, Judge, Recipe
+from lora2_pack.lora2_core import demo_judges
+from lora2_tools.tiny_sdxl import judges, scenes, training
+from lora2_tools.tiny_sdxl.grids import to_pictures
+from lora2_tools.tiny_sdxl.judges import ANSWERS, NETWORKS, UNKNOWN, Judge, Recipe
 from lora2_tools.tiny_sdxl.scenes import OBJECTS, PLACES, random_scene
-from lora2_tools.tiny_sdxl.subjects import JUDGE_SEEDS, SUBJECT_SEEDS, make_subject
+from lora2_tools.tiny_sdxl.subjects import JUDGE_SEEDS, SUBJECT_SEEDS, make_subject, subject_views
 from lora2_tools.tiny_sdxl.training import Schedule, read_average
 
 torch.set_num_threads(1)
@@ -207,9 +208,9 @@ def test_judges_read_pictures_of_any_size(name: str, size: tuple[int, int]):
 
 @architectures
 def test_embeddings_are_normalised_and_do_not_hang_on_company(name: str):
-    judge, images = judge_of(name), pictures(judges.AT_ONCE + 2)
+    judge, images = judge_of(name), pictures(demo_judges.AT_ONCE + 2)
     embedding = judge.embed(images)
-    assert embedding.shape == (judges.AT_ONCE + 2, 64)
+    assert embedding.shape == (demo_judges.AT_ONCE + 2, 64)
     assert not embedding.requires_grad
     torch.testing.assert_close(embedding.norm(dim=1), torch.ones(len(images)))
     alone = judge.embed(images[5:6])
@@ -262,3 +263,31 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path):
 def test_judges_know_every_word():
     assert ANSWERS["object"] == OBJECTS
     assert ANSWERS["place"] == PLACES
+
+
+def test_the_packs_words_are_those_of_the_drawn_world():
+    """The networks' answers are numbers of words: an order that changed would tell lies."""
+    assert ANSWERS == {
+        "object": OBJECTS, "place": PLACES, "colour": scenes.COLOURS, "pattern": scenes.PATTERNS,
+    }  # fmt: skip
+
+
+def test_the_packs_judges_are_those_of_the_benchmark():
+    views = [pixels_of_view(*one) for one in ((41, 0), (41, 1), (23, 0))]
+    drawn = to_pictures(torch.stack(views))
+    for judge in demo_judges.likeness_judges():
+        network = demo_judges.load(judge.name)
+        embedded = network.embed(judges.resized(torch.stack(views), judges.SIDE))
+        assert torch.allclose(judge.embed(drawn), embedded, atol=1e-4)
+        same, other = (embedded[0] @ embedded[n] for n in (1, 2))
+        assert same > other + 0.3, "it tells subjects apart"
+
+
+def pixels_of_view(seed: int, number: int = 0) -> torch.Tensor:
+    """A view of a subject, (3, 192, 192)."""
+    return judges.to_pixels([subject_views(make_subject(seed))[number].image])[0]
+
+
+def test_a_judge_without_weights_is_named(tmp_path: Path):
+    with pytest.raises(demo_judges.vision.JudgeError, match="'residual' has no weights"):
+        demo_judges.load("residual", tmp_path)

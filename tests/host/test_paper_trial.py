@@ -99,7 +99,7 @@ def works_of(study: subjects.Study, *names: str) -> list[Work]:
 def test_a_record_is_made_once_and_cuts_meet_their_size(
     bench: trial.Bench, study: subjects.Study, tmp_path: Path
 ):
-    cuts_of_it = ("svd-64", "svd-16", "sv-fro-64")
+    cuts_of_it = ("svd-64", "svd-16", "sv-fro-64", "balanced-svd")
     # Cuts before what they cut: the queue has to find the order by itself.
     works = works_of(
         study, methods.BASE, methods.OWN, *cuts_of_it, "fixed-64", "fixed-16", "balanced"

@@ -55,6 +55,16 @@ def test_it_says_what_the_core_says(studio: Studio, folders: dict[str, Any]):
     assert found[0]["prompts"]["subject"]["a mug"] == pytest.approx(1, abs=1e-5)
 
 
+def test_the_demos_judges_need_nothing_on_the_disk(studio: Studio):
+    history = studio.run(_score(dino="", clip="", demo_judges=True))
+    found = json.loads(studio.server.outputs(history, "j")["text"][0])
+    assert [one["judge"] for one in found] == ["residual", "patches"]
+    assert {one["metric"] for one in found} == {"Demo likeness"}
+    for one in found:
+        same, other = (one["prompts"]["subject"][p] for p in ("a mug", "in the snow"))
+        assert same == pytest.approx(1, abs=1e-4) and other < 0.97
+
+
 def test_without_prompts_likeness_alone_is_judged(studio: Studio, folders: dict[str, Any]):
     history = studio.run(_score(prompts="  ", dino=""))
     found = json.loads(studio.server.outputs(history, "j")["text"][0])

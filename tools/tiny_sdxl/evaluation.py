@@ -21,8 +21,7 @@ from torch import Tensor
 from .figures import flattened, share_of_the_way, write_json
 from .grids import sample_grid
 from .host import core
-from .judge_networks import ANSWERS, NETWORKS
-from .judges import WEIGHTS, Judge
+from .judges import ANSWERS, NETWORKS, WEIGHTS, Judge
 from .latents import SIZE, to_pixels
 from .personalising import (
     METHODS,

@@ -1,7 +1,7 @@
-"""Judges of samples: what is in a picture, and how much it looks like a subject.
+"""Training of the judges: what is in a picture, and how much it looks like a subject.
 
-Two small networks of different build (:mod:`.judge_networks`) learn from drawn scenes to name
-object, place, colour and pattern, and from the judges' own subjects to tell one of a kind from
+Two small networks of different build (``lora2_core/judge_networks.py``) learn from drawn scenes to
+name object, place, colour and pattern, and from the judges' own subjects to tell one of a kind from
 another whatever the place and the pose. They never see a sample of a model, nor a subject that
 models are personalised to.
 """
@@ -10,19 +10,18 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .judge_networks import ANSWERS, NETWORKS, Answer
+from .host import core
 from .latents import to_pixels
 from .scenes import (
     OBJECTS,
@@ -38,10 +37,20 @@ from .scenes import (
 from .subjects import JUDGE_SEEDS, SUBJECT_SEEDS, Subject, make_subject
 from .training import Run, Schedule, read_average
 
-WEIGHTS = Path(__file__).parent / "judge_weights"  # of those that were trained
-SIDE = 112  # px that networks see: an emblem's letter is then some 12 px high
+if TYPE_CHECKING:
+    from ...lora2_core.demo_judges import Judge, architecture_of, new_network, resized
+    from ...lora2_core.judge_networks import Answer
+else:
+    Judge, architecture_of, new_network, resized = (
+        getattr(core("demo_judges"), name)
+        for name in ("Judge", "architecture_of", "new_network", "resized")
+    )
+    Answer = core("judge_networks").Answer
+ANSWERS: dict[str, tuple[str, ...]] = core("judge_networks").ANSWERS
+NETWORKS: dict[str, Any] = core("judge_networks").NETWORKS
+WEIGHTS: Path = core("demo_judges").WEIGHTS  # of those that were trained
+SIDE: int = core("demo_judges").SIDE
 UNKNOWN = -100  # an answer that is not asked for; cross_entropy passes it over
-AT_ONCE = 64  # pictures
 
 
 @dataclass(frozen=True)
@@ -71,87 +80,6 @@ class Batch(NamedTuple):
     answers: dict[str, Tensor]  # (n,) each: numbers of words, or UNKNOWN
     subjects: Tensor  # (n,): the same number for views of the same subject
     grid: Tensor  # (n, side/8, side/8): 0 where the place is seen, else the object's number and 1
-
-
-class Reading(NamedTuple):
-    """What a judge reads in pictures: a word for each."""
-
-    object: list[str]
-    place: list[str]
-    colour: list[str]
-    pattern: list[str]
-
-
-class Judge:
-    """A trained network that names what pictures show and compares them with a subject."""
-
-    def __init__(self, network: nn.Module, architecture: str, side: int = SIDE):
-        self.network = network.eval().requires_grad_(False)
-        self.architecture, self.side = architecture, side
-
-    @classmethod
-    def load(cls, file: Path, architecture: str | None = None) -> Judge:
-        """Read a judge from what :func:`export` wrote, or from a run's file.
-
-        Raises ValueError if its weights are those of no known architecture.
-        """
-        with safe_open(file, "pt") as stored:
-            about = stored.metadata() or {}
-        exported = "architecture" in about
-        weights = load_file(file) if exported else read_average(file)
-        side = int(about.get("side", SIDE))
-        name = architecture or about.get("architecture") or _architecture_of(weights)
-        network = new_network(name, side)
-        network.load_state_dict(weights)
-        return cls(network, name, side)
-
-    def read(self, images: Tensor) -> Reading:
-        """Name what (n, 3, h, w) in 0 to 1 show."""
-        answers = list(self._answers(images))
-        return Reading(*(
-            [words[index] for answer in answers for index in answer.logits[question].argmax(1)]
-            for question, words in ANSWERS.items()
-        ))  # fmt: skip
-
-    def probabilities(self, images: Tensor) -> dict[str, Tensor]:
-        """Return for each question how likely each word is: (n, words)."""
-        return _probabilities(list(self._answers(images)))
-
-    def look(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return what ``embed`` and ``probabilities`` do, looking once."""
-        answers = list(self._answers(images))
-        return torch.cat([answer.embedding for answer in answers]), _probabilities(answers)
-
-    def words(self, question: str) -> tuple[str, ...]:
-        """Return what a question may be answered with."""
-        return ANSWERS[question]
-
-    def embed(self, images: Tensor) -> Tensor:
-        """Return what likeness compares, (n, 64), each of length 1."""
-        return torch.cat([answer.embedding for answer in self._answers(images)])
-
-    def likeness(self, images: Tensor, views: Tensor) -> Tensor:
-        """Return how much each picture looks like the subject of the views: (n,), 1 is the most."""
-        return self.embed(images) @ F.normalize(self.embed(views).mean(0), dim=0)
-
-    @torch.no_grad()
-    def _answers(self, images: Tensor) -> Iterable[Answer]:
-        for part in images.float().split(AT_ONCE):
-            yield self.network(resized(part, self.side))
-
-
-def _probabilities(answers: Sequence[Answer]) -> dict[str, Tensor]:
-    return {
-        question: torch.cat([answer.logits[question] for answer in answers]).softmax(1)
-        for question in ANSWERS
-    }
-
-
-def new_network(architecture: str, side: int = SIDE) -> nn.Module:
-    """Return an untrained network of an architecture, always the same."""
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(tuple(NETWORKS).index(architecture))
-        return NETWORKS[architecture](side)
 
 
 def train(
@@ -319,26 +247,11 @@ def _between(generator: torch.Generator, shape: tuple[int, ...]) -> Tensor:
     return 2 * torch.rand(shape, generator=generator) - 1
 
 
-def resized(images: Tensor, side: int) -> Tensor:
-    """Return (n, 3, h, w) at (n, 3, side, side), without aliasing."""
-    if images.shape[-2:] == (side, side):
-        return images
-    return F.interpolate(images, size=(side, side), mode="bilinear", antialias=True)
-
-
 def export(run_file: Path, out_file: Path) -> None:
     """Write a run's averaged weights alone, in fp16, whole or not at all."""
     weights = read_average(run_file)
-    about = {"architecture": _architecture_of(weights), "side": str(SIDE)}
+    about = {"architecture": architecture_of(weights), "side": str(SIDE)}
     out_file.parent.mkdir(parents=True, exist_ok=True)
     temporary = out_file.with_suffix(".tmp")
     save_file({name: value.half() for name, value in weights.items()}, temporary, about)
     os.replace(temporary, out_file)
-
-
-def _architecture_of(weights: dict[str, Tensor]) -> str:
-    """Return the architecture that has weights of these names."""
-    for name in NETWORKS:
-        if new_network(name).state_dict().keys() == weights.keys():
-            return name
-    raise ValueError("These are not the weights of a judge.")

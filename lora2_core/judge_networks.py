@@ -1,4 +1,5 @@
-"""The judges' two networks: one of convolutions, one of patches that attend to each other.
+"""The two networks that judge what the demo model paints: of convolutions, and of patches that
+attend to each other.
 
 They share nothing but their answers' form, so that a picture which fools one need not fool the
 other. Neither has buffers, since a run stores parameters only.
@@ -13,14 +14,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .scenes import COLOURS, OBJECTS, PATTERNS, PLACES
-
+# What each question may be answered with: the words of the demo model's drawn world.
 ANSWERS: dict[str, tuple[str, ...]] = {
-    "object": OBJECTS,
-    "place": PLACES,
-    "colour": COLOURS,
-    "pattern": PATTERNS,
-}
+    "object": (
+        "mug", "teapot", "backpack", "clock", "sneaker", "robot", "cat", "dog", "candle", "can",
+        "bowl", "vase",
+    ),
+    "place": (
+        "beach", "snow", "jungle", "space", "silk", "neon", "dark", "city", "mountains", "couch",
+        "books", "water", "gallery", "white", "park", "eiffel",
+    ),
+    "colour": (
+        "red", "orange", "yellow", "green", "teal", "blue", "purple", "pink", "brown", "black",
+        "white",
+    ),
+    "pattern": ("plain", "striped", "polka-dot", "checkered", "zigzag", "two-tone"),
+}  # fmt: skip
 EMBEDDING = 64
 
 
@@ -66,7 +75,7 @@ class Heads(nn.Module):
             nn.Linear(width, 2 * EMBEDDING), nn.GELU(), nn.Linear(2 * EMBEDDING, EMBEDDING)
         )
         # Two hundred answers a picture: with them objects are learnt from far fewer pictures.
-        self.grid = nn.Conv2d(grid_width, 1 + len(OBJECTS), 1)
+        self.grid = nn.Conv2d(grid_width, 1 + len(ANSWERS["object"]), 1)
 
     def forward(self, features: Iterable[Tensor], grid: Tensor) -> Answer:
         """Answer from (n, width) for each question, another for the embedding, and from a grid."""
