@@ -11,8 +11,10 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def main() -> int:
-    """Start the command as part of the pack, whose own folder must stay off ``sys.path``."""
-    sys.path[:] = [one for one in sys.path if Path(one or ".").resolve() != ROOT]
+    """Start the command as part of the pack, whose own folder must stay off ``sys.path``, as must
+    the one that Python puts there when this is run as a file."""
+    off = (ROOT, Path(__file__).resolve().parent)
+    sys.path[:] = [one for one in sys.path if Path(one or ".").resolve() not in off]
     package = ModuleType("lora2_pack")
     package.__path__ = [str(ROOT)]
     sys.modules[package.__name__] = package

@@ -20,7 +20,6 @@ from . import (
     archive,
     methods,
     plan,
-    queue,
     report,
     results,
     seeded,
@@ -29,6 +28,7 @@ from . import (
     table_a1,
     tuning,
     verdict,
+    working,
 )  # fmt: skip
 from .bases import Base, Demo
 from .checkpoints import Checkpoint
@@ -70,7 +70,7 @@ def _alone(options: argparse.Namespace) -> int:
         works = works_of(*parts, levels=not options.sweep)
     if options.sweep:  # one variant on all subjects after the other
         works.sort(key=lambda work: list(asked.methods).index(work.name))
-    done = options.report or queue.do_all(bench, works, rates, until, _say)
+    done = options.report or working.do_all(bench, works, rates, until, _say)
     if done and options.tune:
         tuning.keep(bench, asked.studies[0], asked.methods)
     elif not options.worker and not options.sweep:
@@ -104,6 +104,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", default="", help="subjects with commas; all if left out")
     parser.add_argument("--seeds", type=int, default=3, help="how many, 3 if left out")
     parser.add_argument("--quick", action="store_true", help="3 subjects, 4 methods, 1 seed")
+    much = "another amount: steps=300,batch=1,prompts=10,pictures=1, or some of them"
+    parser.add_argument("--plan", default="", help=much)
     parser.add_argument("--tune", action="store_true", help="try learning rates on one subject")
     parser.add_argument("--sweep", action="store_true", help="try what the paper leaves open")
     parser.add_argument("--rate", type=float, help="of learning, in place of the tuned ones")
@@ -156,6 +158,7 @@ def _asked(options: argparse.Namespace) -> Asked:
         able = list(known)
     elif options.quick:
         much, able, seeds = plan.QUICK, list(methods.quick(known)), 1
+    much = plan.changed(much, options.plan)
     studies = _studies(options, much.prompts)
     names = _chosen(options.methods, able, what)
     wanted = _chosen(options.only, [study.name for study in studies], "subject")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -26,3 +26,15 @@ SDXL = Plan(steps=500, pictures=5)  # the paper's
 KOALA = Plan(steps=800, pictures=5)  # the paper's
 DRY = Plan(steps=12, prompts=1)  # fewer give AdaLoRA no time to choose
 TUNING_PICTURES = 3  # of each prompt: one subject has to tell rates apart
+
+
+def changed(plan: Plan, text: str) -> Plan:
+    """``plan`` with what ``steps=20,prompts=2`` says. Raises ValueError for what it cannot say."""
+    try:
+        given = dict(part.split("=") for part in text.split(",") if part)
+        return replace(plan, **{name.strip(): int(value) for name, value in given.items()})
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"--plan is {text!r}; write it as steps=300,batch=1,prompts=10,pictures=1, or some of "
+            "them, with whole numbers from 1."
+        ) from error

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from lora2_pack.bench.paper import archive, methods, results, table_a1
+from lora2_pack.bench.paper import archive, methods, plan, results, table_a1
 from lora2_pack.bench.paper.plan import Plan
 from lora2_pack.bench.paper.results import Point, Result
 
@@ -57,6 +57,14 @@ def test_what_a_cut_needs_comes_before_it(width: int):
 def test_a_plan_needs_something_to_do():
     with pytest.raises(ValueError, match="pictures is 0"):
         Plan(pictures=0)
+
+
+def test_a_plan_is_changed_by_words():
+    assert plan.changed(Plan(), "steps=20, prompts=2") == Plan(steps=20, prompts=2)
+    assert plan.changed(Plan(), "") == Plan()
+    for wrong in ("steps", "steps=a", "colour=2", "steps=0"):
+        with pytest.raises(ValueError, match="write it as steps=300"):
+            plan.changed(Plan(), wrong)
 
 
 def test_records_are_read_as_the_paper_averages(tmp_path: Path):

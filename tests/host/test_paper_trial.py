@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from lora2_pack.bench.paper import bases, cuts, methods, queue, rivals, subjects, sweep, trial
+from lora2_pack.bench.paper import bases, cuts, methods, rivals, subjects, sweep, trial, working
 from lora2_pack.bench.paper.plan import Plan
 from lora2_pack.bench.paper.trial import Work
 from lora2_pack.lora2_core import comfy_host, lora_file
@@ -111,14 +111,14 @@ def test_a_record_is_made_once_and_cuts_meet_their_size(
         made[work.name] = record
         told.append(work.name) if seconds else None
 
-    assert queue.do_all(bench, works, RATES, float("inf"), tell)
+    assert working.do_all(bench, works, RATES, float("inf"), tell)
     assert sorted(told) == sorted(work.name for work in works)
     assert made[methods.BASE]["scores"].keys() == bench.base.parts.judges.keys()
     for name in cuts_of_it:
         assert 0.8 < made[name]["bytes"] / made["balanced"]["bytes"] <= 1
     files = {file: file.stat().st_mtime_ns for file in (tmp_path / "records").rglob("*.*[!k]")}
     told.clear()
-    assert queue.do_all(bench, works, RATES, float("inf"), tell) and not told
+    assert working.do_all(bench, works, RATES, float("inf"), tell) and not told
     assert files == {
         file: file.stat().st_mtime_ns for file in (tmp_path / "records").rglob("*.*[!k]")
     }
@@ -136,7 +136,7 @@ def test_a_record_is_made_once_and_cuts_meet_their_size(
 
 def test_time_that_is_over_begins_nothing(bench: trial.Bench, study: subjects.Study):
     works = works_of(study, methods.BASE)
-    assert not queue.do_all(bench, works, RATES, -1.0, lambda *_: None)
+    assert not working.do_all(bench, works, RATES, -1.0, lambda *_: None)
     assert bench.found(works[0]) is None
 
 

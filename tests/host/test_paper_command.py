@@ -1,0 +1,53 @@
+"""The benchmark as people start it: killed with SIGKILL, it goes on without redoing anything."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+COMMAND = [sys.executable, str(ROOT / "bench" / "paper" / "__main__.py")]
+SMALL = ["--plan=steps=2,prompts=2", "--only=mug-23,clock-79", "--seeds=1"]
+
+
+def start(out: Path, *more: str) -> subprocess.Popen[str]:
+    command = [*COMMAND, f"--out={out}", *SMALL, "--methods=fixed-1,balanced,svd-16", *more]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+@pytest.mark.timeout(600)
+def test_a_killed_run_goes_on_where_it_was(tmp_path: Path):
+    out, kept = tmp_path / "out", tmp_path / "kept.jsonl"
+    run = start(out, "--processes=2", "--threads=1")
+    until = time.monotonic() + 240
+    while len(list(out.glob("records/*/*.json"))) < 3 and time.monotonic() < until:
+        assert run.poll() is None, run.communicate()[0]
+        time.sleep(0.05)
+    os.killpg(run.pid, signal.SIGKILL)
+    run.communicate()
+    done = {file: file.stat().st_mtime_ns for file in out.glob("records/*/*.json")}
+    assert 3 <= len(done) < 12, "it was killed in the middle"
+    again = start(out, "--processes=1", "--threads=1", f"--archive={kept}")
+    told = again.communicate(timeout=240)[0]
+    assert again.returncode == 0, told
+    assert all(file.stat().st_mtime_ns == when for file, when in done.items())
+    records = list(out.glob("records/*/*.json"))
+    # Without a LoRA, the subject itself, three methods, and the one that a cut needs.
+    assert len(records) == 2 * 6
+    assert told.count(" s)\n") == len(records) - len(done), "each of the rest once"
+    assert ((out / "report" / "index.html").is_file() and "| ✔ |" in told) or "| ✘ |" in told
+    assert len(kept.read_text("utf-8").splitlines()) == 1 + len(records)
+
+
+def test_a_wrong_name_is_told(tmp_path: Path):
+    run = start(tmp_path, "--processes=1", "--base=demo", "--methods=fixed-3")
+    told = run.communicate(timeout=120)[0]
+    assert run.returncode and "fixed-3 is no method; choose among fixed-1," in told
