@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import statistics
 import subprocess
@@ -73,7 +74,10 @@ def _alone(options: argparse.Namespace) -> int:
     done = options.report or working.do_all(bench, works, rates, until, _say)
     if done and options.tune:
         tuning.keep(bench, asked.studies[0], asked.methods)
-    elif not options.worker and not options.sweep:
+    elif options.sweep and not options.worker:
+        told = [record for work in works if (record := bench.found(work)) is not None]
+        print(sweep.table(results.results_of(told), bench.methods), flush=True)
+    elif not options.worker:
         _report(bench, works)
     return 0 if done else 3
 
@@ -177,6 +181,8 @@ def _base(options: argparse.Namespace) -> tuple[Base, plan.Plan]:
         found = Checkpoint.load(Path(options.base), *judges)
         return found, found.plan
     place = options.out / "seeded"
+    if not torch.cuda.is_available():  # SDXL in fp32, twice, is more than most machines have
+        importlib.import_module("comfy.cli_args").args.bf16_unet = True
     file = seeded.checkpoint(options.base, place / f"{options.base}.safetensors")
     judges = seeded.dino(place / "dino"), seeded.clip(place / "clip")
     found = Checkpoint.load(file, *judges, resolution=128)

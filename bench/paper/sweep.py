@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from . import results, verdict
 from .methods import Method
+from .results import Result
 
 MEGABYTES = 0.625  # of a file of the demo base with rank 9 in every layer
 
@@ -57,3 +61,29 @@ def variants(balanced: Method) -> dict[str, Method]:
         "target-18": ("target 18", ranks(target_rank=18.0)),
     }
     return {name: replace(method, label=label) for name, (label, method) in found.items()}
+
+
+def table(found: Sequence[Result], known: Mapping[str, Method]) -> str:
+    """Markdown: a row a variant, by likeness, with the difference to ``balanced`` as it is."""
+    plain = next(iter(known))
+    rows: list[tuple[float, str]] = []
+    for name, method in known.items():
+        likeness = results.by_subject(found, name, verdict.likeness)
+        if not likeness:
+            continue
+        prompt, sizes = (
+            statistics.fmean(results.by_subject(found, name, value).values())
+            for value in (verdict.prompt, lambda one: one.nbytes)
+        )
+        gap = results.paired(found, plain, name, verdict.likeness)
+        told = f"{gap.mean:+.3f}" if gap and name != plain else ""
+        each = ", ".join(f"{value:.2f}" for value in likeness.values())
+        mean = statistics.fmean(likeness.values())
+        row = (
+            f"| {method.label} | {mean:.3f} | {told} | {each} | {prompt:.3f} | {sizes / 1e6:.2f} |"
+        )
+        rows.append((-mean, row))
+    heads = "| variant | likeness | difference | by subject | prompt | MB |"
+    return "\n".join(
+        [heads, "| --- | --- | --- | --- | --- | --- |", *(row for _, row in sorted(rows))]
+    )

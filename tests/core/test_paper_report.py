@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from lora2_pack.bench.paper import methods, report, results, verdict
+from lora2_pack.bench.paper import methods, report, results, sweep, verdict
 from lora2_pack.bench.paper.results import Interval, Result
 
 METHODS = methods.methods_for(64)
@@ -113,3 +113,17 @@ def test_few_methods_are_enough_for_a_page(tmp_path: Path):
     for chosen in ({"fixed-1"}, {"fixed-1", "balanced"}, {"balanced"}):
         found = [one for one in run(ours=0.7) if one.method in chosen]
         assert report.write(found, METHODS, "", tmp_path).is_file()
+
+
+def test_the_table_of_a_sweep_is_in_order_and_says_by_how_much():
+    known = sweep.variants(METHODS["balanced"])
+    levels = {"as-it-is": 0.7, "svd-2": 0.72, "scale-f": 0.6}
+    found = [
+        Result(subject, name, 0, level, 0.9, None, None, 500_000, 1.0, 1.0, {})
+        for name, level in levels.items()
+        for subject in SUBJECTS[:3]
+    ]
+    rows = sweep.table(found, known).splitlines()[2:]
+    assert [row.split(" | ")[1] for row in rows] == ["0.720", "0.700", "0.600"]
+    assert [row.split(" | ")[2] for row in rows] == ["+0.020", "", "-0.100"]
+    assert known["svd-2"].label in rows[0] and rows[0].endswith(" 0.50 |")
