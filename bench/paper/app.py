@@ -65,7 +65,7 @@ def _alone(options: argparse.Namespace) -> int:
         rates = {name: float(options.rate) for name in rates}
     if options.tune:
         tried = [float(options.rate)] if options.rate else bench.base.rates
-        works = tuning.works(asked.studies[0], asked.methods, tried)
+        works = tuning.first(asked.studies, asked.methods, tried)
     else:
         parts = asked.studies, asked.methods, asked.seeds, rates
         works = works_of(*parts, levels=not options.sweep)
@@ -73,7 +73,9 @@ def _alone(options: argparse.Namespace) -> int:
         works.sort(key=lambda work: list(asked.methods).index(work.name))
     done = options.report or working.do_all(bench, works, rates, until, _say)
     if done and options.tune:
-        tuning.keep(bench, asked.studies[0], asked.methods)
+        further = tuning.second(bench, asked.studies, asked.methods)
+        done = working.do_all(bench, further, rates, until, _say)
+        tuning.keep(bench, asked.studies, asked.methods)
     elif options.sweep and not options.worker:
         told = [record for work in works if (record := bench.found(work)) is not None]
         print(sweep.table(results.results_of(told), bench.methods), flush=True)
@@ -202,10 +204,8 @@ def _studies(options: argparse.Namespace, prompts: int) -> list[Study]:
         return [study for study in found if (study.name == tuned) == bool(options.tune)]
     if options.subjects is not None:
         sys.exit("The demo base brings subjects of its own; leave --subjects out.")
-    if options.tune:
-        return [subjects.tuning_of_demo(prompts)]
-    if options.sweep:
-        return subjects.sweep_of_demo(prompts)
+    if options.tune or options.sweep:
+        return subjects.tuning_of_demo(prompts)
     return subjects.of_demo(prompts)[: 3 if options.quick else None]
 
 

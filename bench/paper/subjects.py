@@ -22,9 +22,8 @@ from ...tools.tiny_sdxl.subjects import (
 )
 from . import table_a1
 
-TUNING_SEED = 27  # the robot: rates are tried on it, and it is in no table
-# More that are in no table: what is to be the default is chosen on these three.
-SWEEP_SUBJECTS = ((TUNING_SEED, None), (201, "mug"), (202, "cat"))
+# Rates, and what is to be the default, are tried on these: they are in no table.
+TUNING_SUBJECTS = ((27, None), (201, "mug"), (202, "cat"))  # the first is a robot
 CROPS = 5
 # Photographs that scikit-image carries: (its name, what it shows, where in the picture that is).
 PHOTOGRAPHS = (
@@ -99,21 +98,16 @@ def _crop(picture: Image.Image, rng: random.Random) -> Image.Image:
 
 def of_demo(prompts: int) -> list[Study]:
     """The subjects that are tested: eleven drawn ones, and five photographs."""
-    seeds = [seed for seed in SUBJECT_SEEDS if seed != TUNING_SEED]
+    seeds = [seed for seed in SUBJECT_SEEDS if seed != TUNING_SUBJECTS[0][0]]
     return [
         *(drawn(seed, prompts) for seed in seeds),
         *(photographed(number, prompts) for number in range(len(PHOTOGRAPHS))),
     ]
 
 
-def tuning_of_demo(prompts: int) -> Study:
-    """The subject that rates are tried on."""
-    return drawn(TUNING_SEED, prompts)
-
-
-def sweep_of_demo(prompts: int) -> list[Study]:
-    """The subjects that the default is chosen on."""
-    return [drawn(seed, prompts, thing) for seed, thing in SWEEP_SUBJECTS]
+def tuning_of_demo(prompts: int) -> list[Study]:
+    """The subjects that rates and the default are chosen on."""
+    return [drawn(seed, prompts, thing) for seed, thing in TUNING_SUBJECTS]
 
 
 def dreambooth(folder: Path, prompts: int, word: str = RARE_WORD) -> list[Study]:

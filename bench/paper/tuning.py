@@ -1,7 +1,8 @@
-"""Every method at its own best learning rate, all tried at the same ones on one subject.
+"""Every method at its own best learning rate, all tried alike on subjects that are in no table.
 
-That subject is in no table. A method's rate is the one with the highest sum of likeness and of how
-much prompts are obeyed. What only differs from another method by a term of the loss takes its rate.
+Each is tried at the base's usual rates on one subject, and at the better two of these on all. Its
+rate is the one with the highest sum of likeness and prompt score, over subjects. What only differs
+from another method by a term of the loss or by its size takes its rate.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from .subjects import Study
 from .trial import Bench, Work
 
 FILE = Path(__file__).parent / "rates.json"
+_FURTHER = 2  # rates that all subjects see
 _SHARED = "balanced-"  # begins the names of those that take the rate of `balanced`
 
 
@@ -26,26 +28,54 @@ def tried(methods: Mapping[str, Method]) -> list[str]:
     return [name for name, one in methods.items() if one.trained and not name.startswith(_SHARED)]
 
 
-def works(study: Study, names: Iterable[str], rates: Sequence[float]) -> list[Work]:
-    return [Work(study, name, 0, rate) for name in names for rate in rates]
+def first(studies: Sequence[Study], names: Iterable[str], rates: Sequence[float]) -> list[Work]:
+    """All rates on one subject."""
+    return [Work(studies[0], name, 0, rate) for name in names for rate in rates]
 
 
-def keep(bench: Bench, study: Study, names: Iterable[str]) -> None:
+def second(bench: Bench, studies: Sequence[Study], names: Iterable[str]) -> list[Work]:
+    """The better half of what was tried on the first subject, on the others."""
+    found: list[Work] = []
+    for name in names:
+        tried = _tried(bench, studies[0], name)
+        good = {rate: sum(one) for rate, one in tried.items() if not isinstance(one, str)}
+        best = sorted(good, key=lambda rate: -good[rate])[:_FURTHER]
+        found += [Work(study, name, 0, rate) for rate in best for study in studies[1:]]
+    return found
+
+
+def keep(bench: Bench, studies: Sequence[Study], names: Iterable[str]) -> None:
     """Write the best rate of each method beside this file, with what all of them reached."""
     known = json.loads(FILE.read_text("utf-8")) if FILE.is_file() else {}
     mine = known.setdefault(bench.base.name, {})
     for name in names:
-        reached: dict[float, list[float] | str] = {}
-        for file in bench.folder.glob(f"records/{study.name}/{name}-*-0.json"):
-            record = json.loads(file.read_text("utf-8"))
-            told = record["settings"]
-            if told["method"] == name and bench.found(Work(study, name, 0, told["rate"])):
-                reached[told["rate"]] = _reached(record)
-        good = {rate: sum(one) for rate, one in reached.items() if not isinstance(one, str)}
-        if good:
-            tried = {f"{rate:g}": reached[rate] for rate in sorted(reached)}
-            mine[name] = {"rate": max(good, key=lambda rate: good[rate]), "tried": tried}
+        tried = {study.name: _tried(bench, study, name) for study in studies}
+        shared = [
+            rate for rate in tried[studies[0].name] if all(rate in one for one in tried.values())
+        ]
+        sums = {rate: _sum([one[rate] for one in every]) for rate in shared}
+        if sums:
+            shown = {
+                study: {f"{rate:g}": reached[rate] for rate in sorted(reached)}
+                for study, reached in tried.items()
+            }
+            mine[name] = {"rate": max(sums, key=lambda rate: sums[rate]), "tried": shown}
     write_json(FILE, known)
+
+
+def _sum(reached: Sequence[list[float] | str]) -> float:
+    return sum(-1.0 if isinstance(one, str) else sum(one) for one in reached)
+
+
+def _tried(bench: Bench, study: Study, name: str) -> dict[float, list[float] | str]:
+    """Learning rate → likeness and prompt score, or what became of it."""
+    found: dict[float, list[float] | str] = {}
+    for file in bench.folder.glob(f"records/{study.name}/{name}-*-0.json"):
+        record = json.loads(file.read_text("utf-8"))
+        told = record["settings"]
+        if told["method"] == name and bench.found(Work(study, name, 0, told["rate"])):
+            found[told["rate"]] = _reached(record)
+    return found
 
 
 def _reached(record: dict[str, Any]) -> list[float] | str:

@@ -168,7 +168,8 @@ def test_photographs_and_drawn_subjects_are_all_there():
     every = subjects.of_demo(10)
     assert len(every) == 16 and len({study.name for study in every}) == 16
     assert all(len(study.prompts) == 10 for study in every)
-    assert subjects.tuning_of_demo(10).name not in {study.name for study in every}
+    tuning = subjects.tuning_of_demo(10)
+    assert len(tuning) == 3 and not {one.name for one in tuning} & {one.name for one in every}
     for study in every:
         assert 5 <= len(study.photos) <= 6
         assert all(view.image.shape == (192, 192, 3) for view in study.photos)
