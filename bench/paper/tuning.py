@@ -50,9 +50,8 @@ def keep(bench: Bench, studies: Sequence[Study], names: Iterable[str]) -> None:
     mine = known.setdefault(bench.base.name, {})
     for name in names:
         tried = {study.name: _tried(bench, study, name) for study in studies}
-        shared = [
-            rate for rate in tried[studies[0].name] if all(rate in one for one in tried.values())
-        ]
+        every = list(tried.values())
+        shared = [rate for rate in every[0] if all(rate in one for one in every)]
         sums = {rate: _sum([one[rate] for one in every]) for rate in shared}
         if sums:
             shown = {
