@@ -21,7 +21,7 @@ from . import vision
 from .judge_networks import ANSWERS, NETWORKS, Answer
 from .scoring import EmbedPictures, Likeness, Picture
 
-WEIGHTS = Path(__file__).parent / "tiny_sdxl" / "judges"
+WEIGHTS = Path(__file__).parent / "judge_weights"
 SIDE = 112  # px that networks see: an emblem's letter is then some 12 px high
 AT_ONCE = 64  # pictures
 _AVERAGE = "average."  # before the names of a run's averaged weights
