@@ -56,9 +56,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _folder(name: str) -> Path | None:
-    if name == "none":
-        return None
-    return Path(name) if Path(name).is_dir() else vision.cached(name)
+    return None if name == "none" else vision.located(name)
 
 
 def read(painted: Path, real: Path) -> list[Subject]:

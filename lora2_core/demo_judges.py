@@ -10,7 +10,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
@@ -38,17 +37,15 @@ def load(name: str, folder: Path = WEIGHTS) -> Judge:
     if not file.is_file():
         raise vision.JudgeError(
             f"The demo model's judge {name!r} has no weights in {file}. They come with this pack: "
-            "install it again."
+            "install it again, or restore the file with git."
         )
     return Judge.load(file)
 
 
 def _embed(judge: Judge) -> EmbedPictures:
     def embed(pictures: Sequence[Picture]) -> Tensor:
-        shown = [np.asarray(vision.opened(picture)) for picture in pictures]
-        pixels = [torch.from_numpy(one.copy()).permute(2, 0, 1)[None] / 255 for one in shown]
-        # One by one: each may be of another size.
-        return torch.cat([judge.embed(resized(one, judge.side)) for one in pixels])
+        shown = (vision.pixels(picture).movedim(-1, 0)[None] for picture in pictures)
+        return torch.cat([judge.embed(one) for one in shown])  # each may be of another size
 
     return embed
 

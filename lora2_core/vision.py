@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -56,6 +57,11 @@ def cached(name: str) -> Path:
             f"{name} is not in Hugging Face's cache on this machine; download it first (with "
             f"`hf download {name}`), or give a folder that holds it."
         ) from error
+
+
+def located(name: str) -> Path:
+    """A folder by its path, or a network's in Hugging Face's cache. Raises JudgeError."""
+    return Path(name) if Path(name).is_dir() else cached(name)
 
 
 class Dino:
@@ -140,6 +146,11 @@ def _in_parts(
         pixels = prepare(images=some, return_tensors="pt")["pixel_values"]  # (n, 3, side, side)
         found.append(embed(pixels.to(device)).float().cpu())
     return torch.cat(found)
+
+
+def pixels(picture: Picture) -> Tensor:
+    """(height, width, 3), 0 to 1. Raises JudgeError for a file that is no picture."""
+    return torch.from_numpy(np.asarray(opened(picture), dtype=np.float32) / 255)
 
 
 def opened(picture: Picture) -> Image.Image:

@@ -70,27 +70,35 @@ def _alone(options: argparse.Namespace) -> int:
         parts = asked.studies, asked.methods, asked.seeds, rates
         works = works_of(*parts, levels=not options.sweep)
     if options.sweep:  # one variant on all subjects after the other
-        works.sort(key=lambda work: list(asked.methods).index(work.name))
+        order = list(asked.methods)
+        works.sort(key=lambda work: order.index(work.name))
     done = options.report or working.do_all(bench, works, rates, until, _say)
-    if done and options.tune:
+    if done and options.tune and not options.report:
         further = tuning.second(bench, asked.studies, asked.methods)
         done = working.do_all(bench, further, rates, until, _say)
-        tuning.keep(bench, asked.studies, asked.methods)
-    elif options.sweep and not options.worker:
-        told = [record for work in works if (record := bench.found(work)) is not None]
-        print(sweep.table(results.results_of(told), bench.methods), flush=True)
-    elif not options.worker:
-        _report(bench, works)
+    if not options.worker:
+        _conclude(options, asked, works)
     return 0 if done else 3
 
 
-def _report(bench: Bench, works: Sequence[Work]) -> None:
-    records = [record for work in works if (record := bench.found(work)) is not None]
-    found = results.results_of(records)
+def _conclude(options: argparse.Namespace, asked: Asked, works: Sequence[Work]) -> None:
+    """Say what the records that are there come to."""
+    if options.tune:
+        tuning.keep(asked.bench, asked.studies, asked.methods)
+        return
+    records = (asked.bench.found(work) for work in works)
+    found = results.results_of(record for record in records if record is not None)
+    if options.sweep:
+        print(sweep.table(found, asked.bench.methods), flush=True)
+    else:
+        _report(asked.bench, found, len(works))
+
+
+def _report(bench: Bench, found: Sequence[results.Result], wanted: int) -> None:
     much = bench.plan
     about = (
         f"Base: {bench.base.name}. {much.steps} steps of batch {much.batch}; {much.prompts} prompts"
-        f" a subject, {much.pictures} picture(s) of each; {len(found)} of {len(works)} records."
+        f" a subject, {much.pictures} picture(s) of each; {len(found)} of {wanted} records."
     )
     page = report.write(found, bench.methods, about, bench.folder / "report")
     print(f"{page}\n\n{report.markdown(verdict.claims(found, bench.methods))}", flush=True)
@@ -112,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="3 subjects, 4 methods, 1 seed")
     much = "another amount: steps=300,batch=1,prompts=10,pictures=1, or some of them"
     parser.add_argument("--plan", default="", help=much)
-    parser.add_argument("--tune", action="store_true", help="try learning rates on one subject")
+    parser.add_argument("--tune", action="store_true", help="try learning rates")
     parser.add_argument("--sweep", action="store_true", help="try what the paper leaves open")
     parser.add_argument("--rate", type=float, help="of learning, in place of the tuned ones")
     parser.add_argument("--report", action="store_true", help="only write it, of what is there")
@@ -135,9 +143,8 @@ def _in_processes(options: argparse.Namespace) -> int:
     finally:
         for process in running:
             process.terminate()
-    if not options.tune:
-        options.report = True
-        _alone(options)
+    options.report = True
+    _alone(options)
     return code
 
 
@@ -153,12 +160,12 @@ class Asked:
 
 def _asked(options: argparse.Namespace) -> Asked:
     """The bench, and which subjects, methods and seeds it is asked for."""
-    base, usual = _base(options)
-    much, known, seeds = usual, methods.methods_for(base.width), options.seeds
+    base = _base(options)
+    much, known, seeds = base.plan, methods.methods_for(base.width), options.seeds
     able, what = list(known), "method"
     if options.tune:
         able, what = tuning.tried(known), "method that is tuned"
-        much = replace(usual, pictures=plan.TUNING_PICTURES)
+        much = replace(base.plan, pictures=plan.TUNING_PICTURES)
     elif options.sweep:
         much, known, what = plan.SWEEP, sweep.variants(known["balanced"]), "variant"
         able = list(known)
@@ -173,15 +180,12 @@ def _asked(options: argparse.Namespace) -> Asked:
     return Asked(bench, studies, {name: known[name] for name in names}, seeds)
 
 
-def _base(options: argparse.Namespace) -> tuple[Base, plan.Plan]:
-    """The base, and how much is trained on it."""
+def _base(options: argparse.Namespace) -> Base:
     if options.base == "demo":
-        return Demo.load(), plan.Plan()
+        return Demo.load()
     if not options.dry:
-        judges = (Path(one) if Path(one).is_dir() else vision.cached(one)
-                  for one in (options.dino, options.clip))  # fmt: skip
-        found = Checkpoint.load(Path(options.base), *judges)
-        return found, found.plan
+        judges = map(vision.located, (options.dino, options.clip))
+        return Checkpoint.load(Path(options.base), *judges)
     place = options.out / "seeded"
     if not torch.cuda.is_available():  # SDXL in fp32, twice, is more than most machines have
         importlib.import_module("comfy.cli_args").args.bf16_unet = True
@@ -189,7 +193,7 @@ def _base(options: argparse.Namespace) -> tuple[Base, plan.Plan]:
     judges = seeded.dino(place / "dino"), seeded.clip(place / "clip")
     found = Checkpoint.load(file, *judges, resolution=128)
     sampling = replace(found.parts.sampling, steps=1)
-    return replace(found, parts=replace(found.parts, sampling=sampling)), plan.DRY
+    return replace(found, parts=replace(found.parts, sampling=sampling), plan=plan.DRY)
 
 
 def _studies(options: argparse.Namespace, prompts: int) -> list[Study]:

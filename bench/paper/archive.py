@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...lora2_core import atomic_file
+from ...tools.tiny_sdxl.figures import write_json
 
 Record = dict[str, Any]
 _OWN = ("subject", "method", "seed", "rate")  # settings that tell records apart
@@ -35,6 +36,16 @@ def files(folder: Path) -> list[Path]:
     return sorted((folder / "records").glob("*/*.json"))
 
 
+def stem_of(method: str, seed: int, rate: float | None) -> str:
+    """The name of a record and of what lies beside it; ``rate``: None without training."""
+    return f"{method}-{seed}" if rate is None else f"{method}-{rate:g}-{seed}"
+
+
+def file_of(folder: Path, subject: str, stem: str) -> Path:
+    """Where a run's folder has the record."""
+    return folder / "records" / subject / f"{stem}.json"
+
+
 def read(file: Path) -> list[Record]:
     """The records as :func:`write` was given them, but for rounding."""
     head, *lines = file.read_text("utf-8").splitlines()
@@ -49,12 +60,11 @@ def unpack(file: Path, folder: Path) -> None:
     """
     for record in read(file):
         own = record["settings"]
-        stem = own["method"] if own["rate"] is None else f"{own['method']}-{own['rate']:g}"
-        target = folder / "records" / own["subject"] / f"{stem}-{own['seed']}.json"
+        stem = stem_of(own["method"], own["seed"], own["rate"])
+        target = file_of(folder, own["subject"], stem)
         if not target.is_file():
             target.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_file.replacing(target) as out:
-                out.write(json.dumps(record, indent=1).encode())
+            write_json(target, record)
 
 
 def _packed(record: Record, shared: list[Record], names: Iterable[str]) -> Record:

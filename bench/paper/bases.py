@@ -10,11 +10,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ...lora2_core import comfy_host, lora_file, scoring
+from ...lora2_core import scoring
 from ...tools.tiny_sdxl.evaluation import load_parts
-from ...tools.tiny_sdxl.latents import SIZE, to_pixels
+from ...tools.tiny_sdxl.latents import to_pixels
 from ...tools.tiny_sdxl.painting import Painter
-from ...tools.tiny_sdxl.personalising import Parts, fingerprint
+from ...tools.tiny_sdxl.personalising import Parts, demo_settings, fingerprint
+from .plan import DEMO, Plan
 from .subjects import Study
 
 Scores = dict[str, dict[str, list[float]]]  # judge → measure → by picture
@@ -47,6 +48,11 @@ class Base(Protocol):
         ...
 
     @property
+    def plan(self) -> Plan:
+        """How much is usually trained on it."""
+        ...
+
+    @property
     def settings(self) -> Mapping[str, Any]:
         """Of its TrainConfig, the same for all methods."""
         ...
@@ -69,6 +75,7 @@ class Demo:
     name: str = "demo"
     width: int = 64
     rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3, 8e-3)
+    plan: Plan = DEMO
 
     @classmethod
     def load(cls) -> Demo:
@@ -77,11 +84,12 @@ class Demo:
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        return {"schedule": "cosine", "resolution": SIZE, "probes": 0}
+        return demo_settings()
 
     def paint(self, prompts: Sequence[str], seeds: Sequence[int], lora: Path | None) -> Tensor:
-        model, clip = with_lora(self.parts, lora)
-        return Painter(model, clip, self.parts.vae, self.parts.sampling).paint(prompts, seeds)
+        parts = self.parts
+        model, clip = parts.with_lora(lora) if lora else (parts.model, parts.clip)
+        return Painter(model, clip, parts.vae, parts.sampling).paint(prompts, seeds)
 
     def judge(self, study: Study, images: Tensor, prompts: Sequence[int]) -> Scores:
         """Likeness to the photos, and the place's and the object's probability, as far as the
@@ -100,14 +108,6 @@ class Demo:
                 told["object"] = _probability(said["object"], judge.words("object"), asked)
             found[name] = told
         return found
-
-
-def with_lora(parts: Parts, lora: Path | None) -> tuple[Any, Any]:
-    """MODEL and CLIP with a file applied, as the loader's node does it."""
-    if lora is None:
-        return parts.model, parts.clip
-    state = lora_file.load(lora).state
-    return comfy_host.apply_state(parts.model, parts.clip, state, 1.0, 1.0, lora.name)
 
 
 def _probability(said: Tensor, words: Sequence[str], asked: Sequence[str]) -> list[float]:

@@ -11,14 +11,14 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from ...lora2_core import scoring, targets, vision
+from ...lora2_core import comfy_host, scoring, targets, vision
 from ...lora2_core.scoring import Judge, Subject
 from ...tools.tiny_sdxl.grids import to_pictures
 from ...tools.tiny_sdxl.painting import Painter, Sampling
 from ...tools.tiny_sdxl.personalising import Parts, fingerprint
 from ...tools.tiny_sdxl.subjects import RARE_WORD
 from . import plan
-from .bases import Scores, with_lora
+from .bases import Scores
 from .subjects import Study
 
 _MEASURES = {"DINO": "likeness", "CLIP-I": "CLIP-I", "CLIP-T": "text"}
@@ -44,8 +44,6 @@ class Checkpoint:
         Raises ValueError for a file that holds no model, CLIP or VAE, HostError for another
         family, and JudgeError for judges that cannot be used.
         """
-        from ...lora2_core import comfy_host
-
         sd: Any = importlib.import_module("comfy.sd")
         model, clip_model, vae, *_ = sd.load_checkpoint_guess_config(str(file))
         lacks = [
@@ -74,9 +72,9 @@ class Checkpoint:
         return {"resolution": self.resolution, "probes": 0, "gradient_checkpointing": True}
 
     def paint(self, prompts: Sequence[str], seeds: Sequence[int], lora: Path | None) -> Tensor:
-        model, clip = with_lora(self.parts, lora)
-        sampling = self.parts.sampling
-        painter = Painter(model, clip, self.parts.vae, sampling, self.resolution, at_once=1)
+        parts = self.parts
+        model, clip = parts.with_lora(lora) if lora else (parts.model, parts.clip)
+        painter = Painter(model, clip, parts.vae, parts.sampling, self.resolution, at_once=1)
         return painter.paint(prompts, seeds)
 
     def judge(self, study: Study, images: Tensor, prompts: Sequence[int]) -> Scores:

@@ -20,6 +20,7 @@ class Plan:
                 raise ValueError(f"{name} is {getattr(self, name)}; at least 1 is needed.")
 
 
+DEMO = Plan()
 QUICK = Plan(steps=150, prompts=6)
 SWEEP = Plan(pictures=2)
 SDXL = Plan(steps=500, pictures=5)  # the paper's

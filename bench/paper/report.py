@@ -13,6 +13,7 @@ from . import plots, results, verdict
 from .methods import BASE, OWN, Method
 from .results import Result, Value
 
+_DIGITS = 3  # of a score
 _SIGNS = {"holds": "✔", "open": "≈", "fails": "✘"}
 _WORDS = {"holds": "holds", "open": "cannot be told", "fails": "does not hold"}
 _CSS = """
@@ -58,8 +59,8 @@ def write(found: Sequence[Result], methods: Mapping[str, Method], about: str, fo
     if len(terms) > 1:
         parts.append(f"<h2>Terms of the loss</h2><p>{_TERMS}</p>{_summary(found, terms, {})}")
     parts.append(f"<h2>By judge</h2><p>{_JUDGES}</p>{_by_judge(found, known)}")
-    for value, title, digits in _MEASURES:
-        table = _by_subject(found, known, value, digits)
+    for value, title in _MEASURES:
+        table = _by_subject(found, known, value)
         parts.append(f"<h2>{title}, by subject</h2>{table}" if table else "")
     if verdict.OURS in run:
         parts.append(
@@ -96,9 +97,9 @@ _RANKS = (
     "The mean over seeds, for some subjects: rows are the transformer blocks in the order in which "
     "they run, columns the projections of self- and cross-attention; the paper's figure 8."
 )
-_MEASURES: tuple[tuple[Value, str, int], ...] = (
-    (verdict.likeness, "Likeness", 3),
-    (verdict.prompt, "Prompt score", 3),
+_MEASURES: tuple[tuple[Value, str], ...] = (
+    (verdict.likeness, "Likeness"),
+    (verdict.prompt, "Prompt score"),
 )
 
 
@@ -167,9 +168,7 @@ def _row(found: Sequence[Result], name: str, label: str) -> list[str]:
     ]
 
 
-def _by_subject(
-    found: Sequence[Result], methods: Mapping[str, Method], value: Value, digits: int
-) -> str:
+def _by_subject(found: Sequence[Result], methods: Mapping[str, Method], value: Value) -> str:
     """Figure 7 as a table: a row a subject, its best marked."""
     tables = {name: results.by_subject(found, name, value) for name in methods}
     tables = {name: table for name, table in tables.items() if table}
@@ -179,10 +178,10 @@ def _by_subject(
     rows: list[list[str]] = []
     for subject in subjects:
         told = [table.get(subject) for table in tables.values()]
-        rows.append([html.escape(subject), *_marked(told, digits)])
+        rows.append([html.escape(subject), *_marked(told)])
     means = [statistics.fmean(table.values()) for table in tables.values()]
     heads = ["", *(html.escape(methods[name].label) for name in tables)]
-    return _table(heads, rows, ["Mean", *_marked(means, digits)])
+    return _table(heads, rows, ["Mean", *_marked(means)])
 
 
 def _by_judge(found: Sequence[Result], methods: Mapping[str, Method]) -> str:
@@ -200,12 +199,12 @@ def _judged(name: str) -> Value:
     return lambda one: one.judges.get(name)
 
 
-def _marked(told: Sequence[float | None], digits: int) -> list[str]:
-    best = max(round(one, digits) for one in told if one is not None)
+def _marked(told: Sequence[float | None]) -> list[str]:
+    best = max(round(one, _DIGITS) for one in told if one is not None)
     return [
         "–" if one is None
-        else f"*{one:.{digits}f}" if round(one, digits) == best
-        else f"{one:.{digits}f}"
+        else f"*{one:.{_DIGITS}f}" if round(one, _DIGITS) == best
+        else f"{one:.{_DIGITS}f}"
         for one in told
     ]  # fmt: skip
 

@@ -13,11 +13,12 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from . import archive
 
 _DRAWS = 2000  # of a bootstrap
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -104,9 +105,16 @@ def interval(values: Sequence[float], seed: int = 0) -> Interval:
     """Of a mean, by drawing subjects with replacement. Raises ValueError for no value."""
     if not values:
         raise ValueError("there is nothing to take the mean of; run a method first.")
+    return bootstrap(values, statistics.fmean, seed)
+
+
+def bootstrap(
+    subjects: Sequence[T], measure: Callable[[Sequence[T]], float], seed: int = 0
+) -> Interval:
+    """Of any measure of subjects, drawn with replacement."""
     rng = random.Random(seed)
-    means = sorted(statistics.fmean(rng.choices(values, k=len(values))) for _ in range(_DRAWS))
-    return Interval(statistics.fmean(values), means[_DRAWS // 40], means[-_DRAWS // 40 - 1])
+    drawn = sorted(measure(rng.choices(subjects, k=len(subjects))) for _ in range(_DRAWS))
+    return Interval(measure(subjects), drawn[_DRAWS // 40], drawn[-_DRAWS // 40 - 1])
 
 
 def paired(results: Sequence[Result], first: str, second: str, value: Value) -> Interval | None:

@@ -21,7 +21,7 @@ from ...tools.tiny_sdxl.figures import write_json
 from ...tools.tiny_sdxl.grids import read_strip, write_strip
 from ...tools.tiny_sdxl.latents import to_pixels
 from ...tools.tiny_sdxl.personalising import train_lora
-from . import cuts, rivals, variants
+from . import archive, cuts, rivals, variants
 from .bases import Base, Scores
 from .measuring import with_peak
 from .methods import BASE, OWN, Method
@@ -43,8 +43,7 @@ class Work:
 
     @property
     def stem(self) -> str:
-        name = self.name if self.rate is None else f"{self.name}-{self.rate:g}"
-        return f"{name}-{self.seed}"
+        return archive.stem_of(self.name, self.seed, self.rate)
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ class Bench:
 
     def file(self, work: Work) -> Path:
         """Of the record; the LoRA and the pictures have its name with other endings."""
-        return self.folder / "records" / work.study.name / f"{work.stem}.json"
+        return archive.file_of(self.folder, work.study.name, work.stem)
 
     def found(self, work: Work, with_lora: bool = False) -> dict[str, Any] | None:
         """The record of work that is done, with these settings; the LoRA beside it on request."""
@@ -66,7 +65,11 @@ class Bench:
         if with_lora and not file.with_suffix(".safetensors").is_file():
             return None
         record = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-        return record if record.get("settings") == self._settings(work) else None
+        return record if self.is_of(record, work) else None
+
+    def is_of(self, record: Mapping[str, Any], work: Work) -> bool:
+        """Whether a record was made by this work with these settings."""
+        return record.get("settings") == self._settings(work)
 
     def needs(self, work: Work, rates: Mapping[str, float]) -> list[Work]:
         """What must be done before: what a cut cuts, and whose size it is cut to."""

@@ -46,7 +46,7 @@ def second(bench: Bench, studies: Sequence[Study], names: Iterable[str]) -> list
 
 def keep(bench: Bench, studies: Sequence[Study], names: Iterable[str]) -> None:
     """Write the best rate of each method beside this file, with what all of them reached."""
-    known = json.loads(FILE.read_text("utf-8")) if FILE.is_file() else {}
+    known = _known()
     mine = known.setdefault(bench.base.name, {})
     for name in names:
         tried = {study.name: _tried(bench, study, name) for study in studies}
@@ -71,9 +71,9 @@ def _tried(bench: Bench, study: Study, name: str) -> dict[float, list[float] | s
     found: dict[float, list[float] | str] = {}
     for file in bench.folder.glob(f"records/{study.name}/{name}-*-0.json"):
         record = json.loads(file.read_text("utf-8"))
-        told = record["settings"]
-        if told["method"] == name and bench.found(Work(study, name, 0, told["rate"])):
-            found[told["rate"]] = _reached(record)
+        rate = record["settings"]["rate"]
+        if bench.is_of(record, Work(study, name, 0, rate)):
+            found[rate] = _reached(record)
     return found
 
 
@@ -85,15 +85,20 @@ def _reached(record: dict[str, Any]) -> list[float] | str:
     return [round(one.likeness, 4), round(one.prompt or 0, 4)]
 
 
+def _known() -> dict[str, Any]:
+    """Base → method → what :func:`keep` wrote of it."""
+    return json.loads(FILE.read_text("utf-8")) if FILE.is_file() else {}
+
+
 def rates(bench: Bench) -> dict[str, float]:
     """The rate of each method that trains: the chosen one, or else the base's usual one."""
-    known = json.loads(FILE.read_text("utf-8")) if FILE.is_file() else {}
-    mine = known.get(bench.base.name, {})
+    mine = _known().get(bench.base.name, {})
+    tuned = {name for name in tried(bench.methods) if name in mine}
     usual = sorted(bench.base.rates)[len(bench.base.rates) // 2]
     found: dict[str, float] = {}
     for name, method in bench.methods.items():
         if method.trained:
             # A variant of a sweep has no rate of its own either.
-            asked = name if name in tried(bench.methods) and name in mine else "balanced"
+            asked = name if name in tuned else "balanced"
             found[name] = mine.get(asked, {}).get("rate", usual)
     return found

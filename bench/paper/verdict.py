@@ -8,9 +8,8 @@ open.
 
 from __future__ import annotations
 
-import random
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,7 +21,6 @@ Verdict = Literal["holds", "open", "fails"]
 OURS = "balanced"
 HAIR = 0.01  # of a score: closer is a tie
 SHARE_KEPT = 0.97  # of the largest rank's likeness, at a seventh of its bytes
-_DRAWS = 1000
 
 
 @dataclass(frozen=True)
@@ -105,13 +103,7 @@ def above_front(found: Sequence[Result], fixed: Sequence[str], value: Value) -> 
         reached = results.front_at(front, mean(sizes[OURS]), lambda point: point.likeness)
         return mean(tables[OURS]) - reached
 
-    return _bootstrap(subjects, gap)
-
-
-def _bootstrap(subjects: Sequence[str], measure: Callable[[Sequence[str]], float]) -> Interval:
-    rng = random.Random(0)
-    drawn = sorted(measure(rng.choices(subjects, k=len(subjects))) for _ in range(_DRAWS))
-    return Interval(measure(subjects), drawn[_DRAWS // 40], drawn[-_DRAWS // 40 - 1])
+    return results.bootstrap(subjects, gap)
 
 
 def _largest(
@@ -128,7 +120,7 @@ def _largest(
         sums = [sum(table[subject] for subject in chosen) for table in tables]
         return sums[0] / sums[1]
 
-    kept = _bootstrap(subjects, share)
+    kept = results.bootstrap(subjects, share)
     label = methods[largest].label
     sentence = (
         f"At 1/{other.nbytes / ours.nbytes:.1f} of the bytes of {label} it keeps "

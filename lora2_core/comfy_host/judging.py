@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import folder_paths
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,8 +40,8 @@ def clip_vision_judge(clip_vision: Any) -> Likeness:
 
     def embed(pictures: Sequence[Picture]) -> Tensor:
         parts: list[Tensor] = []
-        for picture in map(vision.opened, pictures):  # each may be of another size
-            pixels = torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255)[None]
+        for picture in pictures:  # each may be of another size
+            pixels = vision.pixels(picture)[None]
             found = clip_vision.encode_image(pixels)["image_embeds"]  # (1, features)
             if found is None:
                 raise HostError("clip_vision gives no features of pictures; connect another one.")

@@ -31,11 +31,6 @@ def base(runtime: Any) -> bases.Demo:
 
 
 @pytest.fixture(scope="module")
-def parts(base: bases.Demo) -> Any:
-    return base.parts
-
-
-@pytest.fixture(scope="module")
 def study() -> subjects.Study:
     return subjects.drawn(41, FEW.prompts)
 

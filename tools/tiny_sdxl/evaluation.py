@@ -97,16 +97,11 @@ def load_parts(judged: bool = True) -> Parts:
 
 def load_judges(folder: Path = WEIGHTS) -> dict[str, Judge]:
     """Return all judges by name. Raises SystemExit when the weights of one are missing."""
-    judges = {}
-    for name in NETWORKS:
-        file = folder / f"{name}.safetensors"
-        if not file.is_file():
-            raise SystemExit(
-                f"No weights of the judge {name!r} in {file}. They come with the repository: "
-                "restore the file with git, or run python -m tools.tiny_sdxl train and export."
-            )
-        judges[name] = Judge.load(file)
-    return judges
+    demo_judges = core("demo_judges")
+    try:
+        return {name: demo_judges.load(name, folder) for name in NETWORKS}
+    except core("vision").JudgeError as error:
+        raise SystemExit(str(error)) from error
 
 
 # --- the autoencoder --------------------------------------------------------------------------

@@ -43,6 +43,12 @@ class Parts:
         """Return what paints with the base as it is."""
         return Painter(self.model, self.clip, self.vae, self.sampling)
 
+    def with_lora(self, file: Path) -> tuple[Any, Any]:
+        """Return MODEL and CLIP with a LoRA applied as the loader's node does it."""
+        state = core("lora_file").load(file).state
+        apply = core("comfy_host").apply_state
+        return apply(self.model, self.clip, state, 1.0, 1.0, file.name)
+
     @torch.inference_mode()
     def through_vae(self, images: Tensor) -> Tensor:
         """Return pictures (n, 3, h, w) in 0 to 1 encoded and decoded, as users' are."""
@@ -191,12 +197,8 @@ class Trial:
         prompts, seeds = [view.caption for view in self.held_out], self._seeds()
         if name == BASE:
             return self.parts.painter().paint(prompts, seeds)
-        file = self._file(name, "safetensors")
         # Read back, so that what is judged is the file.
-        state = core("lora_file").load(file).state
-        model, clip = core("comfy_host").apply_state(
-            self.parts.model, self.parts.clip, state, 1.0, 1.0, file.name
-        )
+        model, clip = self.parts.with_lora(self._file(name, "safetensors"))
         return Painter(model, clip, self.parts.vae, self.parts.sampling).paint(prompts, seeds)
 
     def _settings(self, name: str) -> dict[str, Any]:
@@ -269,7 +271,12 @@ def demo_config(mode: str, ranks: Mapping[str, Any], **settings: Any) -> Any:
     """Return a ``TrainConfig`` for the base, with what all methods that are compared share."""
     config = core("config")
     rank = config.RankConfig.for_mode(mode, **ranks)
-    return config.TrainConfig(schedule="cosine", resolution=SIZE, probes=0, rank=rank, **settings)
+    return config.TrainConfig(rank=rank, **demo_settings(), **settings)
+
+
+def demo_settings() -> dict[str, Any]:
+    """Return what all trainings on the base share."""
+    return {"schedule": "cosine", "resolution": SIZE, "probes": 0}
 
 
 def prepare(parts: Parts, views: Sequence[View], config: Any) -> Any:
