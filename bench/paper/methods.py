@@ -11,6 +11,8 @@ PAPERS_RANKS = (8, 16, 32, 64, 128, 256, 512)  # on layers 640 and 1280 wide
 PAPERS_WIDTH = 640
 BASE = "base"  # in a method's place: no LoRA at all
 OWN = "own"  # the subject itself, as the autoencoder gives it back
+OURS = "balanced"
+SMALLER = "balanced-cut"  # the same in fewer bytes, where a rival's file has those
 SHARE = 7  # LoRA² is asked for this part of the largest rank's bytes
 
 
@@ -30,6 +32,11 @@ class Method:
     @property
     def trained(self) -> bool:
         return self.kind != "cut"
+
+    @property
+    def adaptive(self) -> bool:
+        """LoRA² to a rank, with all of its terms or without some: what table 1 compares."""
+        return self.kind == "ours" and self.mode != "fixed" and not self.to
 
 
 def fixed_ranks(width: int) -> tuple[int, ...]:
@@ -87,6 +94,9 @@ def _cuts(ranks: Sequence[int]) -> dict[str, Method]:
     rank = ranks[-1]
     found[f"sv-fro-{rank}"] = Method(
         f"LoRA, rank {rank}, then sv_fro", "cut", mode="sv_fro", of=f"fixed-{rank}", to="balanced"
+    )
+    found[SMALLER] = Method(
+        "LoRA² balanced, then SVD", "cut", mode="svd", of="balanced", to="adalora"
     )
     return found
 

@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from . import results
-from .methods import Method
+from .methods import OURS, SMALLER, Method
 from .results import Interval, Result
-from .verdict import OURS, likeness, prompt
+from .verdict import likeness, prompt
 
 _FIXED, _OURS, _PEFT, _CUT, _INK = "#5b6b7b", "#c8372d", "#2a7f9e", "#d08a1d", "#222831"
 _STYLE: Any = {
@@ -53,7 +53,8 @@ def colour(name: str, method: Method) -> str:
 
 def front(found: Sequence[Result], methods: Mapping[str, Method], file: Path) -> None:
     """Figure 5: scores against bytes; fixed ranks as a line, every other method as a point."""
-    points = {point.method: point for point in results.points(found, methods)}
+    shown = results.complete(found, methods, OURS)
+    points = {point.method: point for point in results.points(found, shown)}
     asked = any(point.prompt is not None for point in points.values())
     with mpl.rc_context(_STYLE):
         figure, axes = _figure(1, 2 if asked else 1, figsize=(11 if asked else 6, 4.6))
@@ -73,7 +74,7 @@ def front(found: Sequence[Result], methods: Mapping[str, Method], file: Path) ->
         figure.savefig(file)
 
 
-_MARKERS = {"balanced": "*", "paper": "P", "adalora": "s", "dora": "D"}
+_MARKERS = {OURS: "*", SMALLER: "*", "paper": "P", "adalora": "s", "dora": "D"}
 
 
 def _front_panel(
@@ -97,8 +98,9 @@ def _front_panel(
         ours = name == OURS
         axis.plot(
             point.nbytes / 1e6, value(point), marker, color=colour(name, method),
-            ms=15 if ours else 7, alpha=1 if ours or method.kind != "ours" else 0.6,
-            mec="white", mew=0.8, label=_label(name, method), zorder=5 if ours else 3, ls="",
+            ms={OURS: 15, SMALLER: 10}.get(name, 7), mec="white", mew=0.8, ls="",
+            alpha=1 if ours or method.kind != "ours" else 0.6, label=_label(method),
+            zorder=5 if ours else 3,
         )  # fmt: skip
     axis.set_xscale("log")
     axis.xaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{size:g}"))
@@ -106,8 +108,8 @@ def _front_panel(
     axis.set_title(title, loc="left", fontsize=11, fontweight="bold", color=_INK)
 
 
-def _label(name: str, method: Method) -> str:
-    return f"LoRA² {method.label}" if name.startswith(f"{OURS}-") else method.label
+def _label(method: Method) -> str:
+    return method.label.replace("…", "LoRA²")
 
 
 def pairs(found: Sequence[Result], methods: Mapping[str, Method], file: Path) -> None:
@@ -126,7 +128,7 @@ def pairs(found: Sequence[Result], methods: Mapping[str, Method], file: Path) ->
             axis.axvline(0, color=_INK, lw=1)
             axis.set_title(f"{title}: LoRA² balanced minus …", loc="left", fontsize=11,
                            fontweight="bold", color=_INK)  # fmt: skip
-        axes[0].set_yticks(range(len(names)), [_label(n, methods[n]) for n in reversed(names)])
+        axes[0].set_yticks(range(len(names)), [_label(methods[n]) for n in reversed(names)])
         figure.tight_layout()
         figure.savefig(file)
 
@@ -138,7 +140,7 @@ def _bar(axis: Any, row: int, gap: Interval, shade: str) -> None:
 
 def sizes(found: Sequence[Result], methods: Mapping[str, Method], file: Path) -> None:
     """Figure 9: the file of every subject, with and without the terms of the loss."""
-    names = [name for name in methods if name.startswith(OURS) or name == "paper"]
+    names = [name for name in methods if methods[name].adaptive]
     tables = {name: results.by_subject(found, name, lambda one: one.nbytes) for name in names}
     tables = {name: table for name, table in tables.items() if table}
     subjects = list(next(iter(tables.values())))
@@ -151,7 +153,7 @@ def sizes(found: Sequence[Result], methods: Mapping[str, Method], file: Path) ->
                 place + wide * (index - (len(tables) - 1) / 2) for place in range(len(subjects))
             ]
             heights = [table.get(subject, 0) / 1e6 for subject in subjects]
-            axis.bar(places, heights, wide * 0.92, color=shade, label=_label(name, methods[name]))
+            axis.bar(places, heights, wide * 0.92, color=shade, label=_label(methods[name]))
         axis.set_xticks(range(len(subjects)), subjects, rotation=35, ha="right")
         axis.set_ylabel("file, MB")
         axis.grid(axis="x", visible=False)

@@ -10,7 +10,7 @@ from typing import Any
 
 from ...lora2_core import atomic_file
 from . import plots, results, verdict
-from .methods import BASE, OWN, Method
+from .methods import BASE, OURS, OWN, Method
 from .results import Result, Value
 
 _DIGITS = 3  # of a score
@@ -50,23 +50,23 @@ def write(found: Sequence[Result], methods: Mapping[str, Method], about: str, fo
         _verdict(said),
         _picture(folder, "front.png", "Scores against bytes", _FRONT, found, known, plots.front),
     ]
-    if verdict.OURS in run and len(known) > 1:
+    if OURS in run and len(known) > 1:
         parts.append(
             _picture(folder, "pairs.png", "Method by method", _PAIRS, found, known, plots.pairs)
         )
     parts.append(f"<h2>All methods</h2>{_summary(found, known)}")
-    terms = {n: one for n, one in known.items() if n.startswith(verdict.OURS) or n == "paper"}
+    terms = {name: method for name, method in known.items() if method.adaptive}
     if len(terms) > 1:
         parts.append(f"<h2>Terms of the loss</h2><p>{_TERMS}</p>{_summary(found, terms, {})}")
     parts.append(f"<h2>By judge</h2><p>{_JUDGES}</p>{_by_judge(found, known)}")
     for value, title in _MEASURES:
         table = _by_subject(found, known, value)
         parts.append(f"<h2>{title}, by subject</h2>{table}" if table else "")
-    if verdict.OURS in run:
+    if OURS in run:
         parts.append(
             _picture(folder, "sizes.png", "File by subject", _SIZES, found, known, plots.sizes)
         )
-        if plots.heat(found, verdict.OURS, folder / "ranks.png"):
+        if plots.heat(found, OURS, folder / "ranks.png"):
             parts.append(f"<h2>Learnt ranks</h2><p>{_RANKS}</p><img src=ranks.png alt=''>")
     body = "\n".join(parts)
     page = (
@@ -80,8 +80,8 @@ def write(found: Sequence[Result], methods: Mapping[str, Method], about: str, fo
 
 
 _FRONT = (
-    "Each point is the mean over subjects and seeds. Higher is better, and further left is "
-    "smaller; the number at a grey point is its rank."
+    "Each point is the mean over subjects and seeds, of methods that all subjects were run with. "
+    "Higher is better, further left is smaller; the number at a grey point is its rank."
 )
 _PAIRS = (
     "The difference to every other method, subject by subject, and where its mean would lie with "
@@ -179,7 +179,10 @@ def _by_subject(found: Sequence[Result], methods: Mapping[str, Method], value: V
     for subject in subjects:
         told = [table.get(subject) for table in tables.values()]
         rows.append([html.escape(subject), *_marked(told)])
-    means = [statistics.fmean(table.values()) for table in tables.values()]
+    means = [  # over fewer subjects is another mean
+        statistics.fmean(table.values()) if len(table) == len(subjects) else None
+        for table in tables.values()
+    ]
     heads = ["", *(html.escape(methods[name].label) for name in tables)]
     return _table(heads, rows, ["Mean", *_marked(means)])
 
@@ -200,7 +203,7 @@ def _judged(name: str) -> Value:
 
 
 def _marked(told: Sequence[float | None]) -> list[str]:
-    best = max(round(one, _DIGITS) for one in told if one is not None)
+    best = max((round(one, _DIGITS) for one in told if one is not None), default=None)
     return [
         "–" if one is None
         else f"*{one:.{_DIGITS}f}" if round(one, _DIGITS) == best

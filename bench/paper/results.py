@@ -148,6 +148,16 @@ def points(results: Sequence[Result], methods: Iterable[str]) -> list[Point]:
     return found
 
 
+def complete(results: Sequence[Result], methods: Iterable[str], like: str) -> list[str]:
+    """The methods that were run on every subject that ``like`` was: means of others do not compare,
+    as subjects differ more than methods do."""
+    subjects = {one.subject for one in results if one.method == like}
+    run: dict[str, set[str]] = {}
+    for one in results:
+        run.setdefault(one.method, set()).add(one.subject)
+    return [name for name in methods if name in run and subjects <= run[name]]
+
+
 def front_at(front: Sequence[Point], nbytes: float, value: Callable[[Point], float]) -> float:
     """The best that these methods reach with at most so many bytes, between two by proportion.
 

@@ -125,6 +125,8 @@ class Bench:
                 return {"failed": str(error)}
             ranks = {one.key: one.rank for one in lora_file.inspect(lora)[0]}
             took |= {"peak_megabytes": peak, "bytes": lora.stat().st_size, "ranks": ranks}
+            if self.methods[work.name].kind == "cut":
+                took |= self._training_of(needs[0])
         prompts = [prompt for prompt in work.study.prompts for _ in range(self.plan.pictures)]
         seeds = [_FIRST_SEED + number for number in range(len(prompts))]
         write_strip(strip, self.base.paint(prompts, seeds, lora if took else None))
@@ -144,6 +146,11 @@ class Bench:
             return rivals.train(self.base.parts, work.study.photos, method, settings, lora)
         with variants.applied(method.change):
             return train_lora(self.base.parts, work.study.photos, settings, lora)
+
+    def _training_of(self, source: Work) -> dict[str, Any]:
+        """What a cut took is what its source did: cutting takes no time and no memory beside it."""
+        record = self.found(source) or {}
+        return {key: record[key] for key in ("seconds", "peak_megabytes") if key in record}
 
     def _megabytes(self, work: Work) -> float:
         return self.file(work).with_suffix(".safetensors").stat().st_size / 1e6

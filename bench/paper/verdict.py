@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from . import results
-from .methods import Method
+from .methods import OURS, SMALLER, Method
 from .results import Interval, Point, Result, Value
 
 Verdict = Literal["holds", "open", "fails"]
-OURS = "balanced"
 HAIR = 0.01  # of a score: closer is a tie
 SHARE_KEPT = 0.97  # of the largest rank's likeness, at a seventh of its bytes
 
@@ -42,14 +41,17 @@ def prompt(one: Result) -> float | None:
 def claims(found: Sequence[Result], methods: Mapping[str, Method]) -> list[Claim]:
     """All that can be said of these results; what lacks a method is left out."""
     run = {one.method for one in found}
-    fixed = [name for name in methods if methods[name].mode == "fixed" and name in run]
+    every = results.complete(found, methods, OURS)
+    fixed = [name for name in every if methods[name].mode == "fixed"]
     if OURS not in run or not fixed:
         return []
-    said = [*_front(found, fixed), *_largest(found, fixed, methods)]
+    said = [*_front(found, fixed), *_largest(found, fixed[-1], methods)]
     for name, method in methods.items():
         others = method.kind != "ours" or method.mode == "paper" or method.to
-        if name in run and others:
+        if name in run and others and name != SMALLER:
             said.append(_against(found, name, method, must_beat=name == "adalora"))
+            if SMALLER in run and name == methods[SMALLER].to:
+                said.append(_at_its_bytes(found, name, method))
     return said + _ablation(found, run) + _ranks(found)
 
 
@@ -106,12 +108,19 @@ def above_front(found: Sequence[Result], fixed: Sequence[str], value: Value) -> 
     return results.bootstrap(subjects, gap)
 
 
-def _largest(
-    found: Sequence[Result], fixed: Sequence[str], methods: Mapping[str, Method]
-) -> list[Claim]:
-    largest = fixed[-1]
-    ours, other = results.points(found, [OURS, largest])
-    tables = [results.by_subject(found, name, likeness) for name in (OURS, largest)]
+def _largest(found: Sequence[Result], largest: str, methods: Mapping[str, Method]) -> list[Claim]:
+    """What is kept of the largest rank, by our file and by the same in fewer bytes."""
+    said: list[Claim] = []
+    for name in (OURS, SMALLER):
+        if any(one.method == name for one in found):
+            who = "it keeps" if name == OURS else "the same file cut by an SVD keeps"
+            said += _kept(found, name, largest, methods[largest].label, who)
+    return said
+
+
+def _kept(found: Sequence[Result], name: str, largest: str, label: str, who: str) -> list[Claim]:
+    ours, other = results.points(found, [name, largest])
+    tables = [results.by_subject(found, one, likeness) for one in (name, largest)]
     subjects = [one for one in tables[0] if one in tables[1]]
     if not subjects:
         return []
@@ -121,15 +130,14 @@ def _largest(
         return sums[0] / sums[1]
 
     kept = results.bootstrap(subjects, share)
-    label = methods[largest].label
     sentence = (
-        f"At 1/{other.nbytes / ours.nbytes:.1f} of the bytes of {label} it keeps "
+        f"At 1/{other.nbytes / ours.nbytes:.1f} of the bytes of {label} {who} "
         f"{kept.mean:.1%} of its likeness ({kept.low:.1%} to {kept.high:.1%}; "
         f"asked for: {SHARE_KEPT:.0%})."
     )
     ok = kept.mean >= SHARE_KEPT
     said = [Claim("holds" if ok else "fails" if kept.high < SHARE_KEPT else "open", sentence)]
-    gap = results.paired(found, largest, OURS, prompt)
+    gap = results.paired(found, largest, name, prompt)
     if gap is not None:
         said.append(Claim(no_worse(gap), f"Its prompt score beside {label} is {signed(gap)}."))
     return said
@@ -138,12 +146,33 @@ def _largest(
 def _against(found: Sequence[Result], name: str, method: Method, must_beat: bool) -> Claim:
     gap = results.paired(found, name, OURS, likeness)
     assert gap is not None, "both were run on the same subjects"
-    told = f"Beside {method.label} ({_of(*results.points(found, [name]))}) its likeness is "
-    told += signed(gap)
+    about = _of(*results.points(found, [name])) + _memory(found, name)
+    told = f"Beside {method.label} ({about}) its likeness is {signed(gap)}"
     asked = results.paired(found, name, OURS, prompt)
     if asked is not None:
         told += f", its prompt score {signed(asked)}"
+    if not results.complete(found, [name], OURS):
+        told += f"; on {len(results.by_subject(found, name, likeness))} subjects only"
     return Claim(beats(gap) if must_beat else no_worse(gap), f"{told}.")
+
+
+def _memory(found: Sequence[Result], name: str) -> str:
+    """How much more or less the training took than ours, where both were measured."""
+    sizes = [results.by_subject(found, one, lambda run: run.peak_megabytes) for one in (name, OURS)]
+    shared = [subject for subject in sizes[0] if sizes[1].get(subject, 0) > 0]
+    if not shared:
+        return ""
+    theirs, ours = (statistics.fmean(table[subject] for subject in shared) for table in sizes)
+    return f", {theirs / ours:.2f} times the memory to train"
+
+
+def _at_its_bytes(found: Sequence[Result], name: str, method: Method) -> Claim:
+    gap, asked = (results.paired(found, name, SMALLER, value) for value in (likeness, prompt))
+    assert gap is not None, "both were run on the same subjects"
+    (point,) = results.points(found, [SMALLER])
+    told = f"Cut to the bytes of {method.label} ({_of(point)}) its likeness is {signed(gap)}"
+    told += f", its prompt score {signed(asked)}" if asked is not None else ""
+    return Claim(beats(gap), f"{told}.")
 
 
 def _ablation(found: Sequence[Result], run: set[str]) -> list[Claim]:
