@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -42,6 +43,8 @@ _START = Path(__file__).parent / "__main__.py"
 
 def main() -> int:
     options = _parser().parse_args()
+    if not options.worker:  # whoever ends it wants to keep what is done
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     options.out.mkdir(parents=True, exist_ok=True)
     if options.archive and options.archive.is_file() and not options.worker:
         archive.unpack(options.archive, options.out)

@@ -47,6 +47,20 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path):
     assert len(kept.read_text("utf-8").splitlines()) == 1 + len(records)
 
 
+@pytest.mark.timeout(600)
+def test_a_run_that_is_told_to_end_keeps_what_is_done(tmp_path: Path):
+    out, kept = tmp_path / "out", tmp_path / "kept.jsonl"
+    run = start(out, "--processes=2", "--threads=1", f"--archive={kept}")
+    until = time.monotonic() + 240
+    while not list(out.glob("records/*/*.json")) and time.monotonic() < until:
+        assert run.poll() is None, run.communicate()[0]
+        time.sleep(0.05)
+    run.terminate()
+    told = run.communicate(timeout=120)[0]  # ends when the last of its processes does
+    assert run.returncode == 128 + signal.SIGTERM, told
+    assert len(kept.read_text("utf-8").splitlines()) == 1 + len(list(out.glob("records/*/*.json")))
+
+
 def test_a_wrong_name_is_told(tmp_path: Path):
     run = start(tmp_path, "--processes=1", "--base=demo", "--methods=fixed-3")
     told = run.communicate(timeout=120)[0]
