@@ -170,7 +170,7 @@ def _asked(options: argparse.Namespace) -> Asked:
         able, what = tuning.tried(known), "method that is tuned"
         much = replace(base.plan, pictures=plan.TUNING_PICTURES)
     elif options.sweep:
-        much, known, what = plan.SWEEP, sweep.variants(known["balanced"]), "variant"
+        much, known, what = plan.SWEEP, sweep.variants(known[methods.IN_RANKS]), "variant"
         able = list(known)
     elif options.quick:
         much, able, seeds = plan.QUICK, list(methods.quick(known)), 1
@@ -211,8 +211,10 @@ def _studies(options: argparse.Namespace, prompts: int) -> list[Study]:
         return [study for study in found if (study.name == tuned) == bool(options.tune)]
     if options.subjects is not None:
         sys.exit("The demo base brings subjects of its own; leave --subjects out.")
-    if options.tune or options.sweep:
+    if options.tune:
         return subjects.tuning_of_demo(prompts)
+    if options.sweep:
+        return subjects.sweep_of_demo(prompts)
     return subjects.of_demo(prompts)[: 3 if options.quick else None]
 
 

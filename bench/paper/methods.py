@@ -12,8 +12,9 @@ PAPERS_WIDTH = 640
 BASE = "base"  # in a method's place: no LoRA at all
 OWN = "own"  # the subject itself, as the autoencoder gives it back
 OURS = "balanced"
-SMALLER = "balanced-cut"  # the same in fewer bytes, where a rival's file has those
-SHARE = 7  # LoRA² is asked for this part of the largest rank's bytes
+IN_RANKS = "balanced-in-ranks"  # the same without an SVD: what terms are left out of
+SMALLER = "balanced-cut"  # in fewer bytes, where a rival's file has those
+SHARE = 7  # of the largest rank's bytes this part is what files are to fit into
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Method:
     entropy: float = 0.0  # weight, λ_e
     change: str = ""  # of what no setting changes, see variants.CHANGES
     of: str = ""  # a cut: of which method's file
-    to: str = ""  # to the bytes of which other's
+    to: str = ""  # to the bytes of which other's file
+    part: int = 1  # to this part of them
 
     @property
     def trained(self) -> bool:
@@ -37,6 +39,11 @@ class Method:
     def adaptive(self) -> bool:
         """LoRA² to a rank, with all of its terms or without some: what table 1 compares."""
         return self.kind == "ours" and self.mode != "fixed" and not self.to
+
+    @property
+    def rival(self) -> bool:
+        """Somebody else's way, or the paper's own."""
+        return self.kind == "peft" or self.mode == "paper" or self.of.startswith("fixed-")
 
 
 def fixed_ranks(width: int) -> tuple[int, ...]:
@@ -62,15 +69,18 @@ def methods_for(width: int) -> dict[str, Method]:
         for rank in ranks
     }  # fmt: skip
     found |= {
-        "balanced": Method("LoRA² balanced", "ours", mode="balanced", rank=own, entropy=1e-4),
+        OURS: Method(
+            "LoRA² balanced", "ours", mode="balanced", entropy=1e-4, to=f"fixed-{ranks[-1]}",
+            part=SHARE,
+        ),
+        IN_RANKS: Method(
+            "LoRA², budget in ranks", "ours", mode="balanced", rank=own, entropy=1e-4
+        ),
         "balanced-no-rank": Method(
             "… without rank term", "ours", mode="balanced", rank=free, entropy=1e-4
         ),
         "balanced-no-entropy": Method("… without entropy", "ours", mode="balanced", rank=own),
         "balanced-neither": Method("… without both", "ours", mode="balanced", rank=free),
-        "balanced-svd": Method(
-            "LoRA² to a size", "ours", mode="balanced", entropy=1e-4, to="balanced"
-        ),
         "paper": Method(
             "LoRA² paper", "ours", mode="paper", entropy=1e-4, rank={"max_rank": ranks[-1]}
         ),
@@ -84,20 +94,19 @@ def methods_for(width: int) -> dict[str, Method]:
 
 
 def _cuts(ranks: Sequence[int]) -> dict[str, Method]:
-    """Of the largest ranks, to the bytes of ``balanced``; the third takes as much memory to train
-    as it does, or twice that."""
+    """Of the largest ranks, to the bytes that ``balanced`` is to fit into; the third takes about as
+    much memory to train as it does."""
     found: dict[str, Method] = {}
+    size: Any = {"to": f"fixed-{ranks[-1]}", "part": SHARE}
     for rank in dict.fromkeys(reversed(ranks[-3:])):
         found[f"svd-{rank}"] = Method(
-            f"LoRA, rank {rank}, then SVD", "cut", mode="svd", of=f"fixed-{rank}", to="balanced"
+            f"LoRA, rank {rank}, then SVD", "cut", mode="svd", of=f"fixed-{rank}", **size
         )
     rank = ranks[-1]
     found[f"sv-fro-{rank}"] = Method(
-        f"LoRA, rank {rank}, then sv_fro", "cut", mode="sv_fro", of=f"fixed-{rank}", to="balanced"
+        f"LoRA, rank {rank}, then sv_fro", "cut", mode="sv_fro", of=f"fixed-{rank}", **size
     )
-    found[SMALLER] = Method(
-        "LoRA² balanced, then SVD", "cut", mode="svd", of="balanced", to="adalora"
-    )
+    found[SMALLER] = Method("LoRA² balanced, then SVD", "cut", mode="svd", of=OURS, to="adalora")
     return found
 
 
@@ -105,4 +114,4 @@ def quick(known: Mapping[str, Method]) -> tuple[str, ...]:
     """The four methods of ``--quick``."""
     cut = next(name for name, method in known.items() if method.kind == "cut")
     fixed = [name for name, method in known.items() if method.mode == "fixed"]
-    return fixed[0], known[cut].of, "balanced", cut
+    return fixed[0], known[cut].of, OURS, cut

@@ -62,12 +62,12 @@ def write(found: Sequence[Result], methods: Mapping[str, Method], about: str, fo
     for value, title in _MEASURES:
         table = _by_subject(found, known, value)
         parts.append(f"<h2>{title}, by subject</h2>{table}" if table else "")
-    if OURS in run:
+    if terms:
         parts.append(
             _picture(folder, "sizes.png", "File by subject", _SIZES, found, known, plots.sizes)
         )
-        if plots.heat(found, OURS, folder / "ranks.png"):
-            parts.append(f"<h2>Learnt ranks</h2><p>{_RANKS}</p><img src=ranks.png alt=''>")
+    if OURS in run and plots.heat(found, OURS, folder / "ranks.png"):
+        parts.append(f"<h2>Learnt ranks</h2><p>{_RANKS}</p><img src=ranks.png alt=''>")
     body = "\n".join(parts)
     page = (
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport "
@@ -87,7 +87,7 @@ _PAIRS = (
     "The difference to every other method, subject by subject, and where its mean would lie with "
     "other subjects of this kind (95 %, bootstrap over subjects). Right of the line LoRA² is ahead."
 )
-_TERMS = "The paper's table 1."
+_TERMS = "The paper's table 1, with the budget in ranks; one in bytes holds every file to its size."
 _JUDGES = (
     "Figures of two judges cannot be compared with each other; likeness elsewhere on this page is "
     "the mean of the demo's two, or DINO's alone."

@@ -22,8 +22,13 @@ from ...tools.tiny_sdxl.subjects import (
 )
 from . import table_a1
 
-# Rates, and what is to be the default, are tried on these: they are in no table.
+# Rates are tried on these: they are in no table.
 TUNING_SUBJECTS = ((27, None), (201, "mug"), (202, "cat"))  # the first is a robot
+# What is to be the default, on these too: one subject more of every other kind of thing.
+SWEEP_SUBJECTS = (
+    *TUNING_SUBJECTS, (203, "backpack"), (204, "clock"), (205, "sneaker"), (206, "teapot"),
+    (207, "can"), (208, "dog"), (209, "bowl"), (210, "vase"), (211, "candle"),
+)  # fmt: skip
 CROPS = 5
 # Photographs that scikit-image carries: (its name, what it shows, where in the picture that is).
 PHOTOGRAPHS = (
@@ -106,8 +111,13 @@ def of_demo(prompts: int) -> list[Study]:
 
 
 def tuning_of_demo(prompts: int) -> list[Study]:
-    """The subjects that rates and the default are chosen on."""
+    """The subjects that rates are chosen on."""
     return [drawn(seed, prompts, thing) for seed, thing in TUNING_SUBJECTS]
+
+
+def sweep_of_demo(prompts: int) -> list[Study]:
+    """The subjects that the default is chosen on, one of every kind."""
+    return [drawn(seed, prompts, thing) for seed, thing in SWEEP_SUBJECTS]
 
 
 def dreambooth(folder: Path, prompts: int, word: str = RARE_WORD) -> list[Study]:

@@ -15,7 +15,7 @@ MEGABYTES = 0.625  # of a file of the demo base with rank 9 in every layer
 
 
 def variants(balanced: Method) -> dict[str, Method]:
-    """``balanced`` as it is, and with one thing changed each, by name."""
+    """``balanced`` with its budget in ranks, and with one thing changed each, by name."""
 
     def ranks(**settings: Any) -> Method:
         return replace(balanced, rank={**balanced.rank, **settings})
@@ -57,6 +57,7 @@ def variants(balanced: Method) -> dict[str, Method]:
         "svd-1.5": ("trained at 1.5 × the ranks, then one SVD", room("room × 1.5")),
         "nu-rate-0.005": ("ν's rate 0.005", ranks(rank_learning_rate=5e-3)),
         "nu-rate-0.08": ("ν's rate 0.08", ranks(rank_learning_rate=8e-2)),
+        "svd-4": ("trained at 4 × the ranks, then one SVD", room("room × 4")),
         "target-4.5": ("target 4.5", ranks(target_rank=4.5)),
         "target-18": ("target 18", ranks(target_rank=18.0)),
     }

@@ -47,6 +47,14 @@ class Work:
 
 
 @dataclass(frozen=True)
+class Needs:
+    """Other work that some is made from."""
+
+    of: Work | None = None  # whose LoRA is cut
+    to: Work | None = None  # whose bytes, or a part of them, a file has to fit
+
+
+@dataclass(frozen=True)
 class Bench:
     """A base, and where records go."""
 
@@ -71,15 +79,16 @@ class Bench:
         """Whether a record was made by this work with these settings."""
         return record.get("settings") == self._settings(work)
 
-    def needs(self, work: Work, rates: Mapping[str, float]) -> list[Work]:
-        """What must be done before: what a cut cuts, and whose size it is cut to."""
+    def needs(self, work: Work, rates: Mapping[str, float]) -> Needs:
+        """What must be done before: what a cut cuts, and whose size a file has to fit."""
         method = self.methods.get(work.name)
-        names = filter(None, (method.of, method.to) if method else ())
-        return [Work(work.study, name, work.seed, rates[name]) for name in names]
+        of, to = (
+            Work(work.study, name, work.seed, rates[name]) if name else None
+            for name in ((method.of, method.to) if method else ("", ""))
+        )
+        return Needs(of, to)
 
-    def record(
-        self, work: Work, needs: Sequence[Work] = (), with_lora: bool = False
-    ) -> dict[str, Any]:
+    def record(self, work: Work, needs: Needs = Needs(), with_lora: bool = False) -> dict[str, Any]:
         """The record of some work; made when it is not there yet.
 
         ``needs``: as :meth:`needs` says, all of it done.
@@ -99,7 +108,8 @@ class Bench:
         if method is not None:
             told = asdict(method)
             how = {
-                key: told[key] for key in ("kind", "mode", "rank", "entropy", "change", "of", "to")
+                key: told[key]
+                for key in ("kind", "mode", "rank", "entropy", "change", "of", "to", "part")
             }
             if method.mode in ("balanced", "paper"):
                 how["rank"] = asdict(RankConfig.for_mode(method.mode, **method.rank))
@@ -110,7 +120,7 @@ class Bench:
         }  # fmt: skip
         return json.loads(json.dumps(given))
 
-    def _make(self, work: Work, needs: Sequence[Work]) -> dict[str, Any]:
+    def _make(self, work: Work, needs: Needs) -> dict[str, Any]:
         file, parts = self.file(work), self.base.parts
         strip, lora = file.with_suffix(".png"), file.with_suffix(".safetensors")
         if work.name == OWN:
@@ -125,22 +135,23 @@ class Bench:
                 return {"failed": str(error)}
             ranks = {one.key: one.rank for one in lora_file.inspect(lora)[0]}
             took |= {"peak_megabytes": peak, "bytes": lora.stat().st_size, "ranks": ranks}
-            if self.methods[work.name].kind == "cut":
-                took |= self._training_of(needs[0])
+            if needs.of is not None:
+                took |= self._training_of(needs.of)
         prompts = [prompt for prompt in work.study.prompts for _ in range(self.plan.pictures)]
         seeds = [_FIRST_SEED + number for number in range(len(prompts))]
         write_strip(strip, self.base.paint(prompts, seeds, lora if took else None))
         return {**took, "scores": self._judged(work.study, strip, self.plan.pictures)}
 
-    def _train(self, work: Work, needs: Sequence[Work], lora: Path) -> dict[str, Any]:
+    def _train(self, work: Work, needs: Needs, lora: Path) -> dict[str, Any]:
         method = self.methods[work.name]
-        if method.kind == "cut":
-            source = self.file(needs[0]).with_suffix(".safetensors")
-            return cuts.cut(source, lora, self._megabytes(needs[-1]), method.mode)
+        megabytes = self._bytes(needs.to) / method.part / 1e6 if needs.to else None
+        if needs.of is not None:
+            assert megabytes is not None, "a cut is to a size"
+            source = self.file(needs.of).with_suffix(".safetensors")
+            return cuts.cut(source, lora, megabytes, method.mode)
         assert work.rate is not None, "a method that trains has a learning rate"
-        if method.to:
-            size = {"target_megabytes": self._megabytes(needs[-1])}
-            method = replace(method, rank={**method.rank, **size})
+        if megabytes is not None:
+            method = replace(method, rank={**method.rank, "target_megabytes": megabytes})
         settings = training_config(method, self.base, self.plan, work.seed, work.rate)
         if method.kind == "peft":
             return rivals.train(self.base.parts, work.study.photos, method, settings, lora)
@@ -152,8 +163,9 @@ class Bench:
         record = self.found(source) or {}
         return {key: record[key] for key in ("seconds", "peak_megabytes") if key in record}
 
-    def _megabytes(self, work: Work) -> float:
-        return self.file(work).with_suffix(".safetensors").stat().st_size / 1e6
+    def _bytes(self, work: Work) -> int:
+        """Of a file that need not be there any more: its record says."""
+        return int((self.found(work) or {})["bytes"])
 
     def _judged(self, study: Study, strip: Path, pictures: int) -> Scores:
         """By prompt. Pictures are read back, so that what judges see is what was kept."""

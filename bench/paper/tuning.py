@@ -14,18 +14,20 @@ from typing import Any
 
 from ...tools.tiny_sdxl.figures import write_json
 from . import results
-from .methods import Method
+from .methods import IN_RANKS, OURS, Method
 from .subjects import Study
 from .trial import Bench, Work
 
 FILE = Path(__file__).parent / "rates.json"
 _FURTHER = 2  # rates that all subjects see
-_SHARED = "balanced-"  # begins the names of those that take the rate of `balanced`
 
 
 def tried(methods: Mapping[str, Method]) -> list[str]:
     """The methods that are tuned."""
-    return [name for name, one in methods.items() if one.trained and not name.startswith(_SHARED)]
+    return [
+        name for name, one in methods.items()
+        if one.trained and (name == IN_RANKS or not name.startswith(OURS))
+    ]  # fmt: skip
 
 
 def first(studies: Sequence[Study], names: Iterable[str], rates: Sequence[float]) -> list[Work]:
@@ -99,6 +101,6 @@ def rates(bench: Bench) -> dict[str, float]:
     for name, method in bench.methods.items():
         if method.trained:
             # A variant of a sweep has no rate of its own either.
-            asked = name if name in tuned else "balanced"
+            asked = name if name in tuned else IN_RANKS
             found[name] = mine.get(asked, {}).get("rate", usual)
     return found

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from . import results
-from .methods import OURS, SMALLER, Method
+from .methods import IN_RANKS, OURS, SMALLER, Method
 from .results import Interval, Point, Result, Value
 
 Verdict = Literal["holds", "open", "fails"]
@@ -47,12 +47,11 @@ def claims(found: Sequence[Result], methods: Mapping[str, Method]) -> list[Claim
         return []
     said = [*_front(found, fixed), *_largest(found, fixed[-1], methods)]
     for name, method in methods.items():
-        others = method.kind != "ours" or method.mode == "paper" or method.to
-        if name in run and others and name != SMALLER:
+        if name in run and (method.rival or name == IN_RANKS):
             said.append(_against(found, name, method, must_beat=name == "adalora"))
             if SMALLER in run and name == methods[SMALLER].to:
                 said.append(_at_its_bytes(found, name, method))
-    return said + _ablation(found, run) + _ranks(found)
+    return said + _ablation(found) + _ranks(found, methods)
 
 
 def beats(gap: Interval) -> Verdict:
@@ -109,18 +108,8 @@ def above_front(found: Sequence[Result], fixed: Sequence[str], value: Value) -> 
 
 
 def _largest(found: Sequence[Result], largest: str, methods: Mapping[str, Method]) -> list[Claim]:
-    """What is kept of the largest rank, by our file and by the same in fewer bytes."""
-    said: list[Claim] = []
-    for name in (OURS, SMALLER):
-        if any(one.method == name for one in found):
-            who = "it keeps" if name == OURS else "the same file cut by an SVD keeps"
-            said += _kept(found, name, largest, methods[largest].label, who)
-    return said
-
-
-def _kept(found: Sequence[Result], name: str, largest: str, label: str, who: str) -> list[Claim]:
-    ours, other = results.points(found, [name, largest])
-    tables = [results.by_subject(found, one, likeness) for one in (name, largest)]
+    ours, other = results.points(found, [OURS, largest])
+    tables = [results.by_subject(found, name, likeness) for name in (OURS, largest)]
     subjects = [one for one in tables[0] if one in tables[1]]
     if not subjects:
         return []
@@ -130,14 +119,15 @@ def _kept(found: Sequence[Result], name: str, largest: str, label: str, who: str
         return sums[0] / sums[1]
 
     kept = results.bootstrap(subjects, share)
+    label = methods[largest].label
     sentence = (
-        f"At 1/{other.nbytes / ours.nbytes:.1f} of the bytes of {label} {who} "
+        f"At 1/{other.nbytes / ours.nbytes:.1f} of the bytes of {label} it keeps "
         f"{kept.mean:.1%} of its likeness ({kept.low:.1%} to {kept.high:.1%}; "
         f"asked for: {SHARE_KEPT:.0%})."
     )
     ok = kept.mean >= SHARE_KEPT
     said = [Claim("holds" if ok else "fails" if kept.high < SHARE_KEPT else "open", sentence)]
-    gap = results.paired(found, largest, name, prompt)
+    gap = results.paired(found, largest, OURS, prompt)
     if gap is not None:
         said.append(Claim(no_worse(gap), f"Its prompt score beside {label} is {signed(gap)}."))
     return said
@@ -175,39 +165,42 @@ def _at_its_bytes(found: Sequence[Result], name: str, method: Method) -> Claim:
     return Claim(beats(gap), f"{told}.")
 
 
-def _ablation(found: Sequence[Result], run: set[str]) -> list[Claim]:
+def _ablation(found: Sequence[Result]) -> list[Claim]:
+    """Table 1, of the budget in ranks: one in bytes would hold the file where it is."""
     said: list[Claim] = []
-    if "balanced-no-rank" in run:
-        sizes = [point.nbytes for point in results.points(found, [OURS, "balanced-no-rank"])]
-        growth = results.paired(found, OURS, "balanced-no-rank", lambda one: one.nbytes)
-        assert growth is not None, "both were run on the same subjects"
+    growth = results.paired(found, IN_RANKS, "balanced-no-rank", lambda one: one.nbytes)
+    if growth is not None:
+        sizes = [point.nbytes for point in results.points(found, [IN_RANKS, "balanced-no-rank"])]
         sentence = (
             f"Without the rank term the file takes {sizes[1] / sizes[0]:.2f} times the bytes "
             "(the paper: it grows)."
         )
         said.append(Claim(beats(growth), sentence))
-    if "balanced-no-entropy" in run:
-        gap = results.paired(found, "balanced-no-entropy", OURS, prompt)
-        if gap is not None:
-            sentence = (
-                f"With the entropy term the prompt score is {signed(gap, 4)} beside without "
-                "(the paper: higher)."
-            )
-            said.append(Claim(beats(gap), sentence))
+    gap = results.paired(found, "balanced-no-entropy", IN_RANKS, prompt)
+    if gap is not None:
+        sentence = (
+            f"With the entropy term the prompt score is {signed(gap, 4)} beside without "
+            "(the paper: higher)."
+        )
+        said.append(Claim(beats(gap), sentence))
     return said
 
 
-def _ranks(found: Sequence[Result]) -> list[Claim]:
-    test = results.rank_test(found, OURS)
-    if test is None:
-        return []
-    sentence = (
-        f"Learnt ranks of two subjects lie {test.between:.3f} octaves apart, those of two seeds "
-        f"of a subject {test.within:.3f} (chance: p = {test.chance:.3f})."
-    )
-    further = test.between > test.within
-    verdict = "holds" if further and test.chance < 0.05 else "open" if further else "fails"
-    return [Claim(verdict, sentence)]
+def _ranks(found: Sequence[Result], methods: Mapping[str, Method]) -> list[Claim]:
+    said: list[Claim] = []
+    for name in (OURS, IN_RANKS):
+        test = results.rank_test(found, name)
+        if test is None:
+            continue
+        whose = "" if name == OURS else f" of {methods[name].label}"
+        sentence = (
+            f"Learnt ranks{whose} of two subjects lie {test.between:.3f} octaves apart, those of "
+            f"two seeds of a subject {test.within:.3f} (chance: p = {test.chance:.3f})."
+        )
+        further = test.between > test.within
+        verdict = "holds" if further and test.chance < 0.05 else "open" if further else "fails"
+        said.append(Claim(verdict, sentence))
+    return said
 
 
 def _of(point: Point) -> str:

@@ -44,8 +44,9 @@ def _done(
         told(work, found, 0.0)
         return True
     needs = bench.needs(work, rates)
-    if not all(_done(bench, one, rates, told, with_lora=True) for one in needs):
-        return False
+    for one in (needs.of, needs.to):
+        if one is not None and not _done(bench, one, rates, told, with_lora=one is needs.of):
+            return False
     file = bench.file(work).with_suffix(".lock")
     file.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -51,7 +51,9 @@ def test_what_a_cut_needs_comes_before_it(width: int):
     four = methods.quick(known)
     assert len(set(four)) == 4 and set(four) <= set(known) and known[four[3]].of == four[1]
     largest = known[f"fixed-{methods.fixed_ranks(width)[-1]}"].rank["target_rank"]
-    assert known["balanced"].rank["target_rank"] == pytest.approx(largest / 7, rel=0.1)
+    ours = known[methods.OURS]
+    assert (ours.to, ours.part) == (f"fixed-{largest:g}", 7)
+    assert known[methods.IN_RANKS].rank["target_rank"] == pytest.approx(largest / 7, rel=0.1)
 
 
 def test_a_plan_needs_something_to_do():

@@ -34,14 +34,14 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path):
     os.killpg(run.pid, signal.SIGKILL)
     run.communicate()
     done = {file: file.stat().st_mtime_ns for file in out.glob("records/*/*.json")}
-    assert 3 <= len(done) < 12, "it was killed in the middle"
+    assert 3 <= len(done) < 14, "it was killed in the middle"
     again = start(out, "--processes=1", "--threads=1", f"--archive={kept}")
     told = again.communicate(timeout=240)[0]
     assert again.returncode == 0, told
     assert all(file.stat().st_mtime_ns == when for file, when in done.items())
     records = list(out.glob("records/*/*.json"))
-    # Without a LoRA, the subject itself, three methods, and the one that a cut needs.
-    assert len(records) == 2 * 6
+    # Without a LoRA, the subject itself, three methods, what a cut cuts, and whose size it is.
+    assert len(records) == 2 * 7
     assert told.count(" s)\n") == len(records) - len(done), "each of the rest once"
     assert ((out / "report" / "index.html").is_file() and "| ✔ |" in told) or "| ✘ |" in told
     assert len(kept.read_text("utf-8").splitlines()) == 1 + len(records)

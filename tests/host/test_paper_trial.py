@@ -94,11 +94,9 @@ def works_of(study: subjects.Study, *names: str) -> list[Work]:
 def test_a_record_is_made_once_and_cuts_meet_their_size(
     bench: trial.Bench, study: subjects.Study, tmp_path: Path
 ):
-    cuts_of_it = ("svd-64", "svd-16", "sv-fro-64", "balanced-svd")
-    # Cuts before what they cut: the queue has to find the order by itself.
-    works = works_of(
-        study, methods.BASE, methods.OWN, *cuts_of_it, "fixed-64", "fixed-16", "balanced"
-    )
+    sized = ("svd-64", "svd-16", "sv-fro-64", "balanced")
+    # Before what they are cut from or sized by: the queue has to find the order by itself.
+    works = works_of(study, methods.BASE, methods.OWN, *sized, "fixed-64", "fixed-16")
     made: dict[str, dict[str, Any]] = {}
     told: list[str] = []
 
@@ -109,8 +107,9 @@ def test_a_record_is_made_once_and_cuts_meet_their_size(
     assert working.do_all(bench, works, RATES, float("inf"), tell)
     assert sorted(told) == sorted(work.name for work in works)
     assert made[methods.BASE]["scores"].keys() == bench.base.parts.judges.keys()
-    for name in cuts_of_it:
-        assert 0.8 < made[name]["bytes"] / made["balanced"]["bytes"] <= 1
+    for name in sized:
+        assert 0.8 < made[name]["bytes"] / (made["fixed-64"]["bytes"] / methods.SHARE) <= 1
+    assert made["svd-16"]["seconds"] == made["fixed-16"]["seconds"], "cutting costs nothing more"
     files = {file: file.stat().st_mtime_ns for file in (tmp_path / "records").rglob("*.*[!k]")}
     told.clear()
     assert working.do_all(bench, works, RATES, float("inf"), tell) and not told
@@ -122,11 +121,15 @@ def test_a_record_is_made_once_and_cuts_meet_their_size(
             "likeness": 2, "place": 2, "object": 2,
         }  # fmt: skip
     assert set(made["balanced"]["ranks"].values()) - {64}
-    (work,) = works_of(study, "balanced")
+    largest, work = works_of(study, "fixed-64", "balanced")
+    bench.file(largest).with_suffix(".safetensors").unlink()
+    bench.file(work).unlink()
+    assert working.do_all(bench, [work], RATES, float("inf"), tell)
+    assert told == ["balanced"], "for its bytes a record is enough"
     other = replace(bench, plan=replace(FEW, steps=2))
-    assert other.found(work) is None, "another plan is another record"
-    assert other.record(work)["settings"] != made["balanced"]["settings"]
-    assert bench.found(work) is None
+    assert other.found(largest) is None, "another plan is another record"
+    assert other.record(largest)["settings"] != made["fixed-64"]["settings"]
+    assert bench.found(largest) is None
 
 
 def test_time_that_is_over_begins_nothing(bench: trial.Bench, study: subjects.Study):
@@ -135,7 +138,7 @@ def test_time_that_is_over_begins_nothing(bench: trial.Bench, study: subjects.St
     assert bench.found(works[0]) is None
 
 
-VARIANTS = sweep.variants(METHODS["balanced"])
+VARIANTS = sweep.variants(METHODS[methods.IN_RANKS])
 
 
 @pytest.mark.parametrize("name", ["svd-3", *(n for n, one in VARIANTS.items() if one.change)])
