@@ -30,14 +30,17 @@ SWEEP_SUBJECTS = (
     (207, "can"), (208, "dog"), (209, "bowl"), (210, "vase"), (211, "candle"),
 )  # fmt: skip
 CROPS = 5
-# Photographs that scikit-image carries: (its name, what it shows, where in the picture that is).
-PHOTOGRAPHS = (
+# That scikit-image carries: its name, what it shows, where in the picture that is.
+Photograph = tuple[str, str, tuple[int, int, int, int]]
+PHOTOGRAPHS: tuple[Photograph, ...] = (
     ("chelsea", "cat", (60, 0, 360, 300)),
     ("coffee", "mug", (90, 40, 430, 380)),
     ("astronaut", "astronaut", (60, 0, 420, 360)),
     ("rocket", "rocket", (200, 20, 520, 340)),
     ("camera", "photographer", (70, 20, 420, 370)),
 )
+# Only of a photograph may the prompt be lost: a rate that is too high would go unnoticed.
+TUNING_PHOTOGRAPH: Photograph = ("stereo_motorcycle", "motorcycle", (60, 30, 530, 500))
 _ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 
 
@@ -70,12 +73,14 @@ def drawn(seed: int, prompts: int, thing: str | None = None) -> Study:
     )
 
 
-def photographed(number: int, prompts: int) -> Study:
+def photographed(which: Photograph, prompts: int) -> Study:
     """Crops of a real photograph; the base has never seen any."""
     import skimage.data
 
-    name, word, box = PHOTOGRAPHS[number]
+    name, word, box = which
     pixels = getattr(skimage.data, name)()
+    if isinstance(pixels, tuple):  # as two eyes see it, and how far it is
+        pixels = pixels[0]
     if pixels.ndim == 2:
         pixels = np.stack([pixels] * 3, -1)
     picture = Image.fromarray(pixels).crop(box)
@@ -84,7 +89,12 @@ def photographed(number: int, prompts: int) -> Study:
         View(np.asarray(_crop(picture, rng)), f"a {RARE_WORD} {word}", "") for _ in range(CROPS)
     ]
     places = list(dict.fromkeys(VIEW_PLACES["held_out"]))[:prompts]
-    return Study(f"photo-{name}", photos, [_in_place(word, place) for place in places], places)
+    return Study(
+        f"photo-{name.removeprefix('stereo_')}",
+        photos,
+        [_in_place(word, place) for place in places],
+        places,
+    )
 
 
 def _in_place(word: str, place: str) -> str:
@@ -106,13 +116,14 @@ def of_demo(prompts: int) -> list[Study]:
     seeds = [seed for seed in SUBJECT_SEEDS if seed != TUNING_SUBJECTS[0][0]]
     return [
         *(drawn(seed, prompts) for seed in seeds),
-        *(photographed(number, prompts) for number in range(len(PHOTOGRAPHS))),
+        *(photographed(which, prompts) for which in PHOTOGRAPHS),
     ]
 
 
 def tuning_of_demo(prompts: int) -> list[Study]:
     """The subjects that rates are chosen on."""
-    return [drawn(seed, prompts, thing) for seed, thing in TUNING_SUBJECTS]
+    found = [drawn(seed, prompts, thing) for seed, thing in TUNING_SUBJECTS]
+    return [*found, photographed(TUNING_PHOTOGRAPH, prompts)]
 
 
 def sweep_of_demo(prompts: int) -> list[Study]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from pathlib import Path
 
 import pytest
-from lora2_pack.bench.paper import methods, report, results, sweep, verdict
+from lora2_pack.bench.paper import archive, methods, report, results, sweep, tuning, verdict
 from lora2_pack.bench.paper.results import Interval, Result
 
+ROOT = Path(__file__).resolve().parent.parent.parent
+RECORDS = ROOT / "bench" / "paper" / "results" / "demo.jsonl"
 METHODS = methods.methods_for(64)
 SUBJECTS = [f"mug-{number}" for number in range(8)]
 KEYS = [
@@ -147,3 +150,21 @@ def test_the_table_of_a_sweep_is_in_order_and_says_by_how_much():
     assert [row.split(" | ")[1] for row in rows] == ["0.720", "0.700", "0.600"]
     assert [row.split(" | ")[2] for row in rows] == ["+0.020", "", "-0.100"]
     assert known["svd-2"].label in rows[0] and rows[0].endswith(" 0.50 |")
+
+
+def test_all_kept_records_are_of_one_run():
+    rates = json.loads(tuning.FILE.read_text("utf-8"))["demo"]
+    records = archive.read(RECORDS)
+    for key in ("base", "plan", "sampling"):
+        assert len({json.dumps(record["settings"][key]) for record in records}) == 1
+    for record in records:
+        own = record["settings"]
+        name = own["method"]
+        if own["rate"] is not None:
+            tuned = name if name in rates else methods.IN_RANKS
+            assert own["rate"] == rates[tuned]["rate"], f"{name}: trained at another rate"
+        if name in METHODS:
+            method = METHODS[name]
+            asked = (method.kind, method.mode, method.entropy, method.of, method.to, method.part)
+            keys = ("kind", "mode", "entropy", "of", "to", "part")
+            assert asked == tuple(own["how"][key] for key in keys), f"{name}: another method now"

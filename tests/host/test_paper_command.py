@@ -17,7 +17,7 @@ SMALL = ["--plan=steps=2,prompts=2", "--only=mug-23,clock-79", "--seeds=1"]
 
 
 def start(out: Path, *more: str) -> subprocess.Popen[str]:
-    command = [*COMMAND, f"--out={out}", *SMALL, "--methods=fixed-1,balanced,svd-16", *more]
+    command = [*COMMAND, f"--out={out}", *SMALL, "--methods=fixed-64,balanced,svd-64", *more]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
@@ -34,14 +34,13 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path):
     os.killpg(run.pid, signal.SIGKILL)
     run.communicate()
     done = {file: file.stat().st_mtime_ns for file in out.glob("records/*/*.json")}
-    assert 3 <= len(done) < 14, "it was killed in the middle"
+    assert 3 <= len(done) < 10, "it was killed in the middle"
     again = start(out, "--processes=1", "--threads=1", f"--archive={kept}")
     told = again.communicate(timeout=240)[0]
     assert again.returncode == 0, told
     assert all(file.stat().st_mtime_ns == when for file, when in done.items())
     records = list(out.glob("records/*/*.json"))
-    # Without a LoRA, the subject itself, three methods, what a cut cuts, and whose size it is.
-    assert len(records) == 2 * 7
+    assert len(records) == 2 * 5  # without a LoRA, the subject itself, three methods
     assert told.count(" s)\n") == len(records) - len(done), "each of the rest once"
     assert ((out / "report" / "index.html").is_file() and "| ✔ |" in told) or "| ✘ |" in told
     assert len(kept.read_text("utf-8").splitlines()) == 1 + len(records)

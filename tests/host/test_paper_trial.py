@@ -167,7 +167,11 @@ def test_photographs_and_drawn_subjects_are_all_there():
     assert len(every) == 16 and len({study.name for study in every}) == 16
     assert all(len(study.prompts) == 10 for study in every)
     tuning = subjects.tuning_of_demo(10)
-    assert len(tuning) == 3 and not {one.name for one in tuning} & {one.name for one in every}
+    assert len(tuning) == 4 and tuning[3].name == "photo-motorcycle"
+    swept = subjects.sweep_of_demo(10)
+    assert len({study.thing for study in swept}) == len(swept) == 12, "one of every kind"
+    for others in (tuning, swept):
+        assert not {one.name for one in others} & {one.name for one in every}
     for study in every:
         assert 5 <= len(study.photos) <= 6
         assert all(view.image.shape == (192, 192, 3) for view in study.photos)
