@@ -134,13 +134,9 @@ def _largest(found: Sequence[Result], largest: str, methods: Mapping[str, Method
 
 
 def _against(found: Sequence[Result], name: str, method: Method, must_beat: bool) -> Claim:
-    gap = results.paired(found, name, OURS, likeness)
-    assert gap is not None, "both were run on the same subjects"
+    gap, gaps = _gaps(found, name, OURS)
     about = _of(*results.points(found, [name])) + _memory(found, name)
-    told = f"Beside {method.label} ({about}) its likeness is {signed(gap)}"
-    asked = results.paired(found, name, OURS, prompt)
-    if asked is not None:
-        told += f", its prompt score {signed(asked)}"
+    told = f"Beside {method.label} ({about}) {gaps}"
     if not results.complete(found, [name], OURS):
         told += f"; on {len(results.by_subject(found, name, likeness))} subjects only"
     return Claim(beats(gap) if must_beat else no_worse(gap), f"{told}.")
@@ -157,12 +153,17 @@ def _memory(found: Sequence[Result], name: str) -> str:
 
 
 def _at_its_bytes(found: Sequence[Result], name: str, method: Method) -> Claim:
-    gap, asked = (results.paired(found, name, SMALLER, value) for value in (likeness, prompt))
-    assert gap is not None, "both were run on the same subjects"
+    gap, gaps = _gaps(found, name, SMALLER)
     (point,) = results.points(found, [SMALLER])
-    told = f"Cut to the bytes of {method.label} ({_of(point)}) its likeness is {signed(gap)}"
-    told += f", its prompt score {signed(asked)}" if asked is not None else ""
-    return Claim(beats(gap), f"{told}.")
+    return Claim(beats(gap), f"Cut to the bytes of {method.label} ({_of(point)}) {gaps}.")
+
+
+def _gaps(found: Sequence[Result], name: str, ours: str) -> tuple[Interval, str]:
+    """By how much ``ours`` is above a method: in likeness, and in words of prompts too."""
+    gap, asked = (results.paired(found, name, ours, value) for value in (likeness, prompt))
+    assert gap is not None, "both were run on the same subjects"
+    told = f"its likeness is {signed(gap)}"
+    return gap, told + (f", its prompt score {signed(asked)}" if asked is not None else "")
 
 
 def _ablation(found: Sequence[Result]) -> list[Claim]:
