@@ -68,12 +68,14 @@ class Bench:
         return archive.file_of(self.folder, work.study.name, work.stem)
 
     def found(self, work: Work, with_lora: bool = False) -> dict[str, Any] | None:
-        """The record of work that is done, with these settings; the LoRA beside it on request."""
+        """The record of work that is done, with these settings; the LoRA beside it on request.
+
+        Training that failed is done, too, and has no LoRA.
+        """
         file = self.file(work)
-        if with_lora and not file.with_suffix(".safetensors").is_file():
-            return None
         record = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-        return record if self.is_of(record, work) else None
+        whole = "failed" in record or file.with_suffix(".safetensors").is_file()
+        return record if self.is_of(record, work) and (whole or not with_lora) else None
 
     def is_of(self, record: Mapping[str, Any], work: Work) -> bool:
         """Whether a record was made by this work with these settings."""
@@ -128,6 +130,9 @@ class Bench:
             write_strip(strip, parts.through_vae(views))
             return {"scores": self._judged(work.study, strip, 1)}
         took: dict[str, Any] = {}
+        for needed in (one for one in (needs.of, needs.to) if one is not None):
+            if "failed" in (found := self.found(needed) or {}):
+                return {"failed": f"{needed.name}, which it needs, failed: {found['failed']}"}
         if work.name != BASE:
             try:
                 took, peak = with_peak(lambda: self._train(work, needs, lora))

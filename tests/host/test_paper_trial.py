@@ -12,6 +12,7 @@ from lora2_pack.bench.paper import bases, cuts, methods, rivals, subjects, sweep
 from lora2_pack.bench.paper.plan import Plan
 from lora2_pack.bench.paper.trial import Work
 from lora2_pack.lora2_core import comfy_host, lora_file
+from lora2_pack.tools.tiny_sdxl.figures import write_json
 
 torch.set_num_threads(1)
 
@@ -89,6 +90,20 @@ def bench(base: bases.Demo, tmp_path: Path) -> trial.Bench:
 
 def works_of(study: subjects.Study, *names: str) -> list[Work]:
     return [Work(study, name, 0, RATES.get(name)) for name in names]
+
+
+def test_what_needs_a_training_that_failed_says_so(bench: trial.Bench, study: subjects.Study):
+    (largest,) = works_of(study, "fixed-64")
+    kept = {"settings": bench._settings(largest), "failed": "The loss is no number."}
+    bench.file(largest).parent.mkdir(parents=True)
+    write_json(bench.file(largest), kept)
+    made: dict[str, dict[str, Any]] = {}
+    works = works_of(study, "balanced", "svd-64")
+    assert working.do_all(
+        bench, works, RATES, float("inf"), lambda work, record, _: made.update({work.name: record})
+    )
+    for name in ("balanced", "svd-64"):
+        assert made[name]["failed"] == "fixed-64, which it needs, failed: The loss is no number."
 
 
 def test_a_record_is_made_once_and_cuts_meet_their_size(
