@@ -41,6 +41,7 @@ PHOTOGRAPHS: tuple[Photograph, ...] = (
 )
 # Only of a photograph may the prompt be lost: a rate that is too high would go unnoticed.
 TUNING_PHOTOGRAPH: Photograph = ("stereo_motorcycle", "motorcycle", (60, 30, 530, 500))
+SWEEP_PHOTOGRAPH: Photograph = ("coins", "coin", (225, 150, 384, 303))
 _ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 
 
@@ -127,8 +128,9 @@ def tuning_of_demo(prompts: int) -> list[Study]:
 
 
 def sweep_of_demo(prompts: int) -> list[Study]:
-    """The subjects that the default is chosen on, one of every kind."""
-    return [drawn(seed, prompts, thing) for seed, thing in SWEEP_SUBJECTS]
+    """The subjects that the default is chosen on: one of every kind, and two photographs."""
+    found = [drawn(seed, prompts, thing) for seed, thing in SWEEP_SUBJECTS]
+    return [*found, *(photographed(one, prompts) for one in (TUNING_PHOTOGRAPH, SWEEP_PHOTOGRAPH))]
 
 
 def dreambooth(folder: Path, prompts: int, word: str = RARE_WORD) -> list[Study]:

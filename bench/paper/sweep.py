@@ -20,7 +20,7 @@ def variants(balanced: Method) -> dict[str, Method]:
     def ranks(**settings: Any) -> Method:
         return replace(balanced, rank={**balanced.rank, **settings})
 
-    def room(change: str = "", **settings: Any) -> Method:
+    def room(change: str, **settings: Any) -> Method:
         sized = {key: value for key, value in balanced.rank.items() if key != "target_rank"}
         sized |= {"target_megabytes": MEGABYTES, **settings}
         return replace(balanced, rank=sized, change=change)
@@ -30,7 +30,7 @@ def variants(balanced: Method) -> dict[str, Method]:
 
     found: dict[str, tuple[str, Method]] = {
         "as-it-is": ("as it is", balanced),
-        "svd-2": ("trained at 2 × the ranks, then one SVD", room()),
+        "svd-2": ("trained at 2 × the ranks, then one SVD", room("room × 2")),
         "scale-f": ("Λ = f, as in the paper", changed("Λ = f")),
         "quantile-0.5": ("q = 0.5", ranks(quantile=0.5)),
         "scale-square": ("ΣΛ² = 1", changed("ΣΛ² = 1")),
@@ -54,6 +54,7 @@ def variants(balanced: Method) -> dict[str, Method]:
         "kappa-low": ("κ starts at a tenth", ranks(rank_weight=5e-4)),
         "entropy-0.01": ("λ_e = 0.01", replace(balanced, entropy=1e-2)),
         "never-frozen": ("ν free to the end", ranks(freeze_fraction=0.0)),
+        "svd-1.25": ("trained at 1.25 × the ranks, then one SVD", room("room × 1.25")),
         "svd-1.5": ("trained at 1.5 × the ranks, then one SVD", room("room × 1.5")),
         "nu-rate-0.005": ("ν's rate 0.005", ranks(rank_learning_rate=5e-3)),
         "nu-rate-0.08": ("ν's rate 0.08", ranks(rank_learning_rate=8e-2)),

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ...lora2_core import config, lora_file
+from ...lora2_core import config, lora_file, rank_budget
 from ...lora2_core.rank_config import RankConfig
 from ...lora2_core.trainer import TrainingError
 from ...tools.tiny_sdxl.figures import write_json
@@ -115,6 +115,8 @@ class Bench:
             }
             if method.mode in ("balanced", "paper"):
                 how["rank"] = asdict(RankConfig.for_mode(method.mode, **method.rank))
+            if method.kind == "ours" and method.to:
+                how["room"] = rank_budget.HEADROOM
         given = {
             "base": self.base.weights, "subject": work.study.name, "method": work.name,
             "how": how, "seed": work.seed, "rate": work.rate, "plan": asdict(self.plan),

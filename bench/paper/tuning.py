@@ -1,8 +1,8 @@
 """Every method at its own best learning rate, all tried alike on subjects that are in no table.
 
 Each is tried at the base's usual rates on one subject, and at the better two of these on all. Its
-rate is the one with the highest sum of likeness and prompt score, over subjects. What only differs
-from another method by a term of the loss or by its size takes its rate.
+rate is the one with the highest sum of likeness and prompt score, over subjects. What lacks a term
+of the loss takes the rate of the same with all terms.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def tried(methods: Mapping[str, Method]) -> list[str]:
     """The methods that are tuned."""
     return [
         name for name, one in methods.items()
-        if one.trained and (name == IN_RANKS or not name.startswith(OURS))
+        if one.trained and (name in (OURS, IN_RANKS) or not name.startswith(OURS))
     ]  # fmt: skip
 
 

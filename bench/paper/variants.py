@@ -95,5 +95,5 @@ CHANGES: dict[str, Callable[[], Any]] = {
     "ν itself": _parameter(lambda nu: nu, lambda nu: nu),
     "ν = softplus": _parameter(F.softplus, lambda nu: torch.log(torch.expm1(nu))),
     "A as in the paper": _papers_start,
-    **{f"room × {times:g}": _headroom(times) for times in (1.0, 1.5, 3.0, 4.0)},
+    **{f"room × {times:g}": _headroom(times) for times in (1.25, 1.5, 2.0, 3.0, 4.0)},
 }
