@@ -29,7 +29,6 @@ from . import (
     sweep,
     table_a1,
     tuning,
-    verdict,
     working,
 )  # fmt: skip
 from .bases import Base, Demo
@@ -104,7 +103,7 @@ def _report(bench: Bench, found: Sequence[results.Result], wanted: int) -> None:
         f" a subject, {much.pictures} picture(s) of each; {len(found)} of {wanted} records."
     )
     page = report.write(found, bench.methods, about, bench.folder / "report")
-    print(f"{page}\n\n{report.markdown(verdict.claims(found, bench.methods))}", flush=True)
+    print(f"{page}\n\n{report.markdown(found, bench.methods)}", flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:

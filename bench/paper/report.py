@@ -117,10 +117,11 @@ def _verdict(said: Sequence[verdict.Claim]) -> str:
     return f"{told}<ul class=verdict>{lines}</ul>" if said else ""
 
 
-def markdown(said: Sequence[verdict.Claim]) -> str:
+def markdown(found: Sequence[Result], methods: Mapping[str, Method]) -> str:
     """The verdict as a table for a README."""
+    said = verdict.claims(found, methods)
     lines = [f"| {_SIGNS[claim.verdict]} | {claim.sentence} |" for claim in said]
-    return "\n".join(["| | |", "| --- | --- |", *lines]) + "\n"
+    return "\n".join([f"| | {verdict.extent(found)} |", "| --- | --- |", *lines]) + "\n"
 
 
 def _picture(

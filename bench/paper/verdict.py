@@ -3,7 +3,7 @@
 Every sentence has a verdict by one rule, on the mean over subjects and its 95 % interval:
 "beats" holds when the interval is above zero; "no worse" when the mean is, or when the interval
 lies above a hair's breadth below zero. An interval wholly on the wrong side fails; all else is
-open.
+open. Beside another method likeness and prompt score both count: one won and one lost is open.
 """
 
 from __future__ import annotations
@@ -62,6 +62,20 @@ def no_worse(gap: Interval) -> Verdict:
     if gap.mean >= 0 or gap.low > -HAIR:
         return "holds"
     return "fails" if gap.high < 0 else "open"
+
+
+def both(likeness: Verdict, prompt: Verdict) -> Verdict:
+    """Of two scores that a method may trade for each other."""
+    if {likeness, prompt} == {"holds", "fails"}:
+        return "open"
+    return next(one for one in ("fails", "open", "holds") if one in (likeness, prompt))
+
+
+def extent(found: Sequence[Result]) -> str:
+    """What the sentences rest on."""
+    ours = [one for one in found if one.method == OURS]
+    subjects, seeds = ({one.subject for one in ours}, {one.seed for one in ours})
+    return f"{len(subjects)} subjects, seeds of each: {len(seeds)}"
 
 
 def _front(found: Sequence[Result], fixed: Sequence[str]) -> list[Claim]:
@@ -134,12 +148,19 @@ def _largest(found: Sequence[Result], largest: str, methods: Mapping[str, Method
 
 
 def _against(found: Sequence[Result], name: str, method: Method, must_beat: bool) -> Claim:
-    gap, gaps = _gaps(found, name, OURS)
+    gap, asked, told = _gaps(found, name, OURS)
     about = _of(*results.points(found, [name])) + _memory(found, name)
-    told = f"Beside {method.label} ({about}) {gaps}"
+    told = f"Beside {method.label} ({about}) {told}"
     if not results.complete(found, [name], OURS):
         told += f"; on {len(results.by_subject(found, name, likeness))} subjects only"
-    return Claim(beats(gap) if must_beat else no_worse(gap), f"{told}.")
+    told += _fewer_seeds(found, name)
+    return Claim(both(beats(gap) if must_beat else no_worse(gap), asked), f"{told}.")
+
+
+def _fewer_seeds(found: Sequence[Result], name: str) -> str:
+    """Said where a method was run with fewer seeds than ours."""
+    theirs, ours = (len({one.seed for one in found if one.method == who}) for who in (name, OURS))
+    return f"; seeds of it: {theirs}" if theirs < ours else ""
 
 
 def _memory(found: Sequence[Result], name: str) -> str:
@@ -153,17 +174,21 @@ def _memory(found: Sequence[Result], name: str) -> str:
 
 
 def _at_its_bytes(found: Sequence[Result], name: str, method: Method) -> Claim:
-    gap, gaps = _gaps(found, name, SMALLER)
+    gap, asked, told = _gaps(found, name, SMALLER)
     (point,) = results.points(found, [SMALLER])
-    return Claim(beats(gap), f"Cut to the bytes of {method.label} ({_of(point)}) {gaps}.")
+    sentence = f"Cut to the bytes of {method.label} ({_of(point)}) {told}."
+    return Claim(both(beats(gap), asked), sentence)
 
 
-def _gaps(found: Sequence[Result], name: str, ours: str) -> tuple[Interval, str]:
-    """By how much ``ours`` is above a method: in likeness, and in words of prompts too."""
+def _gaps(found: Sequence[Result], name: str, ours: str) -> tuple[Interval, Verdict, str]:
+    """By how much ``ours`` is above a method in likeness; whether its prompt score is no worse;
+    both in words."""
     gap, asked = (results.paired(found, name, ours, value) for value in (likeness, prompt))
     assert gap is not None, "both were run on the same subjects"
     told = f"its likeness is {signed(gap)}"
-    return gap, told + (f", its prompt score {signed(asked)}" if asked is not None else "")
+    if asked is None:
+        return gap, "holds", told
+    return gap, no_worse(asked), f"{told}, its prompt score {signed(asked)}"
 
 
 def _ablation(found: Sequence[Result]) -> list[Claim]:
@@ -174,14 +199,14 @@ def _ablation(found: Sequence[Result]) -> list[Claim]:
         sizes = [point.nbytes for point in results.points(found, [IN_RANKS, "balanced-no-rank"])]
         sentence = (
             f"Without the rank term the file takes {sizes[1] / sizes[0]:.2f} times the bytes "
-            "(the paper: it grows)."
+            f"(the paper: it grows{_fewer_seeds(found, 'balanced-no-rank')})."
         )
         said.append(Claim(beats(growth), sentence))
     gap = results.paired(found, "balanced-no-entropy", IN_RANKS, prompt)
     if gap is not None:
         sentence = (
             f"With the entropy term the prompt score is {signed(gap, 4)} beside without "
-            "(the paper: higher)."
+            f"(the paper: higher{_fewer_seeds(found, 'balanced-no-entropy')})."
         )
         said.append(Claim(beats(gap), sentence))
     return said

@@ -89,6 +89,30 @@ def test_where_we_lose_it_says_so():
     assert "lower" in one(claims, "Beside AdaLoRA").sentence
 
 
+@pytest.mark.parametrize(
+    ("likeness", "prompt", "told"),
+    [("holds", "holds", "holds"), ("holds", "fails", "open"), ("fails", "holds", "open"),
+     ("open", "holds", "open"), ("open", "fails", "fails")],
+)  # fmt: skip
+def test_what_is_won_by_giving_the_other_up_is_not_won(
+    likeness: verdict.Verdict, prompt: verdict.Verdict, told: str
+):
+    assert verdict.both(likeness, prompt) == told
+
+
+def test_likelier_and_less_obedient_than_a_rival_is_open():
+    claims = said(ours=0.7, prompt=0.5)
+    assert one(claims, "Beside AdaLoRA").verdict == "open"
+
+
+def test_what_the_sentences_rest_on_is_told():
+    found = [each for each in run(ours=0.7) if each.method != "adalora" or each.seed == 0]
+    assert report.markdown(found, METHODS).startswith("| | 8 subjects, seeds of each: 2 |")
+    claims = {claim.sentence: claim for claim in verdict.claims(found, METHODS)}
+    assert one(claims, "Beside AdaLoRA").sentence.endswith("; seeds of it: 1.")
+    assert "seeds of it" not in one(claims, "then SVD").sentence
+
+
 def test_a_term_that_changes_nothing_is_no_proof():
     entropy = one(said(ours=0.7), "With the entropy term")
     assert entropy.verdict == "open" and "0.0000 higher" in entropy.sentence
@@ -124,7 +148,7 @@ def test_the_page_needs_no_network_and_shows_every_method(tmp_path: Path):
          for name in {one.method for one in found})
     )  # fmt: skip
     assert f"<td class=best>{best:.3f}</td>" in page
-    assert report.markdown(verdict.claims(found, METHODS)).count("\n| ") > 5
+    assert report.markdown(found, METHODS).count("\n| ") > 5
 
 
 def test_without_results_there_is_no_page(tmp_path: Path):
