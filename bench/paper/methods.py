@@ -106,7 +106,7 @@ def _cuts(ranks: Sequence[int]) -> dict[str, Method]:
     found[f"sv-fro-{rank}"] = Method(
         f"LoRA, rank {rank}, then sv_fro", "cut", mode="sv_fro", of=f"fixed-{rank}", **size
     )
-    found[SMALLER] = Method("LoRA² balanced, then SVD", "cut", mode="svd", of=OURS, to="adalora")
+    found[SMALLER] = Method("LoRA² balanced, smaller", "cut", mode="svd", of=OURS, to="adalora")
     return found
 
 

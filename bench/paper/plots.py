@@ -12,7 +12,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from . import results
 from .methods import OURS, SMALLER, Method
@@ -87,7 +87,7 @@ def _front_panel(
     for point in fixed:
         rank = point.method.rpartition("-")[2]
         place = (point.nbytes / 1e6, value(point))
-        axis.annotate(rank, place, xytext=(0, 7), textcoords="offset points", ha="center",
+        axis.annotate(rank, place, xytext=(0, -14), textcoords="offset points", ha="center",
                       fontsize=8, color=_FIXED)  # fmt: skip
     cuts = iter("^v<>")
     for name, point in points.items():
@@ -103,8 +103,11 @@ def _front_panel(
             zorder=5 if ours else 3,
         )  # fmt: skip
     axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{size:g}"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
     axis.set_xlabel("file, MB")
+    axis.margins(y=0.12)  # the numbers under the points stay off the edge
     axis.set_title(title, loc="left", fontsize=11, fontweight="bold", color=_INK)
 
 

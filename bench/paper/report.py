@@ -25,11 +25,12 @@ p, li { max-width: 860px; } .muted { color: var(--muted); }
 img { max-width: 100%; display: block; margin: 8px 0; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px; }
-th, td { padding: 4px 9px; text-align: right; border-bottom: 1px solid var(--line);
+th, td { padding: 4px 7px; text-align: right; border-bottom: 1px solid var(--line);
   white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0;
   background: var(--page); }
-th { font-weight: 600; vertical-align: bottom; } td.best { color: var(--best); font-weight: 700; }
+th { font-weight: 600; vertical-align: bottom; white-space: normal; max-width: 84px; }
+td.best { color: var(--best); font-weight: 700; }
 tr.mean td { border-top: 2px solid var(--line); font-weight: 600; }
 ul.verdict { list-style: none; padding: 0; } ul.verdict li { padding: 5px 0 5px 30px;
   position: relative; } ul.verdict b { position: absolute; left: 2px; font-size: 17px; }
@@ -224,4 +225,5 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], last: Sequence[s
 
 
 def _folded(head: str) -> str:
+    head = head.replace("rank ", "rank&nbsp;").replace("then ", "then&nbsp;")
     return head.replace(", ", ",<br>").replace(" (", "<br>(").replace("… without ", "without<br>")
