@@ -192,3 +192,11 @@ def test_all_kept_records_are_of_one_run():
             asked = (method.kind, method.mode, method.entropy, method.of, method.to, method.part)
             keys = ("kind", "mode", "entropy", "of", "to", "part")
             assert asked == tuple(own["how"][key] for key in keys), f"{name}: another method now"
+
+
+def test_the_readme_says_what_the_records_say():
+    told = report.markdown(results.read(RECORDS), METHODS)
+    assert told in (ROOT / "README.md").read_text("utf-8"), (
+        "run `python -m bench.paper --report --archive bench/paper/results/demo.jsonl --out DIR`, "
+        "put DIR/report/front.png into docs/images and the table it prints into README.md"
+    )
