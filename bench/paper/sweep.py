@@ -20,22 +20,24 @@ def variants(balanced: Method) -> dict[str, Method]:
     def ranks(**settings: Any) -> Method:
         return replace(balanced, rank={**balanced.rank, **settings})
 
-    def room(change: str, **settings: Any) -> Method:
+    def room(times: float) -> tuple[str, Method]:
         sized = {key: value for key, value in balanced.rank.items() if key != "target_rank"}
-        sized |= {"target_megabytes": MEGABYTES, **settings}
-        return replace(balanced, rank=sized, change=change)
+        method = replace(
+            balanced, rank={**sized, "target_megabytes": MEGABYTES}, change=f"room × {times:g}"
+        )
+        return f"trained at {times:g} × the ranks, then one SVD", method
 
     def changed(change: str, **settings: Any) -> Method:
         return replace(ranks(**settings), change=change)
 
     found: dict[str, tuple[str, Method]] = {
         "as-it-is": ("as it is", balanced),
-        "svd-2": ("trained at 2 × the ranks, then one SVD", room("room × 2")),
+        "svd-2": room(2),
         "scale-f": ("Λ = f, as in the paper", changed("Λ = f")),
         "quantile-0.5": ("q = 0.5", ranks(quantile=0.5)),
         "scale-square": ("ΣΛ² = 1", changed("ΣΛ² = 1")),
         "nu-rate-0.04": ("ν's rate 0.04", ranks(rank_learning_rate=4e-2)),
-        "svd-3": ("trained at 3 × the ranks, then one SVD", room("room × 3")),
+        "svd-3": room(3),
         "nu-rate-0.01": ("ν's rate 0.01", ranks(rank_learning_rate=1e-2)),
         "start-maximum": ("start at the maximum", ranks(start="maximum")),
         "scale-at-start": ("Λ = f/f₁ with ν of the start", changed("Λ = f/f₁ at the start")),
@@ -54,11 +56,11 @@ def variants(balanced: Method) -> dict[str, Method]:
         "kappa-low": ("κ starts at a tenth", ranks(rank_weight=5e-4)),
         "entropy-0.01": ("λ_e = 0.01", replace(balanced, entropy=1e-2)),
         "never-frozen": ("ν free to the end", ranks(freeze_fraction=0.0)),
-        "svd-1.25": ("trained at 1.25 × the ranks, then one SVD", room("room × 1.25")),
-        "svd-1.5": ("trained at 1.5 × the ranks, then one SVD", room("room × 1.5")),
+        "svd-1.25": room(1.25),
+        "svd-1.5": room(1.5),
         "nu-rate-0.005": ("ν's rate 0.005", ranks(rank_learning_rate=5e-3)),
         "nu-rate-0.08": ("ν's rate 0.08", ranks(rank_learning_rate=8e-2)),
-        "svd-4": ("trained at 4 × the ranks, then one SVD", room("room × 4")),
+        "svd-4": room(4),
         "target-4.5": ("target 4.5", ranks(target_rank=4.5)),
         "target-18": ("target 18", ranks(target_rank=18.0)),
     }
