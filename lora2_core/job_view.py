@@ -48,8 +48,11 @@ class Host:
 
 def summary(entry: Entry, watch: JobWatch, position: int | None, host: Host) -> dict[str, Any]:
     """The short form of a job of this process."""
-    job, glance = entry.job, watch.look()
-    progress, rank, state = job.progress, job.config.rank, str(entry.state)
+    job = entry.job
+    progress, rank = job.progress, job.config.rank
+    # Before the steps: a run that waits or is over has no step to come that this would miss.
+    state, waits = str(entry.state), bool(getattr(progress, "waits", False))
+    glance = watch.look()
     megabytes = rank.target_megabytes
     left = (job.config.steps - glance.step) * glance.pace if state == "running" else None
     return {
@@ -71,7 +74,7 @@ def summary(entry: Entry, watch: JobWatch, position: int | None, host: Host) -> 
         "message": host.clean(progress.message)[:_MESSAGE],
         "error": _error(progress.error, host),
         "position": position,
-        "waits": bool(getattr(progress, "waits", False)),
+        "waits": waits,
         "resumable": state == "paused",
         "file": host.file_name(job.result.path) if job.result is not None else None,
         "samples": len(progress.samples),

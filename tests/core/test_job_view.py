@@ -123,6 +123,25 @@ def test_what_is_no_attention_stands_below_by_kind():
 # --- one training, from queued to over --------------------------------------------------------
 
 
+def test_a_training_never_looks_over_at_a_step_before_its_last(queue: JobQueue, tmp_path: Path):
+    """It may come to its end while it is looked at; so may it come to a wait for a prompt."""
+    held = Held(tmp_path, draw=13)
+    entry = queue.add(held.job, Origin("cat_00001_", "12"))
+    assert held.there.wait(60)
+
+    class Slow(JobWatch):
+        def look(self):
+            before = super().look()
+            held.go.set()
+            assert entry.over.wait(60)
+            return before
+
+    shown = job_view.summary(entry, Slow(held.job), None, HOST)
+    assert shown["step"] < shown["steps"] and shown["state"] == "running"
+    shown = job_view.summary(entry, JobWatch(held.job), None, HOST)
+    assert shown["step"] == shown["steps"] and shown["state"] == "finished"
+
+
 def test_a_training_can_be_shown_at_every_point(queue: JobQueue, tmp_path: Path):
     held = Held(tmp_path / "a", draw=13, samples=toy_job.prompts("a cat", "", every=4))
     jobs = JobList(queue, HOST)
