@@ -1,0 +1,238 @@
+"""Files to spoil, sound ones of every kind, and the ways to spoil them."""
+
+from __future__ import annotations
+
+import json
+import random
+import struct
+from collections.abc import Callable
+from typing import Any
+
+import safetensors.torch
+import torch
+from lora2_pack.lora2_core import lora_file
+from lora2_pack.lora2_core.network import Component
+from lora2_pack.lora2_core.targets import find_targets
+from torch import Tensor
+
+HUGE = (1 << 31, 1 << 62, 1 << 63, 1 << 64, 10**30)
+NAMES = (
+    "", "../../etc/passwd", "__class__", "a" * 5000, "\x00\n\x1b[31m", "💣", "lora_unet_", ".alpha",
+    ".lora_down.weight", "lora_unet_x.lora_down.weight", "__metadata__",
+)  # fmt: skip
+
+
+def noise(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))) / 10
+
+
+def sound(model: Any) -> bytes:
+    """A LoRA of every fourth layer."""
+    components = [
+        Component(
+            target.name, noise(2, target.in_features), noise(target.out_features, 2),
+            torch.ones(2), 0.1,
+        )
+        for target in find_targets(model.model.diffusion_model)[::4]
+    ]  # fmt: skip
+    return lora_file.encode(lora_file.to_state(components), {"ss_tag_frequency": "{}", "x": "y"})
+
+
+def sound_of_other_kinds(model: Any) -> bytes:
+    """A layer of every kind that ComfyUI applies, a LoRA under PEFT's names among them."""
+    layers = [t for t in find_targets(model.model.diffusion_model) if "attn1" in t.name]
+    state: dict[str, Tensor] = {}
+    for layer, make in zip(layers, KINDS.values(), strict=False):
+        name = f"diffusion_model.{layer.name}"
+        for end, tensor in make(layer.out_features, layer.in_features).items():
+            state[name + end] = tensor
+    assert len(layers) >= len(KINDS)
+    return safetensors.torch.save(state)
+
+
+KINDS: dict[str, Callable[[int, int], dict[str, Tensor]]] = {
+    "PEFT": lambda out, inside: {
+        ".lora_A.weight": noise(2, inside), ".lora_B.weight": noise(out, 2),
+        ".alpha": torch.tensor(2.0),
+    },
+    "DoRA": lambda out, inside: {
+        ".lora_down.weight": noise(2, inside), ".lora_up.weight": noise(out, 2),
+        ".dora_scale": noise(out, 1) + 1, ".alpha": torch.tensor(1.0),
+    },
+    "LoHa": lambda out, inside: {
+        ".hada_w1_a": noise(out, 3), ".hada_w1_b": noise(3, inside),
+        ".hada_w2_a": noise(out, 2), ".hada_w2_b": noise(2, inside),
+        ".alpha": torch.tensor(1.0),
+    },
+    "LoKr": lambda out, inside: {
+        ".lokr_w1": noise(4, 4), ".lokr_w2_a": noise(out // 4, 2),
+        ".lokr_w2_b": noise(2, inside // 4), ".alpha": torch.tensor(1.0),
+    },
+    "LoKr of products": lambda out, inside: {
+        ".lokr_w1_a": noise(4, 2), ".lokr_w1_b": noise(2, 4),
+        ".lokr_w2": noise(out // 4, inside // 4),
+    },
+    "GLoRA": lambda out, inside: {
+        ".a1.weight": noise(inside, 2), ".a2.weight": noise(2, inside),
+        ".b1.weight": noise(out, 2), ".b2.weight": noise(2, inside),
+        ".alpha": torch.tensor(1.0),
+    },
+    "OFT": lambda out, inside: {".oft_blocks": noise(4, out // 4, out // 4)},
+    "difference": lambda out, inside: {".diff": noise(out, inside)},
+}  # fmt: skip
+
+
+def header_and_body(data: bytes) -> tuple[dict[str, Any], bytes]:
+    (length,) = struct.unpack("<Q", data[:8])
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+def laid_out(header: dict[str, Any], body: bytes) -> bytes:
+    """The file of these entries, whatever their places were."""
+    end = 0
+    for key in [key for key in header if key != "__metadata__"]:
+        start, end = (
+            end,
+            end
+            + torch.Size(header[key]["shape"]).numel()
+            * (2 if header[key]["dtype"] == "F16" else 4),
+        )
+        header[key]["data_offsets"] = [start, end]
+    return packed(header, (body * (end // max(1, len(body)) + 1))[:end])
+
+
+def packed(header: Any, body: bytes) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + body
+
+
+class Mutations:
+    """Ways to spoil a file; each returns its bytes."""
+
+    def __init__(self, sound: bytes, chance: random.Random):
+        self.sound, self.chance = sound, chance
+
+    def bit_flips(self) -> bytes:
+        data = bytearray(self.sound)
+        for _ in range(self.chance.choice((1, 1, 2, 50))):
+            most = len(data) * 8
+            place = self.chance.randrange(most if self.chance.random() < 0.5 else min(30_000, most))
+            data[place // 8] ^= 1 << place % 8
+        return bytes(data)
+
+    def cut(self) -> bytes:
+        return self.sound[
+            : self.chance.choice((0, 1, 7, 8, 9, self.chance.randrange(len(self.sound))))
+        ]
+
+    def longer(self) -> bytes:
+        return self.sound + self.chance.randbytes(self.chance.choice((1, 8, 1000)))
+
+    def length(self) -> bytes:
+        number = self.chance.choice((0, 1, 2**63, 2**64 - 1, len(self.sound), 10_000_001, 500))
+        return struct.pack("<Q", number) + self.sound[8:]
+
+    def entry(self) -> bytes:
+        header, body = header_and_body(self.sound)
+        key = self.chance.choice([key for key in header if key != "__metadata__"])
+        field = self.chance.choice(("shape", "dtype", "data_offsets", None))
+        values = (
+            [], [0], [-1, 3], [*HUGE], [self.chance.choice(HUGE)] * 2, [2.5, 1], ["a"], [[1]], 7,
+            None, "F16", "F8_E5M2", "Q4", {}, True,
+            [0, 1 << 40], [5, 3], [1] * 64, [0, 0], [True, False],
+        )  # fmt: skip
+        if field is None:
+            header[key] = self.chance.choice(values)
+        else:
+            header[key][field] = self.chance.choice(values)
+        return packed(header, body)
+
+    def overlap(self) -> bytes:
+        header, body = header_and_body(self.sound)
+        keys = [key for key in header if key != "__metadata__"]
+        first, second = self.chance.sample(keys, 2)
+        header[first]["data_offsets"] = list(header[second]["data_offsets"])
+        if self.chance.random() < 0.5:
+            header[first]["shape"] = list(header[second]["shape"])
+            header[first]["dtype"] = header[second]["dtype"]
+        return packed(header, body)
+
+    def shape(self) -> bytes:
+        """Sound as a file, but not as a LoRA of this model."""
+        header, body = header_and_body(self.sound)
+        key = self.chance.choice([key for key in header if key != "__metadata__"])
+        shape = header[key].get("shape") or [1]
+        new = (
+            shape[::-1], [1, *shape], [*shape, 1], [shape[0] * shape[-1]],
+            [*shape[:-1], 1, shape[-1]],
+        )  # fmt: skip
+        header[key]["shape"] = self.chance.choice(new)
+        return packed(header, body)
+
+    def resized(self) -> bytes:
+        """Tensors that are larger, smaller or empty, and lie where their entries say."""
+        header, body = header_and_body(self.sound)
+        chosen = self.chance.sample(sorted(header.keys() - {"__metadata__"}), 2)
+        for key in chosen:
+            shape = header[key]["shape"] or [self.chance.choice((0, 2))]
+            place = self.chance.randrange(len(shape))
+            shape[place] = max(0, shape[place] + self.chance.choice((-1, 1, 3, -(10**6))))
+            header[key]["shape"] = shape
+        return laid_out(header, body)
+
+    def missing(self) -> bytes:
+        """Some tensors fewer, and no trace of them."""
+        header, body = header_and_body(self.sound)
+        keys = sorted(header.keys() - {"__metadata__"})
+        for key in self.chance.sample(keys, self.chance.choice((1, 1, 2, len(keys) - 1))):
+            del header[key]
+        return laid_out(header, body)
+
+    def names(self) -> bytes:
+        header, body = header_and_body(self.sound)
+        key = self.chance.choice([key for key in header if key != "__metadata__"])
+        new = self.chance.choice((*NAMES, key.replace("down", "up"), key.replace("unet", "te1")))
+        if self.chance.random() < 0.3:  # twice the same
+            text = json.dumps(header).encode()
+            text = text.replace(b"{", b"{" + json.dumps(key).encode() + b": 1, ", 1)
+            return packed(text, body)
+        header = {new if name == key else name: value for name, value in header.items()}
+        return packed(header, body)
+
+    def weights(self) -> bytes:
+        header, body = header_and_body(self.sound)
+        spoilt = bytearray(body)
+        key = self.chance.choice([key for key in header if key != "__metadata__"])
+        start = header[key]["data_offsets"][0]
+        bad = {
+            "F16": (b"\x00\x7e", b"\x00\x7c", b"\x00\xfc"),
+            "F32": (b"\x00\x00\xc0\x7f", b"\x00\x00\x80\x7f", b"\x00\x00\x80\xff"),
+        }[header[key]["dtype"]]
+        spoilt[start : start + len(bad[0])] = self.chance.choice(bad)
+        return packed(header, bytes(spoilt))
+
+    def metadata(self) -> bytes:
+        header, body = header_and_body(self.sound)
+        header["__metadata__"] = self.chance.choice(
+            (
+                None, [], 3, "x", {"a": 1}, {"a": None}, {"a": {"b": "c"}}, {"": ""},
+                {"lora2.components": "[" * 5000}, {"lora2.components": '{"a": {"nu": 1e999}}'},
+                {"lora2.components": '{"a": {"nu": 1, "in": 1e400, "out": 1}}'},
+                {"lora2.config": "[" * 9999}, {"ss_tag_frequency": '{"a": {"b": "c"}}'},
+                {"modelspec.thumbnail": "data:image/png;base64," + "A" * 4000},
+                {"modelspec.trigger_phrase": "\n\x1b[31m" * 50},
+            )
+        )  # fmt: skip
+        return packed(header, body)
+
+    def text(self) -> bytes:
+        return packed(
+            self.chance.choice(
+                (
+                    b"{" * 9000, b"[" * 9000, b'{"a":' * 9000, b"\xff\xfe{", b"{}", b'{"a": NaN}',
+                    b"{", b'{"a": 1' + b"0" * 9000 + b"}", b'{"__metadata__": {}}',
+                    self.chance.randbytes(300), b'{"a\\ud800": 1}',
+                )
+            ),
+            b"",
+        )  # fmt: skip
