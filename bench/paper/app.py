@@ -62,22 +62,19 @@ def _alone(options: argparse.Namespace) -> int:
     until = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
     asked = _asked(options)
     bench = asked.bench
-    rates: dict[str, float] = tuning.rates(bench)
-    if options.rate:
-        rates = {name: float(options.rate) for name in rates}
     if options.tune:
         tried = [float(options.rate)] if options.rate else bench.base.rates
         works = tuning.first(asked.studies, asked.methods, tried)
     else:
-        parts = asked.studies, asked.methods, asked.seeds, rates
+        parts = asked.studies, asked.methods, asked.seeds, bench.rates
         works = works_of(*parts, levels=not options.sweep)
     if options.sweep:  # one variant on all subjects after the other
         order = list(asked.methods)
         works.sort(key=lambda work: order.index(work.name))
-    done = options.report or working.do_all(bench, works, rates, until, _say)
+    done = options.report or working.do_all(bench, works, until, _say)
     if done and options.tune and not options.report:
         further = tuning.second(bench, asked.studies, asked.methods)
-        done = working.do_all(bench, further, rates, until, _say)
+        done = working.do_all(bench, further, until, _say)
     if not options.worker:
         _conclude(options, asked, works)
     return 0 if done else 3
@@ -178,7 +175,10 @@ def _asked(options: argparse.Namespace) -> Asked:
     names = _chosen(options.methods, able, what)
     wanted = _chosen(options.only, [study.name for study in studies], "subject")
     studies = [study for study in studies if study.name in wanted]
-    bench = Bench(base, options.out, much, known)
+    rates = tuning.rates(base, known)
+    if options.rate:
+        rates = {name: float(options.rate) for name in rates}
+    bench = Bench(base, options.out, much, known, rates)
     return Asked(bench, studies, {name: known[name] for name in names}, seeds)
 
 

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from . import results
-from .methods import OURS, SMALLER, Method
+from .methods import IN_RANKS, OURS, SMALLER, Method
 from .results import Interval, Result
 from .verdict import likeness, prompt
 
@@ -74,7 +74,10 @@ def front(found: Sequence[Result], methods: Mapping[str, Method], file: Path) ->
         figure.savefig(file)
 
 
-_MARKERS = {OURS: "*", SMALLER: "*", "paper": "P", "adalora": "s", "dora": "D"}
+_MARKERS = {
+    OURS: "*", SMALLER: "*", IN_RANKS: "X", "balanced-no-rank": "o", "balanced-no-entropy": "p",
+    "balanced-neither": "h", "paper": "P", "adalora": "s", "dora": "D",
+}  # fmt: skip
 
 
 def _front_panel(
@@ -94,7 +97,7 @@ def _front_panel(
         method = methods[name]
         if method.mode == "fixed" or value(point) is None:
             continue
-        marker = _MARKERS.get(name) or (next(cuts, "h") if method.kind == "cut" else "X")
+        marker = _MARKERS.get(name) or next(cuts, "8")
         ours = name == OURS
         axis.plot(
             point.nbytes / 1e6, value(point), marker, color=colour(name, method),

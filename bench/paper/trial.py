@@ -56,12 +56,13 @@ class Needs:
 
 @dataclass(frozen=True)
 class Bench:
-    """A base, and where records go."""
+    """A base, where records go, and by what they are made."""
 
     base: Base
     folder: Path
     plan: Plan
     methods: Mapping[str, Method]
+    rates: Mapping[str, float]  # of learning, of every method that trains
 
     def file(self, work: Work) -> Path:
         """Of the record; the LoRA and the pictures have its name with other endings."""
@@ -81,48 +82,50 @@ class Bench:
         """Whether a record was made by this work with these settings."""
         return record.get("settings") == self._settings(work)
 
-    def needs(self, work: Work, rates: Mapping[str, float]) -> Needs:
+    def needs(self, work: Work) -> Needs:
         """What must be done before: what a cut cuts, and whose size a file has to fit."""
         method = self.methods.get(work.name)
         of, to = (
-            Work(work.study, name, work.seed, rates[name]) if name else None
+            Work(work.study, name, work.seed, self.rates[name]) if name else None
             for name in ((method.of, method.to) if method else ("", ""))
         )
         return Needs(of, to)
 
-    def record(self, work: Work, needs: Needs = Needs(), with_lora: bool = False) -> dict[str, Any]:
-        """The record of some work; made when it is not there yet.
-
-        ``needs``: as :meth:`needs` says, all of it done.
-        """
+    def record(self, work: Work, with_lora: bool = False) -> dict[str, Any]:
+        """The record of some work; made when it is not there yet, with all done that it needs."""
         if (found := self.found(work, with_lora)) is not None:
             return found
         self.file(work).parent.mkdir(parents=True, exist_ok=True)
-        found = {"settings": self._settings(work), **self._make(work, needs)}
+        found = {"settings": self._settings(work), **self._make(work, self.needs(work))}
         write_json(self.file(work), found)
         gc.collect()
         return found
 
     def _settings(self, work: Work) -> dict[str, Any]:
         """All that a record depends on, as JSON gives it back."""
-        method = self.methods.get(work.name)
-        how: dict[str, Any] = {}
-        if method is not None:
-            told = asdict(method)
-            how = {
-                key: told[key]
-                for key in ("kind", "mode", "rank", "entropy", "change", "of", "to", "part")
-            }
-            if method.mode in ("balanced", "paper"):
-                how["rank"] = asdict(RankConfig.for_mode(method.mode, **method.rank))
-            if method.kind == "ours" and method.to:
-                how["room"] = rank_budget.HEADROOM
+        how = self._how(work.name) if work.name in self.methods else {}
         given = {
             "base": self.base.weights, "subject": work.study.name, "method": work.name,
             "how": how, "seed": work.seed, "rate": work.rate, "plan": asdict(self.plan),
             "sampling": asdict(self.base.parts.sampling),
         }  # fmt: skip
         return json.loads(json.dumps(given))
+
+    def _how(self, name: str) -> dict[str, Any]:
+        """A method's settings, those of the methods that its file is made from among them."""
+        method = self.methods[name]
+        told = asdict(method)
+        keys = ("kind", "mode", "rank", "entropy", "change", "of", "to", "part")
+        how = {key: told[key] for key in keys}
+        if method.mode in ("balanced", "paper"):
+            how["rank"] = asdict(RankConfig.for_mode(method.mode, **method.rank))
+        if method.kind == "ours" and method.to:
+            how["room"] = rank_budget.HEADROOM
+        for key, other in (("of", method.of), ("to", method.to)):
+            # A fixed rank takes the same bytes whatever it has learnt.
+            if other and (key == "of" or self.methods[other].mode != "fixed"):
+                how[f"{key}_how"] = {**self._how(other), "rate": self.rates[other]}
+        return how
 
     def _make(self, work: Work, needs: Needs) -> dict[str, Any]:
         file, parts = self.file(work), self.base.parts

@@ -14,6 +14,7 @@ from typing import Any
 
 from ...tools.tiny_sdxl.figures import write_json
 from . import results
+from .bases import Base
 from .methods import IN_RANKS, OURS, Method
 from .subjects import Study
 from .trial import Bench, Work
@@ -92,13 +93,13 @@ def _known() -> dict[str, Any]:
     return json.loads(FILE.read_text("utf-8")) if FILE.is_file() else {}
 
 
-def rates(bench: Bench) -> dict[str, float]:
+def rates(base: Base, known: Mapping[str, Method]) -> dict[str, float]:
     """The rate of each method that trains: the chosen one, or else the base's usual one."""
-    mine = _known().get(bench.base.name, {})
-    tuned = {name for name in tried(bench.methods) if name in mine}
-    usual = sorted(bench.base.rates)[len(bench.base.rates) // 2]
+    mine = _known().get(base.name, {})
+    tuned = {name for name in tried(known) if name in mine}
+    usual = sorted(base.rates)[len(base.rates) // 2]
     found: dict[str, float] = {}
-    for name, method in bench.methods.items():
+    for name, method in known.items():
         if method.trained:
             # A variant of a sweep has no rate of its own either.
             asked = name if name in tuned else IN_RANKS

@@ -51,6 +51,7 @@ def claims(found: Sequence[Result], methods: Mapping[str, Method]) -> list[Claim
             said.append(_against(found, name, method, must_beat=name == "adalora"))
             if SMALLER in run and name == methods[SMALLER].to:
                 said.append(_at_its_bytes(found, name, method))
+                said += _by_kind(found, name, SMALLER, method.label)
     return said + _ablation(found) + _ranks(found, methods)
 
 
@@ -144,6 +145,24 @@ def _largest(found: Sequence[Result], largest: str, methods: Mapping[str, Method
     gap = results.paired(found, largest, OURS, prompt)
     if gap is not None:
         said.append(Claim(no_worse(gap), f"Its prompt score beside {label} is {signed(gap)}."))
+    return said + _by_kind(found, largest, OURS, label)
+
+
+def _by_kind(found: Sequence[Result], name: str, ours: str, label: str) -> list[Claim]:
+    """The same of drawn subjects and of photographs alone: a base of drawings knows one kind."""
+    kinds = {
+        "drawn subjects": [one for one in found if one.thing is not None],
+        "photographs": [one for one in found if one.thing is None],
+    }
+    said: list[Claim] = []
+    for kind, group in kinds.items():
+        subjects = {one.subject for one in group if one.method == OURS}
+        if len(subjects) in (0, len({one.subject for one in found if one.method == OURS})):
+            return []
+        gap, asked, told = _gaps(group, name, ours)
+        sized = ", cut to its bytes" if ours == SMALLER else ""
+        sentence = f"On the {len(subjects)} {kind} alone, beside {label}{sized}, {told}."
+        said.append(Claim(both(no_worse(gap), asked), sentence))
     return said
 
 

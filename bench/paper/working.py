@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -14,13 +14,11 @@ Told = Callable[[Work, dict[str, Any], float], None]  # work, its record, second
 _PAUSE = 2.0  # seconds, while others do what is left
 
 
-def do_all(
-    bench: Bench, works: Sequence[Work], rates: Mapping[str, float], until: float, told: Told
-) -> bool:
+def do_all(bench: Bench, works: Sequence[Work], until: float, told: Told) -> bool:
     """Do what is not done yet, or wait for those who do it; False when the time was over before.
 
     A lock, which ends with its process however that ends, keeps others off the same work.
-    ``rates``: of every method that trains. ``until``: on time.monotonic's clock.
+    ``until``: on time.monotonic's clock.
     """
     left = list(works)
     while left:
@@ -28,7 +26,7 @@ def do_all(
         for work in left:
             if time.monotonic() > until:
                 return False
-            if not _done(bench, work, rates, told):
+            if not _done(bench, work, told):
                 waiting.append(work)
         if len(waiting) == len(left):
             time.sleep(_PAUSE)
@@ -36,23 +34,21 @@ def do_all(
     return True
 
 
-def _done(
-    bench: Bench, work: Work, rates: Mapping[str, float], told: Told, with_lora: bool = False
-) -> bool:
+def _done(bench: Bench, work: Work, told: Told, with_lora: bool = False) -> bool:
     """Do some work, and before it what it needs; False where another process is at it."""
     if (found := bench.found(work, with_lora)) is not None:
         told(work, found, 0.0)
         return True
-    needs = bench.needs(work, rates)
+    needs = bench.needs(work)
     for one in (needs.of, needs.to):
-        if one is not None and not _done(bench, one, rates, told, with_lora=one is needs.of):
+        if one is not None and not _done(bench, one, told, with_lora=one is needs.of):
             return False
     file = bench.file(work).with_suffix(".lock")
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(file, timeout=0):
             started = time.monotonic()
-            record = bench.record(work, needs, with_lora)
+            record = bench.record(work, with_lora)
             told(work, record, time.monotonic() - started)
     except Timeout:
         return False

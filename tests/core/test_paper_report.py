@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,22 @@ def test_likelier_and_less_obedient_than_a_rival_is_open():
     assert one(claims, "Beside AdaLoRA").verdict == "open"
 
 
+def test_drawn_subjects_and_photographs_are_told_apart():
+    photographs = set(SUBJECTS[:2])
+    found = [
+        replace(each, thing=0.9, place=0.9)
+        if each.subject not in photographs
+        else replace(each, place=0.5 if each.method.startswith("balanced") else 0.9)
+        for each in run(ours=0.7)
+    ]
+    claims = {claim.sentence: claim for claim in verdict.claims(found, METHODS)}
+    for rival in ("beside LoRA, rank 64,", "beside AdaLoRA (PEFT), cut to its bytes,"):
+        assert one(claims, f"On the 6 drawn subjects alone, {rival}").verdict == "holds"
+        told = one(claims, f"On the 2 photographs alone, {rival}")
+        assert told.verdict != "holds" and "its prompt score 0.400 lower" in told.sentence
+    assert not [sentence for sentence in said(ours=0.7) if "alone" in sentence], "of one kind"
+
+
 def test_what_the_sentences_rest_on_is_told():
     found = [each for each in run(ours=0.7) if each.method != "adalora" or each.seed == 0]
     assert report.markdown(found, METHODS).startswith("| | 8 subjects, seeds of each: 2 |")
@@ -192,6 +209,10 @@ def test_all_kept_records_are_of_one_run():
             asked = (method.kind, method.mode, method.entropy, method.of, method.to, method.part)
             keys = ("kind", "mode", "entropy", "of", "to", "part")
             assert asked == tuple(own["how"][key] for key in keys), f"{name}: another method now"
+            for key, made_from in (("of_how", method.of), ("to_how", method.to)):
+                if key in own["how"]:
+                    assert own["how"][key]["rate"] == rates[made_from]["rate"], name
+            assert ("of_how" in own["how"]) == bool(method.of), name
 
 
 def test_the_readme_says_what_the_records_say():

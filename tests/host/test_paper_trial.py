@@ -85,7 +85,7 @@ def test_the_allocator_takes_ranks_away(base: bases.Demo, study: subjects.Study,
 
 @pytest.fixture
 def bench(base: bases.Demo, tmp_path: Path) -> trial.Bench:
-    return trial.Bench(base, tmp_path, FEW, METHODS)
+    return trial.Bench(base, tmp_path, FEW, METHODS, RATES)
 
 
 def works_of(study: subjects.Study, *names: str) -> list[Work]:
@@ -100,7 +100,7 @@ def test_what_needs_a_training_that_failed_says_so(bench: trial.Bench, study: su
     made: dict[str, dict[str, Any]] = {}
     works = works_of(study, "balanced", "svd-64")
     assert working.do_all(
-        bench, works, RATES, float("inf"), lambda work, record, _: made.update({work.name: record})
+        bench, works, float("inf"), lambda work, record, _: made.update({work.name: record})
     )
     for name in ("balanced", "svd-64"):
         assert made[name]["failed"] == "fixed-64, which it needs, failed: The loss is no number."
@@ -119,7 +119,7 @@ def test_a_record_is_made_once_and_cuts_meet_their_size(
         made[work.name] = record
         told.append(work.name) if seconds else None
 
-    assert working.do_all(bench, works, RATES, float("inf"), tell)
+    assert working.do_all(bench, works, float("inf"), tell)
     assert sorted(told) == sorted(work.name for work in works)
     assert made[methods.BASE]["scores"].keys() == bench.base.parts.judges.keys()
     for name in sized:
@@ -127,7 +127,7 @@ def test_a_record_is_made_once_and_cuts_meet_their_size(
     assert made["svd-16"]["seconds"] == made["fixed-16"]["seconds"], "cutting costs nothing more"
     files = {file: file.stat().st_mtime_ns for file in (tmp_path / "records").rglob("*.*[!k]")}
     told.clear()
-    assert working.do_all(bench, works, RATES, float("inf"), tell) and not told
+    assert working.do_all(bench, works, float("inf"), tell) and not told
     assert files == {
         file: file.stat().st_mtime_ns for file in (tmp_path / "records").rglob("*.*[!k]")
     }
@@ -139,7 +139,7 @@ def test_a_record_is_made_once_and_cuts_meet_their_size(
     largest, work = works_of(study, "fixed-64", "balanced")
     bench.file(largest).with_suffix(".safetensors").unlink()
     bench.file(work).unlink()
-    assert working.do_all(bench, [work], RATES, float("inf"), tell)
+    assert working.do_all(bench, [work], float("inf"), tell)
     assert told == ["balanced"], "for its bytes a record is enough"
     other = replace(bench, plan=replace(FEW, steps=2))
     assert other.found(largest) is None, "another plan is another record"
@@ -147,9 +147,26 @@ def test_a_record_is_made_once_and_cuts_meet_their_size(
     assert bench.found(largest) is None
 
 
+def test_a_cut_is_made_anew_when_what_it_cuts_or_fits_is_made_otherwise(
+    bench: trial.Bench, study: subjects.Study
+):
+    names = ("svd-64", "svd-16", "balanced", "balanced-cut")
+    before = {work.name: bench._settings(work) for work in works_of(study, *names)}
+
+    def changed(name: str) -> set[str]:
+        other = replace(bench, rates={**RATES, name: RATE / 2})
+        works = works_of(study, *names)
+        return {work.name for work in works if other._settings(work) != before[work.name]}
+
+    assert changed("fixed-64") == {"svd-64"}, "its bytes stay the same, whatever it has learnt"
+    assert changed("fixed-16") == {"svd-16"}
+    assert changed("balanced") == {"balanced-cut"}
+    assert changed("adalora") == {"balanced-cut"}, "its bytes are what the ranks come to"
+
+
 def test_time_that_is_over_begins_nothing(bench: trial.Bench, study: subjects.Study):
     works = works_of(study, methods.BASE)
-    assert not working.do_all(bench, works, RATES, -1.0, lambda *_: None)
+    assert not working.do_all(bench, works, -1.0, lambda *_: None)
     assert bench.found(works[0]) is None
 
 
@@ -160,7 +177,7 @@ VARIANTS = sweep.variants(METHODS[methods.IN_RANKS])
 def test_every_variant_of_the_sweep_trains(
     base: bases.Demo, study: subjects.Study, tmp_path: Path, name: str
 ):
-    bench = trial.Bench(base, tmp_path, replace(FEW, prompts=1), VARIANTS)
+    bench = trial.Bench(base, tmp_path, replace(FEW, prompts=1), VARIANTS, {})
     record = bench.record(Work(study, name, 0, RATE))
     assert record["ranks"] and record["scores"]
     if name.startswith("svd"):
