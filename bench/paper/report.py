@@ -121,6 +121,8 @@ def _verdict(said: Sequence[verdict.Claim]) -> str:
 def markdown(found: Sequence[Result], methods: Mapping[str, Method]) -> str:
     """The verdict as a table for a README."""
     said = verdict.claims(found, methods)
+    if not said:
+        return f"No verdict: that takes records of {OURS} and of a fixed rank.\n"
     lines = [f"| {_SIGNS[claim.verdict]} | {claim.sentence} |" for claim in said]
     return "\n".join([f"| | {verdict.extent(found)} |", "| --- | --- |", *lines]) + "\n"
 

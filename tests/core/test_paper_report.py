@@ -130,6 +130,11 @@ def test_what_the_sentences_rest_on_is_told():
     assert "seeds of it" not in one(claims, "then SVD").sentence
 
 
+def test_without_what_a_verdict_is_about_there_is_none():
+    others = [each for each in run(ours=0.7) if each.method != "balanced"]
+    assert report.markdown(others, METHODS).startswith("No verdict: that takes records of balanced")
+
+
 def test_a_term_that_changes_nothing_is_no_proof():
     entropy = one(said(ours=0.7), "With the entropy term")
     assert entropy.verdict == "open" and "0.0000 higher" in entropy.sentence
