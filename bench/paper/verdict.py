@@ -154,14 +154,18 @@ def _by_kind(found: Sequence[Result], name: str, ours: str, label: str) -> list[
         "drawn subjects": [one for one in found if one.thing is not None],
         "photographs": [one for one in found if one.thing is None],
     }
+    shared = {
+        kind: results.by_subject(group, ours, likeness).keys()
+        & results.by_subject(group, name, likeness).keys()
+        for kind, group in kinds.items()
+    }
+    if not all(shared.values()):  # of one kind, or of the other not yet
+        return []
+    sized = ", cut to its bytes" if ours == SMALLER else ""
     said: list[Claim] = []
     for kind, group in kinds.items():
-        subjects = {one.subject for one in group if one.method == OURS}
-        if len(subjects) in (0, len({one.subject for one in found if one.method == OURS})):
-            return []
         gap, asked, told = _gaps(group, name, ours)
-        sized = ", cut to its bytes" if ours == SMALLER else ""
-        sentence = f"On the {len(subjects)} {kind} alone, beside {label}{sized}, {told}."
+        sentence = f"On the {len(shared[kind])} {kind} alone, beside {label}{sized}, {told}."
         said.append(Claim(both(no_worse(gap), asked), sentence))
     return said
 

@@ -120,6 +120,10 @@ def test_drawn_subjects_and_photographs_are_told_apart():
         told = one(claims, f"On the 2 photographs alone, {rival}")
         assert told.verdict != "holds" and "its prompt score 0.400 lower" in told.sentence
     assert not [sentence for sentence in said(ours=0.7) if "alone" in sentence], "of one kind"
+    cut = [one for one in found if one.method != "balanced-cut" or one.subject not in photographs]
+    unfinished = {claim.sentence: claim for claim in verdict.claims(cut, METHODS)}
+    assert [sentence for sentence in unfinished if "alone, beside LoRA" in sentence]
+    assert not [sentence for sentence in unfinished if "alone, beside AdaLoRA" in sentence]
 
 
 def test_what_the_sentences_rest_on_is_told():
