@@ -51,7 +51,7 @@ def summary(entry: Entry, watch: JobWatch, position: int | None, host: Host) -> 
     job = entry.job
     progress, rank = job.progress, job.config.rank
     # Before the steps: a run that waits or is over has no step to come that this would miss.
-    state, waits = str(entry.state), bool(getattr(progress, "waits", False))
+    state, waits = str(entry.state), progress.waits
     glance = watch.look()
     megabytes = rank.target_megabytes
     left = (job.config.steps - glance.step) * glance.pace if state == "running" else None

@@ -92,12 +92,12 @@ def _front_panel(
         place = (point.nbytes / 1e6, value(point))
         axis.annotate(rank, place, xytext=(0, -14), textcoords="offset points", ha="center",
                       fontsize=8, color=_FIXED)  # fmt: skip
-    cuts = iter("^v<>")
+    others = iter("^v<>")
     for name, point in points.items():
         method = methods[name]
         if method.mode == "fixed" or value(point) is None:
             continue
-        marker = _MARKERS.get(name) or next(cuts, "8")
+        marker = _MARKERS.get(name) or next(others, "8")
         ours = name == OURS
         axis.plot(
             point.nbytes / 1e6, value(point), marker, color=colour(name, method),

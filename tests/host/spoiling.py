@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import struct
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import torch
 from lora2_pack.lora2_core import lora_file
 from lora2_pack.lora2_core.network import Component
 from lora2_pack.lora2_core.targets import find_targets
+from lora2_pack.tests.core import toy
 from torch import Tensor
 
 HUGE = (1 << 31, 1 << 62, 1 << 63, 1 << 64, 10**30)
@@ -23,7 +25,7 @@ NAMES = (
 
 
 def noise(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))) / 10
+    return toy.noise(*shape, seed=sum(shape)) / 10
 
 
 def sound(model: Any) -> bytes:
@@ -87,23 +89,19 @@ def header_and_body(data: bytes) -> tuple[dict[str, Any], bytes]:
     return json.loads(data[8 : 8 + length]), data[8 + length :]
 
 
+def tensors_of(header: dict[str, Any]) -> list[str]:
+    return [key for key in header if key != "__metadata__"]
+
+
 def laid_out(header: dict[str, Any], body: bytes) -> bytes:
     """The file of these entries, whatever their places were."""
     end = 0
-    for key in [key for key in header if key != "__metadata__"]:
-        start, end = (
-            end,
-            end
-            + torch.Size(header[key]["shape"]).numel()
-            * (2 if header[key]["dtype"] == "F16" else 4),
-        )
-        header[key]["data_offsets"] = [start, end]
-    return packed(header, (body * (end // max(1, len(body)) + 1))[:end])
-
-
-def packed(header: Any, body: bytes) -> bytes:
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return struct.pack("<Q", len(text)) + text + body
+    for key in tensors_of(header):
+        entry = header[key]
+        size = math.prod(entry["shape"]) * (2 if entry["dtype"] == "F16" else 4)
+        entry["data_offsets"] = [end, end + size]
+        end += size
+    return toy.raw_file(header, (body * (end // max(1, len(body)) + 1))[:end])
 
 
 class Mutations:
@@ -134,7 +132,7 @@ class Mutations:
 
     def entry(self) -> bytes:
         header, body = header_and_body(self.sound)
-        key = self.chance.choice([key for key in header if key != "__metadata__"])
+        key = self.chance.choice(tensors_of(header))
         field = self.chance.choice(("shape", "dtype", "data_offsets", None))
         values = (
             [], [0], [-1, 3], [*HUGE], [self.chance.choice(HUGE)] * 2, [2.5, 1], ["a"], [[1]], 7,
@@ -145,34 +143,33 @@ class Mutations:
             header[key] = self.chance.choice(values)
         else:
             header[key][field] = self.chance.choice(values)
-        return packed(header, body)
+        return toy.raw_file(header, body)
 
     def overlap(self) -> bytes:
         header, body = header_and_body(self.sound)
-        keys = [key for key in header if key != "__metadata__"]
-        first, second = self.chance.sample(keys, 2)
+        first, second = self.chance.sample(tensors_of(header), 2)
         header[first]["data_offsets"] = list(header[second]["data_offsets"])
         if self.chance.random() < 0.5:
             header[first]["shape"] = list(header[second]["shape"])
             header[first]["dtype"] = header[second]["dtype"]
-        return packed(header, body)
+        return toy.raw_file(header, body)
 
     def shape(self) -> bytes:
         """Sound as a file, but not as a LoRA of this model."""
         header, body = header_and_body(self.sound)
-        key = self.chance.choice([key for key in header if key != "__metadata__"])
+        key = self.chance.choice(tensors_of(header))
         shape = header[key].get("shape") or [1]
         new = (
             shape[::-1], [1, *shape], [*shape, 1], [shape[0] * shape[-1]],
             [*shape[:-1], 1, shape[-1]],
         )  # fmt: skip
         header[key]["shape"] = self.chance.choice(new)
-        return packed(header, body)
+        return toy.raw_file(header, body)
 
     def resized(self) -> bytes:
         """Tensors that are larger, smaller or empty, and lie where their entries say."""
         header, body = header_and_body(self.sound)
-        chosen = self.chance.sample(sorted(header.keys() - {"__metadata__"}), 2)
+        chosen = self.chance.sample(sorted(tensors_of(header)), 2)
         for key in chosen:
             shape = header[key]["shape"] or [self.chance.choice((0, 2))]
             place = self.chance.randrange(len(shape))
@@ -183,33 +180,33 @@ class Mutations:
     def missing(self) -> bytes:
         """Some tensors fewer, and no trace of them."""
         header, body = header_and_body(self.sound)
-        keys = sorted(header.keys() - {"__metadata__"})
+        keys = sorted(tensors_of(header))
         for key in self.chance.sample(keys, self.chance.choice((1, 1, 2, len(keys) - 1))):
             del header[key]
         return laid_out(header, body)
 
     def names(self) -> bytes:
         header, body = header_and_body(self.sound)
-        key = self.chance.choice([key for key in header if key != "__metadata__"])
+        key = self.chance.choice(tensors_of(header))
         new = self.chance.choice((*NAMES, key.replace("down", "up"), key.replace("unet", "te1")))
         if self.chance.random() < 0.3:  # twice the same
             text = json.dumps(header).encode()
             text = text.replace(b"{", b"{" + json.dumps(key).encode() + b": 1, ", 1)
-            return packed(text, body)
+            return toy.raw_file(text, body)
         header = {new if name == key else name: value for name, value in header.items()}
-        return packed(header, body)
+        return toy.raw_file(header, body)
 
     def weights(self) -> bytes:
         header, body = header_and_body(self.sound)
         spoilt = bytearray(body)
-        key = self.chance.choice([key for key in header if key != "__metadata__"])
+        key = self.chance.choice(tensors_of(header))
         start = header[key]["data_offsets"][0]
         bad = {
             "F16": (b"\x00\x7e", b"\x00\x7c", b"\x00\xfc"),
             "F32": (b"\x00\x00\xc0\x7f", b"\x00\x00\x80\x7f", b"\x00\x00\x80\xff"),
         }[header[key]["dtype"]]
         spoilt[start : start + len(bad[0])] = self.chance.choice(bad)
-        return packed(header, bytes(spoilt))
+        return toy.raw_file(header, bytes(spoilt))
 
     def metadata(self) -> bytes:
         header, body = header_and_body(self.sound)
@@ -223,10 +220,10 @@ class Mutations:
                 {"modelspec.trigger_phrase": "\n\x1b[31m" * 50},
             )
         )  # fmt: skip
-        return packed(header, body)
+        return toy.raw_file(header, body)
 
     def text(self) -> bytes:
-        return packed(
+        return toy.raw_file(
             self.chance.choice(
                 (
                     b"{" * 9000, b"[" * 9000, b'{"a":' * 9000, b"\xff\xfe{", b"{}", b'{"a": NaN}',

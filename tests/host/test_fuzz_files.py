@@ -17,6 +17,7 @@ from lora2_pack.lora2_core import comfy_host, inspector, lora_header
 from lora2_pack.lora2_core.lora_cache import LoRACache
 from lora2_pack.lora2_core.lora_file import LoRAFileError
 from lora2_pack.lora2_core.shrink import Limits
+from lora2_pack.tests.core import toy
 from lora2_pack.tests.host import spoiling
 from lora2_pack.tests.host.demo import weights
 
@@ -98,7 +99,7 @@ def test_a_hundred_megabytes_of_metadata(model: Any, tmp_path: Path):
     header, body = spoiling.header_and_body(spoiling.sound(model))
     header["__metadata__"] = {"ss_tag_frequency": "x" * 100_000_000}
     path = tmp_path / "x.safetensors"
-    path.write_bytes(spoiling.packed(header, body))
+    path.write_bytes(toy.raw_file(header, body))
     del header, body
     with _little_memory():
         refused = _use(path, model)
@@ -112,7 +113,7 @@ def test_headers_that_would_swell_in_memory(tmp_path: Path, part: str):
     """Ten million bytes of lists would take a quarter of a billion once they are read."""
     path = tmp_path / "x.safetensors"
     count = 9_999_900 // len(part)
-    path.write_bytes(spoiling.packed(f'{{"a":[{part * count}0]}}'.encode(), b""))
+    path.write_bytes(toy.raw_file(f'{{"a":[{part * count}0]}}'.encode(), b""))
     started = time.process_time()
     with _little_memory(), pytest.raises(LoRAFileError, match="is not a safetensors file"):
         lora_header.read_header(path)
@@ -123,12 +124,12 @@ def test_headers_that_would_swell_in_memory(tmp_path: Path, part: str):
 def test_more_tensors_than_any_lora_has(model: Any, tmp_path: Path, end: str):
     path = tmp_path / "x.safetensors"
     entry = {"dtype": "F16", "shape": [0], "data_offsets": [0, 0]}
-    path.write_bytes(spoiling.packed({f"{n}{end}": entry for n in range(20_000)}, b""))
+    path.write_bytes(toy.raw_file({f"{n}{end}": entry for n in range(20_000)}, b""))
     started = time.process_time()
     with _little_memory():
         assert _use(path, model, cut=False)
     assert time.process_time() - started < 2 * MOST_SECONDS
-    path.write_bytes(spoiling.packed({f"{n}": entry for n in range(120_000)}, b""))
+    path.write_bytes(toy.raw_file({f"{n}": entry for n in range(120_000)}, b""))
     with _little_memory():
         assert "has more parts than any LoRA's" in _use(path, model)
 
