@@ -73,9 +73,9 @@ def _use_folders(directory: Path) -> None:
 
 async def _measure(folder: Path, seconds: float) -> dict[str, Any]:
     from aiohttp import web
-    from lora2_pack.lora2_core.job_queue import Origin
-    from lora2_pack.nodes import routes
+    from lora2_pack.lora2_core.jobs.queue import Origin
     from lora2_pack.nodes.background import job_queue
+    from lora2_pack.nodes.screen import routes
 
     import server
 
@@ -148,14 +148,15 @@ async def _rush(job: Any, url: str) -> dict[str, Any]:
 def _job(path: Path) -> Any:
     """A real job on a toy of SDXL's structure, with a checkpoint from which it goes on."""
     import toy_sdxl
-    from lora2_pack.lora2_core import checkpoint, run_log
-    from lora2_pack.lora2_core.checkpoint import Checkpoint
-    from lora2_pack.lora2_core.config import KeepConfig, TrainConfig
-    from lora2_pack.lora2_core.jobs import TrainingJob
-    from lora2_pack.lora2_core.network import AdaptiveRankNetwork
-    from lora2_pack.lora2_core.rank_config import RankConfig
-    from lora2_pack.lora2_core.targets import find_targets
-    from lora2_pack.lora2_core.trainer import Trainer
+    from lora2_pack.lora2_core.adapters.network import AdaptiveRankNetwork
+    from lora2_pack.lora2_core.adapters.targets import find_targets
+    from lora2_pack.lora2_core.config.ranks import RankConfig
+    from lora2_pack.lora2_core.config.train import KeepConfig, TrainConfig
+    from lora2_pack.lora2_core.files import checkpoint
+    from lora2_pack.lora2_core.files.checkpoint import Checkpoint
+    from lora2_pack.lora2_core.jobs.job import TrainingJob
+    from lora2_pack.lora2_core.jobs.log import pack_events
+    from lora2_pack.lora2_core.training.trainer import Trainer
 
     model = toy_sdxl.Model()
     rank = RankConfig.balanced(target_rank=8.0, max_rank=16, freeze_fraction=0.0)
@@ -168,7 +169,7 @@ def _job(path: Path) -> Any:
     kept.mkdir(parents=True)
     job = TrainingJob(network, task, None, config, path, base_hash="bench", checkpoints=kept)
     state = Trainer(network, task, config).state() | {"step": DONE}
-    events = run_log.pack(_events(network.ranks))
+    events = pack_events(_events(network.ranks))
     whole = {"trainer": state, "events": events, "samples": {}, "checkpointing": False}
     checkpoint.write(kept / f"{job.run}.safetensors", Checkpoint(job.run, DONE, str(path), whole))
     return job
@@ -178,7 +179,7 @@ def _events(ranks: Sequence[int]) -> list[Any]:
     """Steps 1 to DONE as a training tells them: a noisy loss, ranks that always move a little."""
     import random
 
-    from lora2_pack.lora2_core.trainer import StepEvent
+    from lora2_pack.lora2_core.training.trainer import StepEvent
 
     chance, now, events = random.Random(0), list(ranks), []
     for step in range(1, DONE + 1):

@@ -9,13 +9,23 @@ from typing import Any
 import comfy.ops
 import torch
 from comfy.ldm.modules.attention import BasicTransformerBlock, attention_pytorch
-from lora2_pack.lora2_core import comfy_host, demo_model, trainer
-from lora2_pack.lora2_core.config import TrainConfig
-from lora2_pack.lora2_core.dataset import Photo
-from lora2_pack.lora2_core.network import AdaptiveRankNetwork
-from lora2_pack.lora2_core.objective import CrossAttentionEntropy, Prediction, denoising_loss
-from lora2_pack.lora2_core.rank_config import RankConfig
-from lora2_pack.lora2_core.targets import PRESETS, find_targets
+from lora2_pack.lora2_core import comfy_host
+from lora2_pack.lora2_core.adapters.network import AdaptiveRankNetwork
+from lora2_pack.lora2_core.adapters.targets import PRESETS, find_targets
+from lora2_pack.lora2_core.adaptive_rank import denoising_loss
+from lora2_pack.lora2_core.config.ranks import RankConfig
+from lora2_pack.lora2_core.config.train import TrainConfig
+from lora2_pack.lora2_core.data.photos import Photo
+from lora2_pack.lora2_core.tiny_sdxl.model import (
+    SIZE,
+    UNET_CONFIG,
+    autoencoder_weights,
+    fill_seeded,
+    fill_trained,
+    text_configs,
+)
+from lora2_pack.lora2_core.training.objective import CrossAttentionEntropy, Prediction
+from lora2_pack.lora2_core.training.trainer import Trainer, train
 from torch import Tensor, nn
 
 RANK, BATCH, STEPS = 16, 2, 10_000  # the run is never finished: only its steps are timed
@@ -27,16 +37,14 @@ Step = Callable[[], Any]
 def demo_parts() -> tuple[Any, Any, Any]:
     """MODEL, CLIP and VAE of the demo."""
     with torch.inference_mode():
-        model, clip = comfy_host.build_sdxl(
-            demo_model.UNET_CONFIG, demo_model.text_configs(), demo_model.fill_trained
-        )
-        return model, clip, comfy_host.build_autoencoder(demo_model.autoencoder_weights())
+        model, clip = comfy_host.build_sdxl(UNET_CONFIG, text_configs(), fill_trained)
+        return model, clip, comfy_host.build_autoencoder(autoencoder_weights())
 
 
 def photos() -> list[Photo]:
     """Six pictures of noise: what they show costs nothing."""
     generator = torch.Generator().manual_seed(0)
-    size = demo_model.SIZE
+    size = SIZE
     return [
         Photo(torch.rand(size, size, 3, generator=generator), "a photo of sks cat")
         for _ in range(6)
@@ -47,7 +55,7 @@ def config(mode: str = "balanced", **changes: Any) -> TrainConfig:
     """The settings of every variant of ours; fp32, as CPUs train."""
     rank = RankConfig.for_mode(mode, target_rank=float(RANK))
     settings = {"steps": STEPS, "learning_rate": RATE, "batch_size": BATCH, "probes": 0}
-    common = {"resolution": demo_model.SIZE, "precision": "fp32", "rank": rank}
+    common = {"resolution": SIZE, "precision": "fp32", "rank": rank}
     return TrainConfig(**{**settings, **common, **changes})
 
 
@@ -61,7 +69,7 @@ def prepared(
 ) -> tuple[comfy_host.TrainingSetup, Step]:
     """A training of the pack, and a step of it."""
     setup = comfy_host.prepare_training(*parts, photos(), settings)
-    run = trainer.train(setup.network, setup.task, setup.config, setup.entropy)
+    run = train(setup.network, setup.task, setup.config, setup.entropy)
     return setup, lambda: next(run)
 
 
@@ -107,7 +115,7 @@ class Blocks(nn.Module):
             )
             for _ in range(2)
         )
-        demo_model.fill_seeded(self, seed=3)
+        fill_seeded(self, seed=3)
         self.requires_grad_(False)
         plain = lambda _, *args, **kwargs: attention_pytorch(*args, **kwargs)  # noqa: E731
         self.options = {"optimized_attention_override": plain}
@@ -142,11 +150,11 @@ class BlocksTask:
         assert state == {}
 
 
-def wide_trainer(settings: TrainConfig, model: Blocks) -> trainer.Trainer:
+def wide_trainer(settings: TrainConfig, model: Blocks) -> Trainer:
     """The trainer on the two blocks."""
     network = AdaptiveRankNetwork(model, find_targets(model), settings.rank, 0)
     cross = CrossAttentionEntropy([block.attn2 for block in model.blocks])
-    return trainer.Trainer(network, BlocksTask(model), settings, cross)
+    return Trainer(network, BlocksTask(model), settings, cross)
 
 
 def wide_ours(settings: TrainConfig) -> Step:

@@ -131,7 +131,7 @@ def _sparse(path: Path) -> float:
 
 
 def _inspect(folder: Path) -> dict[str, Any]:
-    from lora2_pack.lora2_core import inspector
+    from lora2_pack.lora2_core.reports import inspector
 
     # Made by a process of its own, and not looked at before: else what this one needs of memory
     # would be there already, and count as nothing.
@@ -151,14 +151,15 @@ def _inspect(folder: Path) -> dict[str, Any]:
 def _model() -> Any:
     """A U-Net of SDXL's widths, of the depth of its smallest relative, untrained, in fp16."""
     import torch
-    from lora2_pack.lora2_core import comfy_host, demo_model
+    from lora2_pack.lora2_core import comfy_host
+    from lora2_pack.lora2_core.tiny_sdxl.model import UNET_CONFIG, text_configs
 
-    config = dict(demo_model.UNET_CONFIG)
+    config = dict(UNET_CONFIG)
     config |= {
         "model_channels": 320, "channel_mult": (1, 2, 4), "context_dim": 2048,
         "adm_in_channels": 2816, "num_head_channels": 64, "num_heads": -1,
     }  # fmt: skip
-    text = demo_model.text_configs()
+    text = text_configs()
     torch.manual_seed(0)
 
     def fill(*modules: Any) -> None:
@@ -174,8 +175,8 @@ def _make(folder: Path) -> dict[str, Any]:
     """A LoRA of mixed ranks for all attention of that model."""
     import torch
     from lora2_pack.lora2_core import lora_file
-    from lora2_pack.lora2_core.component import Component
-    from lora2_pack.lora2_core.targets import find_targets
+    from lora2_pack.lora2_core.adapters.targets import find_targets
+    from lora2_pack.lora2_core.files.component import Component
 
     unet = _model().model.diffusion_model
     components = [
@@ -196,8 +197,8 @@ def _make(folder: Path) -> dict[str, Any]:
 
 def _ours(model: Any, path: Path) -> Any:
     from lora2_pack.lora2_core import comfy_host
-    from lora2_pack.lora2_core.lora_cache import LoRACache
-    from lora2_pack.lora2_core.shrink import Limits
+    from lora2_pack.lora2_core.config.load import Limits
+    from lora2_pack.lora2_core.resizing.recent import LoRACache
 
     opened = LoRACache().open(path, Limits())
     return comfy_host.apply_lora(
@@ -259,10 +260,11 @@ def _peak(load: Callable[[Any, Path], Any], folder: Path) -> float:
 def _resize(folder: Path) -> dict[str, Any]:
     """The whole of our resize against the mere SVDs of the other way."""
     import torch
-    from lora2_pack.lora2_core import lora_file, resize
-    from lora2_pack.lora2_core.component import Component
-    from lora2_pack.lora2_core.lora_source import LoRASource
-    from lora2_pack.lora2_core.shrink import Limits
+    from lora2_pack.lora2_core import lora_file
+    from lora2_pack.lora2_core.config.load import Limits
+    from lora2_pack.lora2_core.files.component import Component
+    from lora2_pack.lora2_core.resizing.resize import resize_file
+    from lora2_pack.lora2_core.resizing.source import LoRASource
 
     torch.set_num_threads(2)
     generator = torch.Generator().manual_seed(0)
@@ -276,7 +278,7 @@ def _resize(folder: Path) -> dict[str, Any]:
     target = folder / "b.safetensors"
 
     def ours() -> None:
-        resize.resize(source, target, Limits(energy=0.95))
+        resize_file(source, target, Limits(energy=0.95))
 
     def full() -> None:
         with LoRASource(source) as opened:
@@ -292,7 +294,7 @@ def _resize(folder: Path) -> dict[str, Any]:
     missed = 0.0
     for share in (0.2, 0.5, 0.8):
         limit = source.stat().st_size * share / 1e6
-        size = resize.resize(source, target, Limits(megabytes=limit)).after / 1e6
+        size = resize_file(source, target, Limits(megabytes=limit)).after / 1e6
         if size > limit:
             raise RuntimeError(f"{size} MB were written where {limit} were allowed")
         missed = max(missed, 1 - size / limit)

@@ -157,7 +157,7 @@ def _run_of(name: str) -> Callable[[], Any]:
 
 
 def _ranks(cap: int | None, mean: int | None) -> Any:
-    from lora2_pack.lora2_core.rank_config import RankConfig
+    from lora2_pack.lora2_core.config.ranks import RankConfig
 
     return RankConfig.balanced(max_rank=cap, target_rank=float(mean or 0))
 
@@ -170,7 +170,7 @@ def _steps(step: Callable[[], Any]) -> None:
 def _state_megabytes(optimizer: str) -> float:
     """What the optimizer of A and B remembers, at rank 64 on the two blocks."""
     import contestants
-    from lora2_pack.lora2_core.config import OptimizerConfig
+    from lora2_pack.lora2_core.config.train import OptimizerConfig
 
     choice = OptimizerConfig(name=optimizer)  # type: ignore[arg-type]
     settings = contestants.config(batch_size=1, rank=_ranks(64, 64), optimizer=choice)

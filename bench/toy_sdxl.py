@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lora2_pack.lora2_core.objective import Prediction
+from lora2_pack.lora2_core.training.objective import Prediction
 from torch import Tensor, nn
 
 WIDTH, CONTEXT = 16, 24

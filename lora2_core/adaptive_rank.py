@@ -146,3 +146,23 @@ def _as_float(nu: Tensor) -> Tensor:
 def _check_mode(mode: str) -> None:
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}; choose one of {', '.join(MODES)}.")
+
+
+def denoising_loss(value: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+    """L_MSE = (1/N) Σ ‖ε̂ − ε‖²; eq. 11, with ‖·‖² read as the mean over an image's elements.
+
+    The mean is what the DreamBooth trainers use on which the paper builds; with the sum, λ_r and
+    λ_e of 1e-4 would be 65,536 times weaker at 1024 px. Both: (batch, …). Where ``weight`` is 0
+    an element counts as met. Returns an fp32 scalar.
+    """
+    squares = (value.float() - target.float()).square()
+    return (squares if weight is None else squares * weight).mean()
+
+
+def gaussian_prior(value: Tensor, mean: float, std: float) -> Tensor:
+    """−Σ log N(value; mean, std) / N(value; value, 1), a term of eq. 9 as a loss.
+
+    = Σ (value − mean)² / (2 std²) + n log std; the constants of the two densities cancel.
+    """
+    squares = (value.float() - mean).square().sum() / (2 * std * std)
+    return squares + value.numel() * math.log(std)

@@ -2,21 +2,16 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from ..lora2_core import shutdown
-from . import routes
+from ..lora2_core.jobs import shutdown
 from .demo import LoRA2DemoModel
 from .images import LoRA2ImageFolder
 from .inspect import LoRA2InspectRanks
 from .load import LoRA2Load
 from .load_options import LoRA2LoadOptions
-from .options import (
-    LoRA2DataOptions,
-    LoRA2OptimizerOptions,
-    LoRA2RankOptions,
-    LoRA2SafetyOptions,
-)
+from .options import LoRA2DataOptions, LoRA2OptimizerOptions, LoRA2RankOptions, LoRA2SafetyOptions
 from .resize import LoRA2Merge, LoRA2Resize
 from .score import LoRA2Score
+from .screen import routes
 from .train import LoRA2Train
 
 

@@ -3,8 +3,8 @@
 from functools import cache
 
 from ..lora2_core import comfy_host
-from ..lora2_core.job_queue import JobQueue
-from ..lora2_core.job_store import JobStore
+from ..lora2_core.jobs.queue import JobQueue
+from ..lora2_core.jobs.store import JobStore
 
 
 @cache

@@ -11,9 +11,9 @@ from ..lora2_core import comfy_host
 
 CATEGORY = "LoRA²"
 
-# The value is a lora2_core.jobs.TrainedLoRA.
+# The value is a lora2_core.jobs.job.TrainedLoRA.
 LoRA2Socket = io.Custom("LORA2")
-# The value is a lora2_core.presets.Options.
+# The value is a lora2_core.config.presets.Options.
 OptionsSocket = io.Custom("LORA2_OPTIONS")
 
 

@@ -2,7 +2,13 @@
 
 from comfy_api.latest import io
 
-from ..lora2_core import comfy_host, demo_model
+from ..lora2_core import comfy_host
+from ..lora2_core.tiny_sdxl.model import (
+    UNET_CONFIG,
+    autoencoder_weights,
+    fill_trained,
+    text_configs,
+)
 from .common import CATEGORY
 
 
@@ -29,8 +35,6 @@ class LoRA2DemoModel(io.ComfyNode):
 
     @classmethod
     def execute(cls) -> io.NodeOutput:
-        model, clip = comfy_host.build_sdxl(
-            demo_model.UNET_CONFIG, demo_model.text_configs(), demo_model.fill_trained
-        )
-        vae = comfy_host.build_autoencoder(demo_model.autoencoder_weights())
+        model, clip = comfy_host.build_sdxl(UNET_CONFIG, text_configs(), fill_trained)
+        vae = comfy_host.build_autoencoder(autoencoder_weights())
         return io.NodeOutput(model, clip, vae)

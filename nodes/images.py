@@ -4,7 +4,8 @@ from pathlib import Path
 
 from comfy_api.latest import io
 
-from ..lora2_core import comfy_host, dataset
+from ..lora2_core import comfy_host
+from ..lora2_core.data.photos import load_folder
 from .common import CATEGORY, advanced
 
 _PHOTOS = Path(__file__).parent.parent / "photos"
@@ -74,7 +75,7 @@ class LoRA2ImageFolder(io.ComfyNode):
 
     @classmethod
     def execute(cls, folder: str, path: str = "") -> io.NodeOutput:
-        return io.NodeOutput(*dataset.load_folder(_resolve(folder, path)))
+        return io.NodeOutput(*load_folder(_resolve(folder, path)))
 
 
 def _choices() -> list[str]:

@@ -7,9 +7,12 @@ from typing import Any
 from comfy_api.latest import io, ui
 from PIL import Image
 
-from ..lora2_core import comfy_host, comparison, inspector, lora_file, made_for, report
-from ..lora2_core.inspector import FileReport
-from ..lora2_core.jobs import TrainedLoRA
+from ..lora2_core import comfy_host, lora_file
+from ..lora2_core.files.model_family import guess_family
+from ..lora2_core.jobs.job import TrainedLoRA
+from ..lora2_core.reports import comparison, inspector
+from ..lora2_core.reports.inspector import FileReport
+from ..lora2_core.reports.report import training_picture
 from .common import CATEGORY, NO_LORA, LoRA2Socket, advanced, fingerprint, to_image
 from .load import MORE
 
@@ -116,7 +119,7 @@ def _report_of(trained: TrainedLoRA, measure: bool) -> FileReport:
     metadata = trained.file.metadata
     there = trained.path.is_file()
     nbytes = trained.path.stat().st_size if there else sum(c.nbytes for c in trained.components)
-    made = made_for.made_for(inputs, metadata)
+    made = guess_family(inputs, metadata)
     return FileReport(trained.path.name, nbytes, trained.components, metadata, made)
 
 
@@ -128,4 +131,4 @@ def _picture(reports: list[FileReport], trained: TrainedLoRA | None) -> Image.Im
     if trained is None:
         return reports[0].picture()
     subtitle = lora_file.headline(trained.file.metadata)
-    return report.training_picture(trained.components, trained.history, trained.path.stem, subtitle)
+    return training_picture(trained.components, trained.history, trained.path.stem, subtitle)

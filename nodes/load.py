@@ -5,9 +5,10 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ..lora2_core import comfy_host
-from ..lora2_core.lora_cache import LoRACache
+from ..lora2_core.resizing.recent import LoRACache
 from .common import CATEGORY, NO_LORA, fingerprint
-from .load_options import LoadOptions, LoadOptionsSocket, strength
+from .load_options import LoadOptions, LoadOptionsSocket
+from .widgets.limits import strength
 
 MORE = (2, 3, 4)  # files beside the first
 _cache = LoRACache()

@@ -4,7 +4,9 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..lora2_core.config import (
+from ..lora2_core.config.presets import AUTO, Options
+from ..lora2_core.config.ranks import GROUPS
+from ..lora2_core.config.train import (
     DataConfig,
     KeepConfig,
     ObjectiveConfig,
@@ -12,10 +14,8 @@ from ..lora2_core.config import (
     SampleConfig,
     TextConfig,
 )
-from ..lora2_core.presets import AUTO, Options
-from ..lora2_core.rank_config import GROUPS
-from . import option_widgets as widgets
 from .common import CATEGORY, OptionsSocket
+from .widgets import options as widgets
 
 
 class LoRA2DataOptions(io.ComfyNode):

@@ -5,10 +5,11 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..lora2_core import comfy_host, resize
+from ..lora2_core import comfy_host
+from ..lora2_core.resizing.resize import Resized, merge_files, resize_file
 from .background import job_queue
 from .common import CATEGORY, NO_LORA, fingerprint
-from .load_options import limit_widgets, limits_of
+from .widgets.limits import limit_widgets, limits_of
 
 _COUNT = 4
 
@@ -45,7 +46,7 @@ class LoRA2Resize(io.ComfyNode):
     def execute(cls, lora_name: str, file_name: str, **options: Any) -> io.NodeOutput:
         limits = limits_of(options)
         source = comfy_host.lora_path(lora_name)
-        return _told(resize.resize(source, _target(file_name), limits))
+        return _told(resize_file(source, _target(file_name), limits))
 
 
 class LoRA2Merge(io.ComfyNode):
@@ -98,7 +99,7 @@ class LoRA2Merge(io.ComfyNode):
         ]
         if not any(weight for _, weight in sources):
             raise ValueError("Every weight is 0; nothing would be left. Choose a weight above 0.")
-        return _told(resize.merge(sources, _target(file_name), limits_of(options)))
+        return _told(merge_files(sources, _target(file_name), limits_of(options)))
 
 
 def _file_name(default: str) -> io.Input:
@@ -120,6 +121,6 @@ def _target(file_name: str) -> Path:
     return comfy_host.new_lora_path(file_name, job_queue().paths())
 
 
-def _told(found: resize.Resized) -> io.NodeOutput:
+def _told(found: Resized) -> io.NodeOutput:
     text = found.text()
     return io.NodeOutput(str(found.path), text, ui=ui.PreviewText(text))

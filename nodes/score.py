@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from comfy_api.latest import io, ui
 
-from ..lora2_core import comfy_host, scoring, vision
-from ..lora2_core import demo_judges as demo
+from ..lora2_core import comfy_host
+from ..lora2_core.reports import scoring, vision
+from ..lora2_core.tiny_sdxl.judges import likeness_judges
 from .common import CATEGORY, to_pictures
 
 
@@ -84,7 +85,7 @@ class LoRA2Score(io.ComfyNode):
             judges = [judge for judge in judges if judge.metric != "CLIP-T"]
         judges += map(comfy_host.clip_vision_judge, clip_vision or [])
         if demo_judges and demo_judges[0]:
-            judges += demo.likeness_judges()
+            judges += likeness_judges()
         subject = scoring.Subject("subject", to_pictures(real), by_prompt)
         found = scoring.score([subject], judges)
         text = scoring.table(found)

@@ -8,19 +8,25 @@ from typing import Any
 import torch
 from comfy_api.latest import io, ui
 
-from ..lora2_core import comfy_host, estimate, lora_file, memory_advice, report
-from ..lora2_core.config import TrainConfig
-from ..lora2_core.dataset import Photo, check_photos
-from ..lora2_core.job_queue import Origin
-from ..lora2_core.jobs import TrainedLoRA, TrainingJob
-from ..lora2_core.presets import AS_SET, build_config, replaced
-from ..lora2_core.prompt_graph import base_of, needed_by
-from . import routes, train_widgets
+from ..lora2_core import comfy_host, lora_file
+from ..lora2_core.config.presets import AS_SET, build_config, replaced
+from ..lora2_core.config.train import TrainConfig
+from ..lora2_core.data.photos import Photo, check_photos
+from ..lora2_core.jobs.job import TrainedLoRA, TrainingJob
+from ..lora2_core.jobs.queue import Origin
+from ..lora2_core.jobs.sampling import StripFile
+from ..lora2_core.reports.report import training_picture
+from ..lora2_core.reports.strip import strip_png
+from ..lora2_core.training import memory
+from ..lora2_core.training.estimate import size
 from .background import job_queue
 from .common import CATEGORY, LoRA2Socket, advanced, to_image
+from .prompt_graph import base_of, needed_by
+from .screen import routes
 from .train_notes import Notes
-from .train_widgets import BACKGROUND, WAIT
 from .waiting import wait_for
+from .widgets import train as train_widgets
+from .widgets.train import BACKGROUND, WAIT
 
 # Widgets that are no settings of the run itself.
 _OF_THE_NODE = (
@@ -149,8 +155,8 @@ def _about_run(setup: comfy_host.TrainingSetup) -> Iterator[str]:
     needed = expected.learning + expected.activations  # the model is there by now
     free = comfy_host.free_memory()
     if needed > free:
-        ways = memory_advice.suggestions(setup.config, needed, free)
-        text = f"That may be too much: {estimate.size(free)} are free for {estimate.size(needed)}."
+        ways = memory.suggestions(setup.config, needed, free)
+        text = f"That may be too much: {size(free)} are free for {size(needed)}."
         help_ = f" What would help: {'; or '.join(way.text for way in ways)}." if ways else ""
         yield text + help_
 
@@ -173,7 +179,7 @@ def _job(
         data_hash=setup.data_hash,
         checkpoints=comfy_host.checkpoint_folder(),
         painter=setup.painter,
-        strip_path=comfy_host.strip_path(path),
+        strip=StripFile(comfy_host.strip_path(path), strip_png),
         enable_checkpointing=setup.enable_checkpointing,
         busy=busy,
     )
@@ -183,9 +189,7 @@ def _outputs(cls: type[io.ComfyNode], model: Any, clip: Any, trained: TrainedLoR
     path = trained.path
     patched = comfy_host.apply_state(model, clip, trained.file.state, 1.0, 1.0, path.name)
     headline = lora_file.headline(trained.file.metadata)
-    picture = to_image(
-        report.training_picture(trained.components, trained.history, path.stem, headline)
-    )
+    picture = to_image(training_picture(trained.components, trained.history, path.stem, headline))
     shown = ui.PreviewImage(picture, cls=cls)
     state = dict(trained.file.state)
     return io.NodeOutput(*patched, trained, str(path), picture, state, ui=shown)

@@ -2,7 +2,7 @@
 
 import logging
 
-from . import routes
+from .screen import routes
 
 
 class Notes:

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from ...lora2_core import vision
-from . import (
+from ...lora2_core.reports import vision
+from . import (  # fmt: skip
     archive,
     methods,
     plan,
@@ -30,7 +30,7 @@ from . import (
     table_a1,
     tuning,
     working,
-)  # fmt: skip
+)
 from .bases import Base, Demo
 from .checkpoints import Checkpoint
 from .methods import BASE, OWN, Method

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ...lora2_core import atomic_file
+from ...lora2_core.files.atomic import replacing
 from ...tools.tiny_sdxl.figures import write_json
 
 Record = dict[str, Any]
@@ -26,7 +26,7 @@ def write(folder: Path, file: Path) -> int:
     lines = [_packed(record, shared, names) for record in records]
     text = [_json({"shared": shared, "components": names}), *map(_json, lines)]
     file.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file.replacing(file) as out:
+    with replacing(file) as out:
         out.write(("\n".join(text) + "\n").encode())
     return len(lines)
 

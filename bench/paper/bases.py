@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ...lora2_core import scoring
+from ...lora2_core.reports import scoring
 from ...tools.tiny_sdxl.evaluation import load_parts
 from ...tools.tiny_sdxl.latents import to_pixels
 from ...tools.tiny_sdxl.painting import Painter

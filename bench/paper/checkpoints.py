@@ -11,8 +11,10 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from ...lora2_core import comfy_host, scoring, targets, vision
-from ...lora2_core.scoring import Judge, Subject
+from ...lora2_core import comfy_host
+from ...lora2_core.adapters.targets import find_targets
+from ...lora2_core.reports import scoring, vision
+from ...lora2_core.reports.scoring import Judge, Subject
 from ...tools.tiny_sdxl.grids import to_pictures
 from ...tools.tiny_sdxl.painting import Painter, Sampling
 from ...tools.tiny_sdxl.personalising import Parts, fingerprint
@@ -55,7 +57,7 @@ class Checkpoint:
             raise ValueError(f"{file.name} holds no {' and no '.join(lacks)}; give a checkpoint.")
         comfy_host.check_model(model)
         kind = type(model.model.model_config).__name__
-        found = targets.find_targets(model.model.diffusion_model)
+        found = find_targets(model.model.diffusion_model)
         parts = Parts(model, clip_model, vae, {}, Sampling(steps=30, guidance=5.0))
         return cls(
             parts,

@@ -5,7 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ...lora2_core import factors, lora_file, lora_format, lora_source, resize, shrink
+from ...lora2_core import lora_file
+from ...lora2_core.config.load import Limits
+from ...lora2_core.files.component import column_energies, decompose
+from ...lora2_core.files.encode import encode, to_state
+from ...lora2_core.resizing.resize import resize_file
+from ...lora2_core.resizing.source import LoRASource
 
 ROUNDS = 40  # of halving the share that is kept
 
@@ -13,8 +18,8 @@ ROUNDS = 40  # of halving the share that is kept
 def cut(source: Path, target: Path, megabytes: float, how: str) -> dict[str, float]:
     """Write ``source`` within a size: by one SVD over all layers, or by each layer's own."""
     if how == "svd":
-        limits = shrink.Limits(megabytes=megabytes, order="svd")
-        resize.resize(source, target, limits)
+        limits = Limits(megabytes=megabytes, order="svd")
+        resize_file(source, target, limits)
     else:
         _by_each_layer(source, target, int(megabytes * 1e6))
     components, _ = lora_file.inspect(target)
@@ -25,17 +30,17 @@ def cut(source: Path, target: Path, megabytes: float, how: str) -> dict[str, flo
 def _by_each_layer(source: Path, target: Path, limit: int) -> None:
     """As kohya's resize script does with ``sv_fro``: every layer keeps the fewest columns that
     hold a share of its own Frobenius norm; here the largest share that fits into ``limit``."""
-    with lora_source.LoRASource(source) as opened:
-        found = [factors.decompose(opened.component(key)) for key in opened.keys]
+    with LoRASource(source) as opened:
+        found = [decompose(opened.component(key)) for key in opened.keys]
         metadata = dict(opened.metadata)
-    norms = [factors.energies(component).cumsum(0).sqrt() for component in found]  # (rank,) each
+    norms = [column_energies(component).cumsum(0).sqrt() for component in found]  # (rank,) each
     low, high = 0.0, 1.0
     best: list[Any] | None = None
     for _ in range(ROUNDS):
         share = (low + high) / 2
         ranks = [int((norm < share * norm[-1]).sum()) + 1 if len(norm) else 0 for norm in norms]
         kept = [component.first(rank) for component, rank in zip(found, ranks, strict=True)]
-        if len(lora_format.encode(lora_format.to_state(kept), metadata)) <= limit:
+        if len(encode(to_state(kept), metadata)) <= limit:
             low, best = share, kept
         else:
             high = share

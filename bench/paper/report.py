@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...lora2_core import atomic_file
+from ...lora2_core.files.atomic import replacing
 from . import plots, results, verdict
 from .methods import BASE, OURS, OWN, Method
 from .results import Result, Value
@@ -75,7 +75,7 @@ def write(found: Sequence[Result], methods: Mapping[str, Method], about: str, fo
         f"content='width=device-width'><title>LoRA² benchmark</title><style>{_CSS}</style>{body}"
     )
     target = folder / "index.html"
-    with atomic_file.replacing(target) as out:
+    with replacing(target) as out:
         out.write(page.encode())
     return target
 

@@ -11,7 +11,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ...lora2_core import comfy_host, lora_format, objective, optimizers, targets, trainer
+from ...lora2_core import comfy_host
+from ...lora2_core.adapters.targets import PRESETS
+from ...lora2_core.adaptive_rank import denoising_loss
+from ...lora2_core.files.encode import kohya_key
+from ...lora2_core.training.optimizers import schedule_factor
+from ...lora2_core.training.trainer import _NOISE_SEED
 from ...tools.tiny_sdxl.personalising import Parts, prepare
 from ...tools.tiny_sdxl.subjects import View
 from .methods import Method
@@ -31,14 +36,14 @@ def train(
         weight.data = weight.data.float()  # PEFT makes them in the base's precision
         weight.requires_grad_(True)
     optimizer = torch.optim.AdamW(weights, config.learning_rate, weight_decay=0.0)
-    generator = torch.Generator().manual_seed(config.seed ^ trainer._NOISE_SEED)
+    generator = torch.Generator().manual_seed(config.seed ^ _NOISE_SEED)
     losses: list[float] = []
     started = time.perf_counter()
     for step in range(1, config.steps + 1):
-        factor = optimizers.schedule_factor(config.schedule, step, config.steps, None)
+        factor = schedule_factor(config.schedule, step, config.steps, None)
         optimizer.param_groups[0]["lr"] = config.learning_rate * factor
         said = task.predict(task.draw(generator, config.batch_size))
-        loss = objective.denoising_loss(said.value, said.target)
+        loss = denoising_loss(said.value, said.target)
         (loss + _regulariser(unet, method)).backward()
         optimizer.step()
         allocate(step)  # reads the gradients
@@ -68,7 +73,7 @@ def _inject(unet: nn.Module, method: Method, config: Any) -> Callable[[int], Non
     from peft import AdaLoraConfig, LoraConfig, inject_adapter_in_model
     from peft.tuners.adalora import AdaLoraModel
 
-    pattern = ".*" + targets.PRESETS["attention"]
+    pattern = ".*" + PRESETS["attention"]
     torch.manual_seed(config.seed)
     if method.mode == "dora":
         rank = method.rank["r"]
@@ -104,7 +109,7 @@ def _regulariser(unet: nn.Module, method: Method) -> Tensor | float:
 @torch.no_grad()
 def write(unet: nn.Module, method: Method, file: Path) -> list[int]:
     """Write what was learnt as any loader reads it; returns the ranks."""
-    key, state, ranks = lora_format.kohya_key, dict[str, Tensor](), list[int]()
+    key, state, ranks = kohya_key, dict[str, Tensor](), list[int]()
     for name, layer in unet.named_modules():
         if ADAPTER not in getattr(layer, "lora_A", {}):
             continue

@@ -14,9 +14,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ...lora2_core import config, lora_file, rank_budget
-from ...lora2_core.rank_config import RankConfig
-from ...lora2_core.trainer import TrainingError
+from ...lora2_core import lora_file
+from ...lora2_core.adapters.budget import HEADROOM
+from ...lora2_core.config.ranks import RankConfig
+from ...lora2_core.config.train import TrainConfig
+from ...lora2_core.training.trainer import TrainingError
 from ...tools.tiny_sdxl.figures import write_json
 from ...tools.tiny_sdxl.grids import read_strip, write_strip
 from ...tools.tiny_sdxl.latents import to_pixels
@@ -120,7 +122,7 @@ class Bench:
         if method.mode in ("balanced", "paper"):
             how["rank"] = asdict(RankConfig.for_mode(method.mode, **method.rank))
         if method.kind == "ours" and method.to:
-            how["room"] = rank_budget.HEADROOM
+            how["room"] = HEADROOM
         for key, other in (("of", method.of), ("to", method.to)):
             # A fixed rank takes the same bytes whatever it has learnt.
             if other and (key == "of" or self.methods[other].mode != "fixed"):
@@ -188,12 +190,10 @@ class Bench:
         }
 
 
-def training_config(
-    method: Method, base: Base, plan: Plan, seed: int, rate: float
-) -> config.TrainConfig:
+def training_config(method: Method, base: Base, plan: Plan, seed: int, rate: float) -> TrainConfig:
     """The ``TrainConfig`` of a method; of a rival only what is not about ranks counts."""
     mode, ranks = ("fixed", {}) if method.kind == "peft" else (method.mode, method.rank)
-    return config.TrainConfig(
+    return TrainConfig(
         steps=plan.steps,
         learning_rate=rate,
         batch_size=plan.batch,

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...lora2_core import adaptive_rank, rank_budget
-from ...lora2_core.network import AdaptiveRankNetwork
+from ...lora2_core import adaptive_rank
+from ...lora2_core.adapters import budget as rank_budget
+from ...lora2_core.adapters.network import AdaptiveRankNetwork
 
 _START_RANK = 9.0  # of the run that "Λ over f₁ at the start" is for
 

@@ -5,7 +5,6 @@ model patches, and resolves every path a user names.
 """
 
 from .applying import Applied, apply_lora, apply_state
-from .blocking import blocked
 from .encoding import Encoder
 from .errors import HostError
 from .judging import clip_vision_judge, judge_folder
@@ -22,8 +21,8 @@ from .paths import (
     new_lora_path,
     strip_path,
 )
-from .running import deaf_to_cancel, free_memory, progress_bar, raise_if_cancelled
-from .training import TrainingSetup, prepare_training
+from .prepare import TrainingSetup, prepare_training
+from .running import blocked, deaf_to_cancel, free_memory, progress_bar, raise_if_cancelled
 
 __all__ = [
     "Applied",

@@ -14,11 +14,13 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from .. import lora_format, lora_keys, made_for
-from ..load_config import WAYS, Strengths
+from ..config.load import WAYS, Strengths
+from ..files.encode import understood_metadata
+from ..files.keys import Parts, parse_keys
+from ..files.model_family import guess_family, misfit, unknown_components
 from . import bypass, fitting
 from .errors import HostError
-from .model_keys import family_of, known_base_hash, layer_names
+from .fitting import family_of, known_base_hash, layer_names
 
 _EVEN = Strengths()
 
@@ -68,7 +70,7 @@ def apply_lora(
         raise HostError(f"apply_as is {way!r}; choose one of {', '.join(WAYS)}.")
     every = layer_names(model, clip)
     state = comfy.lora_convert.convert_lora(fitting.in_known_names(state, every))
-    parts = lora_keys.split(state)
+    parts = parse_keys(state)
     if parts.lonely:
         raise HostError(f"{source} is damaged: {parts.lonely[0][:80]} lacks its other half.")
     names = _asked_for(every, parts)
@@ -127,7 +129,7 @@ def _weight(key: Any) -> str:
     return key if isinstance(key, str) else key[0]
 
 
-def _asked_for(names: dict[str, Any], parts: lora_keys.Parts) -> dict[str, Any]:
+def _asked_for(names: dict[str, Any], parts: Parts) -> dict[str, Any]:
     """Of all names of layers those that the file has: ComfyUI tries every kind of patch on each."""
     if parts.unknown:  # of a kind that this pack cannot tell
         return names
@@ -136,7 +138,7 @@ def _asked_for(names: dict[str, Any], parts: lora_keys.Parts) -> dict[str, Any]:
 
 def _misfit(
     state: Mapping[str, Tensor],
-    parts: lora_keys.Parts,
+    parts: Parts,
     metadata: Mapping[str, str] | None,
     model: ModelPatcher,
     source: str,
@@ -149,11 +151,11 @@ def _misfit(
         return (
             f"{source} fits no layer of this model, {family_of(model).text}; choose a LoRA for it."
         )
-    return made_for.misfit(source, made_for.made_for(inputs, metadata or {}), family_of(model))
+    return misfit(source, guess_family(inputs, metadata or {}), family_of(model))
 
 
 def _unknown(
-    parts: lora_keys.Parts,
+    parts: Parts,
     patches: Mapping[Any, Any],
     names: Mapping[str, Any],
     source: str,
@@ -166,10 +168,10 @@ def _unknown(
     missing = [name for name in found if name not in names]
     if not with_clip:  # those of the text encoders are no mistake
         missing = [name for name in missing if not name.startswith(("lora_te", "text_encoder"))]
-    return made_for.unknown(source, missing, len(found))
+    return unknown_components(source, missing, len(found))
 
 
-def _unread(parts: lora_keys.Parts, patches: Mapping[Any, Any], source: str) -> str:
+def _unread(parts: Parts, patches: Mapping[Any, Any], source: str) -> str:
     """What is said of tensors that neither this pack nor ComfyUI can tell the meaning of."""
     if not parts.unknown:
         return ""
@@ -184,7 +186,7 @@ def _unread(parts: lora_keys.Parts, patches: Mapping[Any, Any], source: str) -> 
 
 def _other_base(model: ModelPatcher, metadata: Mapping[str, str], source: str) -> str:
     """What is said where both know their base and it is not the same."""
-    metadata = lora_format.understood(metadata)
+    metadata = understood_metadata(metadata)
     try:
         precision = json.loads(metadata.get("lora2.config", "{}")).get("precision", "")
     except (ValueError, AttributeError, RecursionError):  # somebody else's words

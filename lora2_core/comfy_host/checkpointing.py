@@ -16,7 +16,7 @@ from comfy.ldm.modules.attention import BasicTransformerBlock, SpatialTransforme
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..objective import CrossAttentionEntropy
+from ..training.objective import CrossAttentionEntropy
 from .running import deaf_to_cancel
 
 Level = Literal["block", "transformer"]

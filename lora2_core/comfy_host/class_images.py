@@ -7,9 +7,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..config import TrainConfig
-from ..dataset import Photo, Sample, cut
-from ..disk_cache import TensorCache, content_key
+from ..config.train import TrainConfig
+from ..data.cache import TensorCache, content_key
+from ..data.cropping import cut
+from ..data.photos import Photo
+from ..data.samples import Sample
 from .encoding import Encoder
 from .painting import Painter
 from .running import raise_if_cancelled

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..dataset import Crop, Sample, Text
-from ..disk_cache import TensorCache, content_key
-from ..network import fingerprint
+from ..data.cache import TensorCache, content_key, weights_hash
+from ..data.cropping import Crop
+from ..data.samples import Sample, Text
 from .errors import HostError
 
 SIZES = 1536  # numbers of SDXL's embedding of original size, offset and trained size
@@ -28,11 +28,11 @@ class Encoder:
 
     def __init__(self, base: comfy.model_base.BaseModel, clip: Any, vae: Any, cache: TensorCache):
         self.base, self.clip, self.vae, self.cache = base, clip, vae, cache
-        self._vae_hash = fingerprint(vae.first_stage_model)
+        self._vae_hash = weights_hash(vae.first_stage_model)
         # While a patched clone of this CLIP is resident the weights are that clone's. With its own
         # patches in them their hash is the same tomorrow, which the id of the patches is not.
         comfy.model_management.load_models_gpu([clip.patcher], force_full_load=True)
-        self._clip_hash = fingerprint(clip.cond_stage_model) + str(clip.layer_idx)
+        self._clip_hash = weights_hash(clip.cond_stage_model) + str(clip.layer_idx)
         self.texts: dict[str, Text] = {}  # all that were asked for
 
     @property

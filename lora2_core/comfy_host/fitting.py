@@ -1,15 +1,75 @@
-"""Whether what a file holds fits a model: names that ComfyUI knows, and shapes of its layers."""
+"""Whether a file fits a model: the model's family, names that ComfyUI knows, shapes of layers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import comfy.lora
 import comfy.utils
 import torch
+from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
-from .. import lora_keys, lora_names, lora_shapes
+from ..files.keys import DORA_SCALE, MAGNITUDES, Parts, parse_keys, plain_name
+from ..files.kohya_names import kohya_name
+from ..files.model_family import Architecture
+from ..files.shapes import Mismatch, product_of_kind, product_of_pair
+
+_FAMILIES = {  # ComfyUI's classes → the names of made_for
+    "SDXL": "SDXL", "SDXLRefiner": "the SDXL refiner", "SD3": "SD3", "AuraFlow": "AuraFlow",
+    "StableCascade_C": "Stable Cascade", "StableCascade_B": "Stable Cascade",
+    "Flux": "Flux", "Flux2": "Flux 2", "Chroma": "Chroma", "ChromaRadiance": "Chroma",
+    "HunyuanVideo": "Hunyuan Video", "HunyuanVideoI2V": "Hunyuan Video",
+    "HunyuanVideo15": "Hunyuan Video", "HunyuanDiT": "Hunyuan DiT", "QwenImage": "Qwen-Image",
+    "WAN21": "Wan", "WAN22": "Wan", "WAN21_Vace": "Wan", "WAN22_Animate": "Wan",
+    "PixArt": "PixArt", "LTXV": "LTX-Video", "GenmoMochi": "Mochi", "HiDream": "HiDream",
+}  # fmt: skip
+_LUMINA = {2304: "Lumina 2", 3840: "Z-Image"}  # by the width that their blocks have
+_BY_CONTEXT = {768: "SD 1.5", 1024: "SD 2", 2048: "SDXL"}
+
+# Names only depend on the model, which is asked for them at every change of a strength.
+_names: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()
+_base_hashes: WeakKeyDictionary[Any, dict[str, str]] = WeakKeyDictionary()
+
+
+def layer_names(model: ModelPatcher, clip: Any | None) -> dict[str, Any]:
+    """Every name that a LoRA may have for a layer → the key of the layer's weight."""
+    names = _of(model.model, comfy.lora.model_lora_keys_unet)
+    if clip is None:
+        return names
+    return names | _of(clip.cond_stage_model, comfy.lora.model_lora_keys_clip)
+
+
+def _of(module: Any, find: Any) -> dict[str, Any]:
+    if module not in _names:
+        _names[module] = find(module, {})
+    return _names[module]
+
+
+def family_of(model: ModelPatcher) -> Architecture:
+    """The family of a model, as people call it."""
+    base = model.model
+    config = base.model_config.unet_config
+    context = config.get("context_dim")
+    name = _FAMILIES.get(type(base).__name__)
+    if type(base).__name__ == "Lumina2":
+        name = _LUMINA.get(config.get("dim", 0), "Lumina 2 or Z-Image")
+    if name is None:
+        name = _BY_CONTEXT.get(context or 0) or type(base).__name__
+    return Architecture(name, context if isinstance(context, int) else None)
+
+
+def remember_base_hash(model: ModelPatcher, precision: str, base_hash: str) -> None:
+    """Note what a training has found, for LoRAs that are loaded on the same model."""
+    _base_hashes.setdefault(model.model, {})[precision] = base_hash
+
+
+def known_base_hash(model: ModelPatcher, precision: str) -> str:
+    """The hash of the weights without any LoRA; empty where no training has asked for it."""
+    return _base_hashes.get(model.model, {}).get(precision, "")
+
 
 # What ComfyUI may want before a name that PEFT wrote.
 _PLACES = ("", "diffusion_model.", "transformer.", "unet.", "text_encoders.")
@@ -18,14 +78,14 @@ _PLACES = ("", "diffusion_model.", "transformer.", "unet.", "text_encoders.")
 def in_known_names(state: Mapping[str, Tensor], names: Mapping[str, Any]) -> dict[str, Tensor]:
     """``state`` with the names of PEFT, which ComfyUI does not know, among ``names``."""
     out = dict(_with_scales(state))
-    if not any(key != lora_keys.plain_name(key) for key in out):
+    if not any(key != plain_name(key) for key in out):
         return out
     new: dict[str, str] = {}
-    for name, keys in _components(lora_keys.split(out)):
-        plain = lora_keys.plain_name(name)
+    for name, keys in _components(parse_keys(out)):
+        plain = plain_name(name)
         if name == plain or name in names:
             continue
-        kohya = lora_names.kohya_name(plain)
+        kohya = kohya_name(plain)
         found = next((p for p in (kohya, *(f + plain for f in _PLACES)) if p in names), kohya)
         new |= {key: found + key.removeprefix(name) for key in keys}
     return {new.get(key, key): tensor for key, tensor in out.items()}
@@ -33,22 +93,22 @@ def in_known_names(state: Mapping[str, Tensor], names: Mapping[str, Any]) -> dic
 
 def _with_scales(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     for key, tensor in state.items():
-        end = next((end for end in lora_keys.MAGNITUDES if key.endswith(end)), None)
+        end = next((end for end in MAGNITUDES if key.endswith(end)), None)
         if end is None:
             yield key, tensor
         else:  # (out,) of a linear layer, (1, out, 1, 1) of a convolution → (out, 1, …)
             scale = tensor.reshape(-1, *(1 for _ in range(max(1, tensor.dim() - 1))))
-            yield key.removesuffix(end) + lora_keys.DORA_SCALE, scale
+            yield key.removesuffix(end) + DORA_SCALE, scale
 
 
-def _components(parts: lora_keys.Parts) -> Iterator[tuple[str, tuple[str, ...]]]:
+def _components(parts: Parts) -> Iterator[tuple[str, tuple[str, ...]]]:
     for pair in parts.pairs:
         yield pair.name, pair.keys
     for components in parts.others.values():
         yield from components.items()
 
 
-def without_empty(state: dict[str, Tensor], parts: lora_keys.Parts) -> dict[str, Tensor]:
+def without_empty(state: dict[str, Tensor], parts: Parts) -> dict[str, Tensor]:
     """``state`` without components of rank 0: they change nothing, and ComfyUI divides by it."""
     empty = {key for pair in parts.pairs if state[pair.down].shape[:1] == (0,) for key in pair.keys}
     return {key: tensor for key, tensor in state.items() if key not in empty} if empty else state
@@ -80,7 +140,7 @@ def misfit(patch: Any, shape: torch.Size) -> str:
     wanted = shape[0] if shape else 1, shape[1:].numel()
     try:
         found = _delta_shape(patch)
-    except lora_shapes.Mismatch as mismatch:
+    except Mismatch as mismatch:
         return f"has halves that do not fit together, {mismatch}"
     if found is None:
         return ""
@@ -117,11 +177,11 @@ def _delta_shape(patch: Any) -> tuple[int, int] | None:
         up, down, _, mid, _, reshape = patch.weights
         if reshape is not None:
             return None
-        found = lora_shapes.of_pair(down.shape, up.shape, None if mid is None else mid.shape)
+        found = product_of_pair(down.shape, up.shape, None if mid is None else mid.shape)
     elif patch.name in _PLACES_OF:
         tensors = zip(_PLACES_OF[patch.name], patch.weights, strict=False)
         shapes = {f".{end}": tuple(t.shape) for end, t in tensors if end and t is not None}
-        found = lora_shapes.of_other(patch.name, shapes)
+        found = product_of_kind(patch.name, shapes)
     else:
         return None
     return found.out_features, found.in_features

@@ -10,8 +10,8 @@ import folder_paths
 import torch
 from torch import Tensor
 
-from .. import vision
-from ..scoring import Likeness, Picture
+from ..reports import vision
+from ..reports.scoring import Likeness, Picture
 from .errors import HostError
 from .paths import leaves
 

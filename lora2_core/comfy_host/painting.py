@@ -17,7 +17,7 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from ..denoising import TextSource
+from ..training.denoising import TextSource
 from .errors import HostError
 from .models import copy_frozen
 

@@ -1,14 +1,59 @@
-"""ComfyUI's Cancel and its progress bar."""
+"""ComfyUI's Cancel, its progress bar, its free memory, and outputs that are not there yet."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import comfy.model_management
 import comfy.utils
+from comfy_execution.graph_utils import ExecutionBlocker
 
-from ..thread_guard import ThreadGuard
+
+class ThreadGuard:
+    """Replaces ``module.name`` by a version that does nothing in threads that ask for it.
+
+    The original is back in place as soon as no thread asks any more.
+    """
+
+    def __init__(self, module: Any, name: str):
+        self._module, self._name = module, name
+        self._original: Callable[..., Any] = getattr(module, name)
+        self._lock = threading.Lock()
+        self._users = 0
+        self._thread = threading.local()
+
+    @contextmanager
+    def silenced(self) -> Iterator[None]:
+        """In this thread the function does nothing while the block runs; may be nested."""
+        outer = getattr(self._thread, "silent", False)
+        with self._lock:
+            if self._users == 0:
+                self._original = getattr(self._module, self._name)
+                setattr(self._module, self._name, self._call)
+            self._users += 1
+        self._thread.silent = True
+        try:
+            yield
+        finally:
+            self._thread.silent = outer
+            with self._lock:
+                self._users -= 1
+                if self._users == 0:
+                    setattr(self._module, self._name, self._original)
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        if not getattr(self._thread, "silent", False):
+            return self._original(*args, **kwargs)
+        return None
+
+
+def blocked() -> Any:
+    """An output of a node that has nothing to give: what depends on it is left out, silently."""
+    return ExecutionBlocker(None)
+
 
 # Cancel is one global flag that every operation checks and the first reader consumes: a training
 # thread would steal a prompt's Cancel and die of it. Entered there, this makes it deaf to the flag.

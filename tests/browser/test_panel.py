@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from lora2_pack.lora2_core import lora_file
-from lora2_pack.lora2_core.network import Component
+from lora2_pack.lora2_core.files.component import Component
 from lora2_pack.tests.browser.test_templates import READY, TEMPLATES, Page
 from lora2_pack.tests.core.toy import thumbnail
 from lora2_pack.tests.server.graphs import Workflow, changed, quick, twin

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lora2_pack.lora2_core import lora_file
-from lora2_pack.lora2_core.network import Component
+from lora2_pack.lora2_core.files.component import Component
 
 TWINS = Path(__file__).resolve().parent.parent / "workflows"
 TEMPLATES = {

@@ -83,7 +83,7 @@ def kill_and_resume(folder: Path, seed: int, kills: int) -> None:
 
 def be_signalled(path: Path, name: str) -> None:
     """Train, with the signal's handler of ``shutdown``, until the parent sends it."""
-    from lora2_pack.lora2_core import shutdown
+    from lora2_pack.lora2_core.jobs import shutdown
     from lora2_pack.tests.core import toy_job
 
     logging.basicConfig(level=logging.WARNING)

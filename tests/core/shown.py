@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lora2_pack.lora2_core.job_queue import JobQueue
-from lora2_pack.lora2_core.job_store import JobStore
-from lora2_pack.lora2_core.job_view import Host
+from lora2_pack.lora2_core.jobs.queue import JobQueue
+from lora2_pack.lora2_core.jobs.store import JobStore
+from lora2_pack.nodes.screen.views import Host
 from lora2_pack.tests.core import toy_job
 from lora2_pack.tests.server import api_schema
 

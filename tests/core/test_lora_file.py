@@ -15,8 +15,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lora2_pack.lora2_core import adaptive_rank, lora_file
+from lora2_pack.lora2_core.files.component import Component
 from lora2_pack.lora2_core.lora_file import LoRAFileError
-from lora2_pack.lora2_core.network import Component
 from lora2_pack.tests.core import toy
 from torch import Tensor
 

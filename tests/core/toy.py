@@ -21,14 +21,15 @@ import numpy as np
 import pytest
 import torch
 from lora2_pack.lora2_core import lora_file
-from lora2_pack.lora2_core.config import OptimizerConfig, TrainConfig
-from lora2_pack.lora2_core.layers import AdaptiveLoRA
-from lora2_pack.lora2_core.network import AdaptiveRankNetwork, Component
-from lora2_pack.lora2_core.objective import Prediction
-from lora2_pack.lora2_core.optimizers import make_optimizer
-from lora2_pack.lora2_core.rank_config import RankConfig
-from lora2_pack.lora2_core.targets import find_targets
-from lora2_pack.lora2_core.trainer import StepEvent, train
+from lora2_pack.lora2_core.adapters.layers import AdaptiveLoRA
+from lora2_pack.lora2_core.adapters.network import AdaptiveRankNetwork
+from lora2_pack.lora2_core.adapters.targets import find_targets
+from lora2_pack.lora2_core.config.ranks import RankConfig
+from lora2_pack.lora2_core.config.train import OptimizerConfig, TrainConfig
+from lora2_pack.lora2_core.files.component import Component
+from lora2_pack.lora2_core.training.objective import Prediction
+from lora2_pack.lora2_core.training.optimizers import make_optimizer
+from lora2_pack.lora2_core.training.trainer import StepEvent, train
 from PIL import Image
 from torch import Tensor, nn
 

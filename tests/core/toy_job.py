@@ -8,13 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lora2_pack.lora2_core.buckets import SampleOrder
-from lora2_pack.lora2_core.config import KeepConfig, OptimizerConfig, SampleConfig, TrainConfig
-from lora2_pack.lora2_core.jobs import TrainingJob
-from lora2_pack.lora2_core.network import AdaptiveRankNetwork
-from lora2_pack.lora2_core.objective import Prediction
-from lora2_pack.lora2_core.rank_config import RankConfig
-from lora2_pack.lora2_core.targets import find_targets
+from lora2_pack.lora2_core.adapters.network import AdaptiveRankNetwork
+from lora2_pack.lora2_core.adapters.targets import find_targets
+from lora2_pack.lora2_core.config.ranks import RankConfig
+from lora2_pack.lora2_core.config.train import (
+    KeepConfig,
+    OptimizerConfig,
+    SampleConfig,
+    TrainConfig,
+)
+from lora2_pack.lora2_core.data.samples import SampleOrder
+from lora2_pack.lora2_core.jobs.job import TrainingJob
+from lora2_pack.lora2_core.jobs.sampling import StripFile
+from lora2_pack.lora2_core.reports.strip import strip_png
+from lora2_pack.lora2_core.training.objective import Prediction
 from lora2_pack.tests.core import toy
 from torch import Tensor
 
@@ -114,6 +121,8 @@ def config(steps: int = 24, **changes: Any) -> TrainConfig:
 
 def job(path: Path, settings: TrainConfig, width: int = 16, **options: Any) -> TrainingJob:
     """A job on a new model, ``width`` wide, with its checkpoints beside ``path``."""
+    if strip := options.pop("strip_path", None):
+        options["strip"] = StripFile(strip, strip_png)
     torch.set_num_threads(1)
     model = toy.Transformer(width=width)
     targets = find_targets(model, settings.targets)

@@ -52,7 +52,7 @@ def components(importance_of: Any, make: Any) -> list[Any]:
 def main() -> None:
     sys.path.insert(0, str(HERE.parent.parent))
     from lora2_core import adaptive_rank, lora_file
-    from lora2_core.component import Component
+    from lora2_core.files.component import Component
 
     expected = {}
     made = components(adaptive_rank.importance, Component)

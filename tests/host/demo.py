@@ -9,20 +9,27 @@ import comfy.lora
 import comfy.model_base
 import comfy.model_management
 import torch
-from lora2_pack.lora2_core import comfy_host, demo_model
-from lora2_pack.lora2_core.config import TrainConfig
-from lora2_pack.lora2_core.dataset import Photo
-from lora2_pack.lora2_core.rank_config import RankConfig
+from lora2_pack.lora2_core import comfy_host
+from lora2_pack.lora2_core.config.ranks import RankConfig
+from lora2_pack.lora2_core.config.train import TrainConfig
+from lora2_pack.lora2_core.data.photos import Photo
+from lora2_pack.lora2_core.tiny_sdxl.model import (
+    UNET_CONFIG,
+    autoencoder_weights,
+    fill_trained,
+    fill_untrained,
+    text_configs,
+)
 from torch import Tensor
 
 
 def build(seed: int | None = 0) -> tuple[Any, Any, Any]:
     """MODEL, CLIP and VAE in the demo's shape: untrained from a seed, or as people get them."""
-    untrained = partial(demo_model.fill_untrained, seed=seed or 0)
-    fill = demo_model.fill_trained if seed is None else untrained
+    untrained = partial(fill_untrained, seed=seed or 0)
+    fill = fill_trained if seed is None else untrained
     with torch.inference_mode():
-        model, clip = comfy_host.build_sdxl(demo_model.UNET_CONFIG, demo_model.text_configs(), fill)
-        return model, clip, comfy_host.build_autoencoder(demo_model.autoencoder_weights())
+        model, clip = comfy_host.build_sdxl(UNET_CONFIG, text_configs(), fill)
+        return model, clip, comfy_host.build_autoencoder(autoencoder_weights())
 
 
 def lora_key_map(base: Any) -> dict[str, str]:

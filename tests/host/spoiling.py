@@ -12,8 +12,8 @@ from typing import Any
 import safetensors.torch
 import torch
 from lora2_pack.lora2_core import lora_file
-from lora2_pack.lora2_core.network import Component
-from lora2_pack.lora2_core.targets import find_targets
+from lora2_pack.lora2_core.adapters.targets import find_targets
+from lora2_pack.lora2_core.files.component import Component
 from lora2_pack.tests.core import toy
 from torch import Tensor
 

@@ -13,9 +13,10 @@ import pytest
 import safetensors.torch
 import torch
 from lora2_pack.lora2_core import comfy_host, lora_file
-from lora2_pack.lora2_core.comfy_host import fitting, model_keys
-from lora2_pack.lora2_core.lora_cache import LoRACache
-from lora2_pack.lora2_core.shrink import Limits
+from lora2_pack.lora2_core.comfy_host import fitting
+from lora2_pack.lora2_core.comfy_host.fitting import layer_names
+from lora2_pack.lora2_core.config.load import Limits
+from lora2_pack.lora2_core.resizing.recent import LoRACache
 from lora2_pack.tests.host.demo import weights
 from torch import Tensor, nn
 
@@ -263,7 +264,7 @@ def test_a_file_that_peft_wrote(model: Any, tmp_path: Path, kind: str):
 def test_peft_on_a_part_of_a_model(model: Any):
     """Whose names lack what ComfyUI puts before them."""
     state = _kind(f"base_model.model.{LINEAR}", "lora", *_shape(model, LINEAR))
-    names = model_keys.layer_names(model, None)
+    names = layer_names(model, None)
     assert set(fitting.in_known_names(state, names)) == {
         f"{NAME}{end}" for end in (".lora_up.weight", ".lora_down.weight")
     }

@@ -14,9 +14,10 @@ import comfy.utils
 import pytest
 import torch
 from lora2_pack.lora2_core import comfy_host, lora_file
-from lora2_pack.lora2_core.comfy_host import bypass, model_keys
-from lora2_pack.lora2_core.network import Component
-from lora2_pack.lora2_core.targets import find_targets
+from lora2_pack.lora2_core.adapters.targets import find_targets
+from lora2_pack.lora2_core.comfy_host import bypass
+from lora2_pack.lora2_core.comfy_host.fitting import _base_hashes, known_base_hash
+from lora2_pack.lora2_core.files.component import Component
 from lora2_pack.tests.host import demo
 from torch import Tensor
 
@@ -159,12 +160,12 @@ def test_a_training_builds_on_it(model: Any, merged: bool):
 
 def test_the_base_is_not_taken_for_another(model: Any, parts: Any):
     patched = _apply(model, _lora(model, 1), "bypass")
-    model_keys._base_hashes.clear()
+    _base_hashes.clear()
     comfy_host.prepare_training(patched, *parts[1:], demo.photos(1), demo.settings())
-    assert model_keys.known_base_hash(model, "auto") == ""
+    assert known_base_hash(model, "auto") == ""
     comfy_host.prepare_training(model, *parts[1:], demo.photos(1), demo.settings())
-    assert model_keys.known_base_hash(model, "auto") != ""
-    model_keys._base_hashes.clear()
+    assert known_base_hash(model, "auto") != ""
+    _base_hashes.clear()
 
 
 def test_scaled_fp8_weights_are_left_alone(model: Any):

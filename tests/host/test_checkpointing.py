@@ -12,16 +12,16 @@ import pytest
 import torch
 from comfy.ldm.modules.attention import BasicTransformerBlock, CrossAttention, attention_pytorch
 from lora2_pack.lora2_core import comfy_host
+from lora2_pack.lora2_core.adapters.network import AdaptiveRankNetwork
+from lora2_pack.lora2_core.adapters.targets import find_targets
 from lora2_pack.lora2_core.comfy_host.checkpointing import (
     Level,
     checkpoint_blocks,
     is_checkpointed,
     remove_checkpoints,
 )
-from lora2_pack.lora2_core.network import AdaptiveRankNetwork
-from lora2_pack.lora2_core.objective import CrossAttentionEntropy
-from lora2_pack.lora2_core.rank_config import RankConfig
-from lora2_pack.lora2_core.targets import find_targets
+from lora2_pack.lora2_core.config.ranks import RankConfig
+from lora2_pack.lora2_core.training.objective import CrossAttentionEntropy
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves

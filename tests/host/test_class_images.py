@@ -14,12 +14,12 @@ from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
 from lora2_pack.lora2_core import comfy_host
 from lora2_pack.lora2_core.comfy_host import class_images
 from lora2_pack.lora2_core.comfy_host.painting import Painter
-from lora2_pack.lora2_core.config import DataConfig, TextConfig
-from lora2_pack.lora2_core.dataset import Photo
-from lora2_pack.lora2_core.denoising import DenoisingTask
-from lora2_pack.lora2_core.objective import loss_parts
-from lora2_pack.lora2_core.rank_config import RankConfig
-from lora2_pack.lora2_core.trainer import train
+from lora2_pack.lora2_core.config.ranks import RankConfig
+from lora2_pack.lora2_core.config.train import DataConfig, TextConfig
+from lora2_pack.lora2_core.data.photos import Photo
+from lora2_pack.lora2_core.training.denoising import DenoisingTask
+from lora2_pack.lora2_core.training.objective import loss_parts
+from lora2_pack.lora2_core.training.trainer import train
 from lora2_pack.tests.host import demo
 from torch import Tensor
 

@@ -11,16 +11,18 @@ import pytest
 import torch
 from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
 from lora2_pack.lora2_core import comfy_host
-from lora2_pack.lora2_core.config import DataConfig, ObjectiveConfig
-from lora2_pack.lora2_core.dataset import Photo, Sample
-from lora2_pack.lora2_core.denoising import (
+from lora2_pack.lora2_core.adaptive_rank import denoising_loss
+from lora2_pack.lora2_core.config.train import DataConfig, ObjectiveConfig
+from lora2_pack.lora2_core.data.photos import Photo
+from lora2_pack.lora2_core.data.samples import Sample
+from lora2_pack.lora2_core.training.denoising import (
     Batch,
     DenoisingTask,
     min_snr_weight,
     output_scale,
     timestep_range,
 )
-from lora2_pack.lora2_core.objective import Prediction, denoising_loss, loss_parts
+from lora2_pack.lora2_core.training.objective import Prediction, loss_parts
 from lora2_pack.tests.host import demo
 from torch import Tensor
 

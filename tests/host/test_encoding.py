@@ -13,9 +13,11 @@ import torch
 from comfy_extras.nodes_clip_sdxl import CLIPTextEncodeSDXL
 from lora2_pack.lora2_core import comfy_host
 from lora2_pack.lora2_core.comfy_host.encoding import Encoder
-from lora2_pack.lora2_core.config import DataConfig
-from lora2_pack.lora2_core.dataset import Crop, Photo, Sample
-from lora2_pack.lora2_core.disk_cache import TensorCache
+from lora2_pack.lora2_core.config.train import DataConfig
+from lora2_pack.lora2_core.data.cache import TensorCache
+from lora2_pack.lora2_core.data.cropping import Crop
+from lora2_pack.lora2_core.data.photos import Photo
+from lora2_pack.lora2_core.data.samples import Sample
 from lora2_pack.tests.host import demo
 from torch import Tensor, nn
 

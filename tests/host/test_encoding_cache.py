@@ -11,11 +11,12 @@ import pytest
 import safetensors.torch
 import torch
 from lora2_pack.lora2_core import comfy_host
-from lora2_pack.lora2_core.comfy_host import training
 from lora2_pack.lora2_core.comfy_host.encoding import Encoder
-from lora2_pack.lora2_core.config import DataConfig, SampleConfig
-from lora2_pack.lora2_core.dataset import Crop, Photo
-from lora2_pack.lora2_core.disk_cache import TensorCache
+from lora2_pack.lora2_core.comfy_host.prepare import _data_hash
+from lora2_pack.lora2_core.config.train import DataConfig, SampleConfig
+from lora2_pack.lora2_core.data.cache import TensorCache
+from lora2_pack.lora2_core.data.cropping import Crop
+from lora2_pack.lora2_core.data.photos import Photo
 from lora2_pack.tests.host import demo
 from torch import Tensor
 
@@ -212,9 +213,9 @@ def test_the_data_hash_changes_with_everything_that_is_learnt_from():
         "another class image": ([first, second], [Photo(brighter, "sks cat")]),
         "a photo as class image": ([first], [second]),
     }
-    hashes = {name: training._data_hash(*case) for name, case in cases.items()}
+    hashes = {name: _data_hash(*case) for name, case in cases.items()}
     copies = [Photo(photo.pixels.clone(), photo.caption) for photo in (first, second)]
-    assert training._data_hash(copies, []) == hashes["plain"]
+    assert _data_hash(copies, []) == hashes["plain"]
     assert len(set(hashes.values())) == len(hashes), hashes
 
 

@@ -11,15 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from lora2_pack.lora2_core import comfy_host, estimate
+from lora2_pack.lora2_core import comfy_host
+from lora2_pack.lora2_core.adapters.network import AdaptiveRankNetwork
+from lora2_pack.lora2_core.adapters.targets import find_targets
 from lora2_pack.lora2_core.comfy_host.checkpointing import blocks_of
-from lora2_pack.lora2_core.config import TrainConfig
-from lora2_pack.lora2_core.dataset import Sample, Text
-from lora2_pack.lora2_core.denoising import CachedTexts, DenoisingTask
-from lora2_pack.lora2_core.network import AdaptiveRankNetwork
-from lora2_pack.lora2_core.objective import CrossAttentionEntropy
-from lora2_pack.lora2_core.presets import build_config
-from lora2_pack.lora2_core.targets import find_targets
+from lora2_pack.lora2_core.config.presets import build_config
+from lora2_pack.lora2_core.config.train import TrainConfig
+from lora2_pack.lora2_core.data.samples import Sample, Text
+from lora2_pack.lora2_core.training import estimate
+from lora2_pack.lora2_core.training.denoising import CachedTexts, DenoisingTask
+from lora2_pack.lora2_core.training.objective import CrossAttentionEntropy
 from lora2_pack.tests.host.demo import photos, settings
 from lora2_pack.tests.host.test_family import on_meta
 from torch import Tensor

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 pytest.importorskip("skia", reason="scenes need skia-python", exc_type=ImportError)
 
-from lora2_pack.lora2_core import demo_judges
+from lora2_pack.lora2_core.tiny_sdxl.judges import Reading
 from lora2_tools.tiny_sdxl import evaluation, figures, grids, judges, painting, personalising
 from lora2_tools.tiny_sdxl.judges import ANSWERS, NETWORKS
 from lora2_tools.tiny_sdxl.painting import Sampling
@@ -149,7 +149,7 @@ def test_the_autoencoder_s_figures_are_complete(tested: personalising.Parts) -> 
 def test_a_tally_counts_right_answers() -> None:
     class Knows:
         def read(self, images: torch.Tensor) -> judges.Reading:
-            return demo_judges.Reading(
+            return Reading(
                 [scene.object for scene in scenes],
                 [scene.place for scene in scenes],
                 ["?"] * len(images),

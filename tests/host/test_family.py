@@ -11,8 +11,8 @@ import comfy.utils
 import pytest
 import torch
 from lora2_pack.lora2_core import lora_file
-from lora2_pack.lora2_core.rank_config import GROUPS
-from lora2_pack.lora2_core.targets import PRESETS, find_targets
+from lora2_pack.lora2_core.adapters.targets import PRESETS, find_targets
+from lora2_pack.lora2_core.config.ranks import GROUPS
 from lora2_pack.tests.host import demo
 
 _COMMON: dict[str, Any] = {

@@ -7,19 +7,19 @@ from typing import Any
 
 import comfy.model_base
 import pytest
-from lora2_pack.lora2_core import made_for
-from lora2_pack.lora2_core.comfy_host import model_keys
+from lora2_pack.lora2_core.comfy_host.fitting import _FAMILIES, family_of
+from lora2_pack.lora2_core.files.model_family import _BY_CONTEXT, _BY_METADATA, _BY_NAME
 
 KNOWN = {
-    *made_for._BY_CONTEXT.values(),
-    *(family for _, _, families in made_for._BY_NAME for family in families),
-    *(family for _, family in made_for._BY_METADATA),
+    *_BY_CONTEXT.values(),
+    *(family for _, _, families in _BY_NAME for family in families),
+    *(family for _, family in _BY_METADATA),
 }
 
 
-@pytest.mark.parametrize("name", sorted(model_keys._FAMILIES))
+@pytest.mark.parametrize("name", sorted(_FAMILIES))
 def test_every_family_has_one_name(name: str):
-    assert model_keys._FAMILIES[name] in KNOWN
+    assert _FAMILIES[name] in KNOWN
     assert hasattr(comfy.model_base, name), "ComfyUI has no such class"
 
 
@@ -40,8 +40,8 @@ def test_every_family_has_one_name(name: str):
 def test_a_model_by_its_class_and_configuration(kind: str, config: dict[str, int], text: str):
     base: Any = object.__new__(getattr(comfy.model_base, kind))
     base.__dict__["model_config"] = SimpleNamespace(unet_config=config)
-    assert model_keys.family_of(SimpleNamespace(model=base)).text == text  # pyright: ignore
+    assert family_of(SimpleNamespace(model=base)).text == text  # pyright: ignore
 
 
 def test_the_model_of_the_tests(model: Any):
-    assert model_keys.family_of(model).name == "SDXL"
+    assert family_of(model).name == "SDXL"

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from lora2_pack.lora2_core import comfy_host
-from lora2_pack.lora2_core.config import TrainConfig
-from lora2_pack.lora2_core.jobs import TrainingJob
-from lora2_pack.lora2_core.rank_config import RankConfig
+from lora2_pack.lora2_core.config.ranks import RankConfig
+from lora2_pack.lora2_core.config.train import TrainConfig
+from lora2_pack.lora2_core.jobs.job import TrainingJob
 from lora2_pack.tests.host.demo import photos
 
 MEGABYTES = 0.5

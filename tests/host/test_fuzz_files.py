@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lora2_pack.lora2_core import comfy_host, inspector, lora_header
-from lora2_pack.lora2_core.lora_cache import LoRACache
+from lora2_pack.lora2_core import comfy_host
+from lora2_pack.lora2_core.config.load import Limits
+from lora2_pack.lora2_core.files.header import read_header
 from lora2_pack.lora2_core.lora_file import LoRAFileError
-from lora2_pack.lora2_core.shrink import Limits
+from lora2_pack.lora2_core.reports import inspector
+from lora2_pack.lora2_core.resizing.recent import LoRACache
 from lora2_pack.tests.core import toy
 from lora2_pack.tests.host import spoiling
 from lora2_pack.tests.host.demo import weights
@@ -116,7 +118,7 @@ def test_headers_that_would_swell_in_memory(tmp_path: Path, part: str):
     path.write_bytes(toy.raw_file(f'{{"a":[{part * count}0]}}'.encode(), b""))
     started = time.process_time()
     with _little_memory(), pytest.raises(LoRAFileError, match="is not a safetensors file"):
-        lora_header.read_header(path)
+        read_header(path)
     assert time.process_time() - started < MOST_SECONDS
 
 
@@ -219,5 +221,5 @@ def test_what_is_no_file(tmp_path: Path):
     for path in (fifo, folder, loop, missing, Path("/dev/zero"), Path("a\0b"), Path("\ud800")):
         started = time.monotonic()
         with pytest.raises(LoRAFileError, match="does not exist") as caught:
-            lora_header.read_header(path)
+            read_header(path)
         assert time.monotonic() - started < 1 and str(caught.value).isprintable()

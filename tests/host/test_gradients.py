@@ -16,12 +16,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from comfy.model_patcher import ModelPatcher
-from lora2_pack.lora2_core import comfy_host, demo_model
+from lora2_pack.lora2_core import comfy_host
 from lora2_pack.lora2_core.comfy_host.checkpointing import is_checkpointed
-from lora2_pack.lora2_core.config import OptimizerConfig
-from lora2_pack.lora2_core.denoising import Batch
-from lora2_pack.lora2_core.rank_config import RankConfig
-from lora2_pack.lora2_core.trainer import Trainer
+from lora2_pack.lora2_core.config.ranks import RankConfig
+from lora2_pack.lora2_core.config.train import OptimizerConfig
+from lora2_pack.lora2_core.tiny_sdxl.model import UNET_CONFIG
+from lora2_pack.lora2_core.training.denoising import Batch
+from lora2_pack.lora2_core.training.trainer import Trainer
 from lora2_pack.tests.host import demo
 from torch import Tensor, nn
 
@@ -113,7 +114,7 @@ class Reference:
     def __init__(
         self, weights: dict[str, Tensor], step: Step, computes: torch.dtype = torch.float32
     ):
-        config = comfy.supported_models.SDXL(dict(demo_model.UNET_CONFIG))
+        config = comfy.supported_models.SDXL(dict(UNET_CONFIG))
         config.set_inference_dtype(torch.float32, None)
         self.base = config.get_model({}, "", torch.device("cpu"))
         self.unet = self.base.diffusion_model
@@ -223,7 +224,7 @@ def _weights(model: Any, through: torch.dtype | None = None) -> dict[str, Tensor
 
 def _stored(model: Any, dtype: torch.dtype, computes: torch.dtype) -> ModelPatcher:
     """The MODEL with its weights stored in ``dtype``, as ComfyUI loads a checkpoint that way."""
-    config = comfy.supported_models.SDXL(dict(demo_model.UNET_CONFIG))
+    config = comfy.supported_models.SDXL(dict(UNET_CONFIG))
     config.set_inference_dtype(dtype, computes)
     cpu = torch.device("cpu")
     with torch.inference_mode():

@@ -10,7 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 from lora2_pack.lora2_core import comfy_host
-from lora2_pack.lora2_core.scoring import Subject
+from lora2_pack.lora2_core.reports.scoring import Subject
 from lora2_pack.tests.core import judges
 from PIL import Image
 

@@ -14,14 +14,15 @@ import comfy.sd
 import pytest
 import safetensors.torch
 import torch
-from lora2_pack.lora2_core import comfy_host, lora_file, shrink
-from lora2_pack.lora2_core.checks import ConfigError
-from lora2_pack.lora2_core.comfy_host import bypass, model_keys
-from lora2_pack.lora2_core.load_config import Strengths
-from lora2_pack.lora2_core.lora_cache import LoRACache
-from lora2_pack.lora2_core.network import Component
-from lora2_pack.lora2_core.shrink import Limits
-from lora2_pack.lora2_core.targets import find_targets
+from lora2_pack.lora2_core import comfy_host, lora_file
+from lora2_pack.lora2_core.adapters.targets import find_targets
+from lora2_pack.lora2_core.comfy_host import bypass
+from lora2_pack.lora2_core.comfy_host.fitting import _base_hashes, layer_names, remember_base_hash
+from lora2_pack.lora2_core.config.checks import ConfigError
+from lora2_pack.lora2_core.config.load import Limits, Strengths
+from lora2_pack.lora2_core.files.component import Component
+from lora2_pack.lora2_core.resizing import recent
+from lora2_pack.lora2_core.resizing.recent import LoRACache
 from lora2_pack.tests.host import demo
 from lora2_pack.tests.host.demo import weights
 from torch import Tensor
@@ -148,7 +149,7 @@ def test_what_cannot_go_beside_is_merged(model: Any):
 def test_strengths_by_place(model: Any, strengths: dict, inside: Any, way: str):
     state = _lora(model)
     patched = _apply(model, state, strengths=Strengths(**strengths), way=way)
-    names = model_keys.layer_names(model, None)
+    names = layer_names(model, None)
     wanted = {key for name, key in names.items() if f"{name}.alpha" in state and inside(key)}
     touched = set(patched.patches)
     for injections in patched.injections.values():
@@ -176,7 +177,7 @@ def test_strengths_multiply(model: Any):
 def test_every_trainer_s_names_are_the_same_patch(model: Any):
     state = _lora(model, selection="attention")
     keys = sorted({key.split(".")[0] for key in state})
-    names = {name: key for name, key in model_keys.layer_names(model, None).items()}
+    names = {name: key for name, key in layer_names(model, None).items()}
     wanted = weights(_apply(model, state))
     of_weight: dict[str, dict[str, str]] = {}
     for name, key in names.items():
@@ -241,7 +242,7 @@ def test_another_base_is_told(model: Any):
     state = _lora(model)
     metadata = {"lora2.base_model_hash": "b" * 64, "lora2.config": '{"precision": "fp32"}'}
     assert comfy_host.apply_lora(model, None, state, 1, 1, "x", metadata=metadata).note == ""
-    model_keys.remember_base_hash(model, "fp32", "a" * 64)
+    remember_base_hash(model, "fp32", "a" * 64)
     try:
         note = comfy_host.apply_lora(model, None, state, 1, 1, "x", metadata=metadata).note
         assert "another base model (hash bbbbbbbbbb, this one is aaaaaaaaaa)" in note
@@ -250,7 +251,7 @@ def test_another_base_is_told(model: Any):
         metadata["lora2.config"] = "[" * 9999
         assert comfy_host.apply_lora(model, None, state, 1, 1, "x", metadata=metadata).note == ""
     finally:
-        model_keys._base_hashes.clear()
+        _base_hashes.clear()
 
 
 @pytest.mark.parametrize("damage", ["shape", "lonely", "halves"])
@@ -285,8 +286,8 @@ def test_another_strength_reads_no_disk(model: Any, tmp_path: Path, monkeypatch:
         raise AssertionError("read or computed again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(lora_file, "load", refuse)
-        patch.setattr(shrink, "shrink", refuse)
+        patch.setattr(recent, "load", refuse)
+        patch.setattr(recent, "shrink_state", refuse)
         patch.setattr("builtins.open", refuse)
         patch.setattr(Path, "open", refuse)
         assert cache.open(path, limits) is first and cache.open(path, Limits()) is whole

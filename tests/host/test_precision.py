@@ -9,7 +9,7 @@ import pytest
 import torch
 from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
 from lora2_pack.lora2_core import comfy_host
-from lora2_pack.lora2_core.trainer import Trainer
+from lora2_pack.lora2_core.training.trainer import Trainer
 from lora2_pack.tests.host import demo
 
 

@@ -9,8 +9,8 @@ import comfy.model_management
 import pytest
 import torch
 from lora2_pack.lora2_core import comfy_host, lora_file
-from lora2_pack.lora2_core.network import Component
-from lora2_pack.lora2_core.targets import find_targets
+from lora2_pack.lora2_core.adapters.targets import find_targets
+from lora2_pack.lora2_core.files.component import Component
 from lora2_pack.tests.host import demo
 from lora2_pack.tests.host.demo import weights
 

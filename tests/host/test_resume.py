@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from lora2_pack.lora2_core import comfy_host, lora_file
-from lora2_pack.lora2_core.config import (
+from lora2_pack.lora2_core.config.train import (
     DataConfig,
     KeepConfig,
     ObjectiveConfig,
@@ -22,8 +22,10 @@ from lora2_pack.lora2_core.config import (
     TextConfig,
     TrainConfig,
 )
-from lora2_pack.lora2_core.dataset import Photo
-from lora2_pack.lora2_core.jobs import TrainingJob
+from lora2_pack.lora2_core.data.photos import Photo
+from lora2_pack.lora2_core.jobs.job import TrainingJob
+from lora2_pack.lora2_core.jobs.sampling import StripFile
+from lora2_pack.lora2_core.reports.strip import strip_png
 from lora2_pack.tests.host import demo
 from PIL import Image
 
@@ -64,6 +66,8 @@ def photos() -> list[Photo]:
 
 def job(parts: Parts, path: Path, config: TrainConfig, **options: Any) -> TrainingJob:
     """As the node makes it."""
+    if strip := options.pop("strip_path", None):
+        options["strip"] = StripFile(strip, strip_png)
     given = photos()
     classes = [Photo(photo.pixels.flip(0), config.data.class_prompt) for photo in given[:2]]
     with torch.inference_mode():
@@ -155,7 +159,7 @@ def test_samples_change_nothing_and_survive_a_resume(parts: Parts, model: Any, t
     )
     finish(second)
     assert path.read_bytes() == whole.path.read_bytes()
-    assert second.strip_path == strip, "the strip follows the file"
+    assert second.strip is not None and second.strip.path == strip, "the strip follows the file"
     both = [np.asarray(Image.open(p)) for p in (strip, folder / "cat_00001_.png")]
     assert np.array_equal(*both)
     assert not list(path.parent.glob("cat_00002_*"))

@@ -12,12 +12,18 @@ import comfy.sd
 import comfy.utils
 import pytest
 import torch
-from lora2_pack.lora2_core import comfy_host, demo_model, lora_file
+from lora2_pack.lora2_core import comfy_host, lora_file
+from lora2_pack.lora2_core.adapters.network import AdaptiveRankNetwork
+from lora2_pack.lora2_core.adapters.targets import Target, find_targets
 from lora2_pack.lora2_core.comfy_host.text_encoders import TextEncoders
-from lora2_pack.lora2_core.config import TextConfig
-from lora2_pack.lora2_core.network import AdaptiveRankNetwork
-from lora2_pack.lora2_core.rank_config import RankConfig
-from lora2_pack.lora2_core.targets import Target, find_targets
+from lora2_pack.lora2_core.config.ranks import RankConfig
+from lora2_pack.lora2_core.config.train import TextConfig
+from lora2_pack.lora2_core.tiny_sdxl.model import (
+    UNET_CONFIG,
+    fill_trained,
+    fill_untrained,
+    text_configs,
+)
 from torch import Tensor
 
 LONG = "a red robot on a green hill, " * 24  # three windows of 77 tokens
@@ -33,8 +39,8 @@ TEXTS = [
 def demo_clip(comfyui: Any) -> Any:
     """The demo's CLIP as people get it, made under inference mode."""
     with torch.inference_mode():
-        fill = demo_model.fill_trained
-        return comfy_host.build_sdxl(demo_model.UNET_CONFIG, demo_model.text_configs(), fill)[1]
+        fill = fill_trained
+        return comfy_host.build_sdxl(UNET_CONFIG, text_configs(), fill)[1]
 
 
 @pytest.fixture
@@ -145,9 +151,7 @@ def test_another_clone_s_choice_of_layer_is_not(clip: Any):
 
 
 def test_half_precision_weights_compute_in_fp32(comfyui: Any):
-    clip = comfy_host.build_sdxl(
-        demo_model.UNET_CONFIG, demo_model.text_configs(), demo_model.fill_untrained
-    )[1]
+    clip = comfy_host.build_sdxl(UNET_CONFIG, text_configs(), fill_untrained)[1]
     for tower in (clip.cond_stage_model.clip_l, clip.cond_stage_model.clip_g):
         tower.transformer.to(torch.float16)
         tower.transformer.dtype = torch.float16

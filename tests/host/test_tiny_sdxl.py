@@ -106,7 +106,7 @@ def test_the_autoencoder_learns_and_encodes(comfyui: Any, tmp_path: Path) -> Non
 
 def test_a_run_becomes_the_file_that_the_pack_loads(base: Any, tmp_path: Path) -> None:
     """The same names, shapes and words as the file in the pack, so training again replaces it."""
-    from lora2_pack.lora2_core import demo_model
+    from lora2_pack.lora2_core.tiny_sdxl.model import WEIGHTS
     from lora2_tools.tiny_sdxl import autoencoder, exporting
     from lora2_tools.tiny_sdxl.training import Run, Schedule
 
@@ -118,7 +118,7 @@ def test_a_run_becomes_the_file_that_the_pack_loads(base: Any, tmp_path: Path) -
     digest = exporting.export(run, encoder, out)
     assert digest == hashlib.sha256(out.read_bytes()).hexdigest()
     assert [file.name for file in out.parent.iterdir()] == [out.name]
-    made, shipped = load_file(out), load_file(demo_model.WEIGHTS)
+    made, shipped = load_file(out), load_file(WEIGHTS)
     kinds = [{n: (v.dtype, v.shape) for n, v in tensors.items()} for tensors in (made, shipped)]
     assert kinds[0] == kinds[1]
     assert torch.equal(made["words"], shipped["words"])

@@ -18,12 +18,13 @@ import pytest
 import safetensors
 import torch
 from comfy.model_patcher import ModelPatcher
-from lora2_pack.lora2_core import comfy_host, demo_model, lora_file
-from lora2_pack.lora2_core.config import TrainConfig
-from lora2_pack.lora2_core.denoising import output_scale
-from lora2_pack.lora2_core.jobs import TrainingJob
-from lora2_pack.lora2_core.network import Component
-from lora2_pack.lora2_core.targets import find_targets
+from lora2_pack.lora2_core import comfy_host, lora_file
+from lora2_pack.lora2_core.adapters.targets import find_targets
+from lora2_pack.lora2_core.config.train import TrainConfig
+from lora2_pack.lora2_core.files.component import Component
+from lora2_pack.lora2_core.jobs.job import TrainingJob
+from lora2_pack.lora2_core.tiny_sdxl.model import UNET_CONFIG, fill_seeded
+from lora2_pack.lora2_core.training.denoising import output_scale
 from lora2_pack.tests.host import demo
 from lora2_pack.tests.host.demo import photos, settings, weights
 
@@ -248,13 +249,13 @@ def test_a_patched_model_is_trained_as_patched(parts: Parts, model: Any, tmp_pat
 
 def _predicting(name: str) -> ModelPatcher:
     """A demo MODEL that puts out noise or v, as ComfyUI makes it of a checkpoint's marker key."""
-    config = comfy.supported_models.SDXL(dict(demo_model.UNET_CONFIG))
+    config = comfy.supported_models.SDXL(dict(UNET_CONFIG))
     config.set_inference_dtype(torch.float32, None)
     marker = {"v_pred": torch.ones(1)} if name == "V_PREDICTION" else {}
     cpu = torch.device("cpu")
     base = config.get_model(marker, "", cpu)
     assert base.model_type.name == name
-    demo_model.fill_seeded(base.diffusion_model, 0)
+    fill_seeded(base.diffusion_model, 0)
     return ModelPatcher(base, cpu, cpu)
 
 

@@ -17,9 +17,11 @@ import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lora2_pack.lora2_core import lora_file, lora_format, lora_names
-from lora2_pack.lora2_core.network import Component
-from lora2_pack.lora2_core.targets import PRESETS, find_targets
+from lora2_pack.lora2_core import lora_file
+from lora2_pack.lora2_core.adapters.targets import PRESETS, find_targets
+from lora2_pack.lora2_core.files import encode as lora_format
+from lora2_pack.lora2_core.files.component import Component
+from lora2_pack.lora2_core.files.kohya_names import sgm_name
 from lora2_pack.tests.core import toy
 from lora2_pack.tests.host import demo
 from lora2_pack.tests.host.demo import weights
@@ -210,7 +212,7 @@ def _of_diffusers(unet: Any, selection: str = "attention") -> dict[str, Componen
     for name, module in unet.named_modules():
         ours = names.get(f"{name}.weight", "").removesuffix(".weight")
         if ours and re.search(PRESETS[selection], ours):
-            key = lora_names.sgm_name("lora_unet_" + name.replace(".", "_"))
+            key = sgm_name("lora_unet_" + name.replace(".", "_"))
             assert key == lora_format.kohya_key(ours)
             found[name] = _component(ours, module.weight.shape, len(found))
     return found

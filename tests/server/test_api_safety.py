@@ -148,13 +148,13 @@ def test_comfyuis_own_page_and_scripts_may(studio: Studio, trained: str):
 )
 def test_which_page_is_foreign(headers: dict[str, str], allowed: str | None, foreign: bool):
     """Also where ComfyUI does not look: beyond loopback, and with --enable-cors-header."""
-    from lora2_pack.nodes import routes
+    from lora2_pack.nodes.screen import routes
 
     assert routes.is_foreign(headers, allowed) is foreign
 
 
 def test_without_a_server_there_is_nothing_to_offer():
-    from lora2_pack.nodes import routes
+    from lora2_pack.nodes.screen import routes
 
     routes.register()
     assert routes.prompt_running() is False
@@ -171,6 +171,6 @@ def test_without_a_server_there_is_nothing_to_offer():
     ],
 )  # fmt: skip
 def test_texts_name_no_folder_of_this_machine(text: str, shown: str):
-    from lora2_pack.nodes import listed_names
+    from lora2_pack.nodes.screen import listed_names
 
     assert listed_names.clean(text) == shown

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors
-from lora2_pack.lora2_core.disk_cache import TensorCache
-from lora2_pack.lora2_core.presets import PRESETS
+from lora2_pack.lora2_core.config.presets import PRESETS
+from lora2_pack.lora2_core.data.cache import TensorCache
 from lora2_pack.tests.server.graphs import Workflow, changed, training
 from lora2_pack.tests.server.studio import Studio
 from PIL import Image

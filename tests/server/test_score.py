@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from lora2_pack.lora2_core import scoring, vision
+from lora2_pack.lora2_core.reports import scoring, vision
 from lora2_pack.tests.core import judges
 from lora2_pack.tests.server.graphs import Workflow
 from lora2_pack.tests.server.studio import Studio

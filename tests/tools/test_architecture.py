@@ -15,7 +15,7 @@ MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 50
 
 SEAM = "lora2_core/comfy_host/"
-ROUTES = "nodes/routes.py"
+ROUTES = "nodes/screen/routes.py"
 # What ComfyUI offers beside its node interface, comfy_api, which every node may use.
 COMFYUI_MODULES = {
     "api_server",

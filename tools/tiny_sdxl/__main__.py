@@ -95,7 +95,7 @@ def _refine(work: Path) -> int:
     from . import autoencoder, base, latents
     from .host import core
 
-    demo_model = core("demo_model")
+    demo_model = core("tiny_sdxl.model")
     encoder = autoencoder.trained_autoencoder(demo_model.autoencoder_weights())
     recipe = base.Recipe(pictures=8_000, seed=1)  # other words, noise and times than before
     pictures = latents.make_latents(encoder, work / "latents", recipe.pictures)
@@ -112,7 +112,7 @@ def _export(options: argparse.Namespace) -> int:
     from . import exporting, judges
     from .training import read_average
 
-    demo_model = core("demo_model")
+    demo_model = core("tiny_sdxl.model")
     trained = options.work / "autoencoder.safetensors"  # not there after --refine
     autoencoder = read_average(trained) if trained.is_file() else demo_model.autoencoder_weights()
     digest = exporting.export(options.work / "base.safetensors", autoencoder, demo_model.WEIGHTS)

@@ -39,7 +39,7 @@ class Base:
     def __init__(self) -> None:
         import comfy.clip_model
 
-        comfy_host, demo_model = core("comfy_host"), core("demo_model")
+        comfy_host, demo_model = core("comfy_host"), core("tiny_sdxl.model")
         comfy.clip_model.CLIPLayer.forward = _layer_forward
         patcher, clip = comfy_host.build_sdxl(
             demo_model.UNET_CONFIG, demo_model.text_configs(), demo_model.fill_untrained
@@ -145,7 +145,7 @@ class Denoising:
 
 def weights_of_the_pack() -> dict[str, Tensor]:
     """Return what the pack's base has learnt, by the names of :meth:`Base.weights`."""
-    weights = core("demo_model").read_weights()
+    weights = core("tiny_sdxl.model").read_weights()
     return {n: v for n, v in weights.items() if n != "words" and not n.startswith("vae.")}
 
 

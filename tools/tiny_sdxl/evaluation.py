@@ -84,7 +84,7 @@ def run_parts(
 def load_parts(judged: bool = True) -> Parts:
     """Return the trained base as the demo's node gives it, with the judges if they are needed."""
     judges = load_judges() if judged else {}
-    comfy_host, demo_model = core("comfy_host"), core("demo_model")
+    comfy_host, demo_model = core("comfy_host"), core("tiny_sdxl.model")
     try:
         model, clip = comfy_host.build_sdxl(
             demo_model.UNET_CONFIG, demo_model.text_configs(), demo_model.fill_trained
@@ -97,10 +97,10 @@ def load_parts(judged: bool = True) -> Parts:
 
 def load_judges(folder: Path = WEIGHTS) -> dict[str, Judge]:
     """Return all judges by name. Raises SystemExit when the weights of one are missing."""
-    demo_judges = core("demo_judges")
+    demo_judges = core("tiny_sdxl.judges")
     try:
-        return {name: demo_judges.load(name, folder) for name in NETWORKS}
-    except core("vision").JudgeError as error:
+        return {name: demo_judges.load_judges(name, folder) for name in NETWORKS}
+    except core("reports.vision").JudgeError as error:
         raise SystemExit(str(error)) from error
 
 
@@ -330,7 +330,7 @@ def _step_seconds(parts: Parts, method: Method, count: int, warm_up: int) -> lis
     setup = prepare(
         parts, subject_views(subject, "train", SIZE), training_config(method, Plan(), subject.seed)
     )
-    events = core("trainer").train(setup.network, setup.task, setup.config, setup.entropy)
+    events = core("training.trainer").train(setup.network, setup.task, setup.config, setup.entropy)
     return [event.seconds for event in itertools.islice(events, warm_up, warm_up + count)]
 
 

@@ -1,9 +1,9 @@
 """Training of the judges: what is in a picture, and how much it looks like a subject.
 
-Two small networks of different build (``lora2_core/judge_networks.py``) learn from drawn scenes to
-name object, place, colour and pattern, and from the judges' own subjects to tell one of a kind from
-another whatever the place and the pose. They never see a sample of a model, nor a subject that
-models are personalised to.
+Two small networks of different build (``lora2_core/tiny_sdxl/judge_networks.py``) learn from drawn
+scenes to name object, place, colour and pattern, and from the judges' own subjects to tell one of a
+kind from another whatever the place and the pose. They never see a sample of a model, nor a subject
+that models are personalised to.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ from .subjects import JUDGE_SEEDS, SUBJECT_SEEDS, Subject, make_subject
 from .training import Run, Schedule, read_average
 
 if TYPE_CHECKING:
-    from ...lora2_core.demo_judges import Judge, architecture_of, new_network, resized
-    from ...lora2_core.judge_networks import Answer
+    from ...lora2_core.tiny_sdxl.judge_networks import Answer
+    from ...lora2_core.tiny_sdxl.judges import Judge, architecture_of, new_network, resized
 else:
     Judge, architecture_of, new_network, resized = (
-        getattr(core("demo_judges"), name)
+        getattr(core("tiny_sdxl.judges"), name)
         for name in ("Judge", "architecture_of", "new_network", "resized")
     )
-    Answer = core("judge_networks").Answer
-ANSWERS: dict[str, tuple[str, ...]] = core("judge_networks").ANSWERS
-NETWORKS: dict[str, Any] = core("judge_networks").NETWORKS
-WEIGHTS: Path = core("demo_judges").WEIGHTS  # of those that were trained
-SIDE: int = core("demo_judges").SIDE
+    Answer = core("tiny_sdxl.judge_networks").Answer
+ANSWERS: dict[str, tuple[str, ...]] = core("tiny_sdxl.judge_networks").ANSWERS
+NETWORKS: dict[str, Any] = core("tiny_sdxl.judge_networks").NETWORKS
+WEIGHTS: Path = core("tiny_sdxl.judges").WEIGHTS  # of those that were trained
+SIDE: int = core("tiny_sdxl.judges").SIDE
 UNKNOWN = -100  # an answer that is not asked for; cross_entropy passes it over
 
 

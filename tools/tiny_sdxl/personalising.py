@@ -113,7 +113,7 @@ def fingerprint(parts: Parts) -> str:
         parts.clip.cond_stage_model,
         parts.vae.first_stage_model,
     )
-    return "-".join(core("network").fingerprint(module)[:12] for module in modules)
+    return "-".join(core("data.cache").weights_hash(module)[:12] for module in modules)
 
 
 class Trial:
@@ -269,7 +269,7 @@ def training_config(method: Method, plan: Plan, seed: int) -> Any:
 
 def demo_config(mode: str, ranks: Mapping[str, Any], **settings: Any) -> Any:
     """Return a ``TrainConfig`` for the base, with what all methods that are compared share."""
-    config = core("config")
+    config = core("config.train")
     rank = config.RankConfig.for_mode(mode, **ranks)
     return config.TrainConfig(rank=rank, **demo_settings(), **settings)
 
@@ -282,7 +282,7 @@ def demo_settings() -> dict[str, Any]:
 def prepare(parts: Parts, views: Sequence[View], config: Any) -> Any:
     """Return the ``TrainingSetup`` for pictures and their captions."""
     photos = [
-        core("dataset").Photo(pixels_of([view])[0].permute(1, 2, 0).contiguous(), view.caption)
+        core("data.photos").Photo(pixels_of([view])[0].permute(1, 2, 0).contiguous(), view.caption)
         for view in views  # each may be of another size
     ]
     return core("comfy_host").prepare_training(parts.model, parts.clip, parts.vae, photos, config)
@@ -291,10 +291,10 @@ def prepare(parts: Parts, views: Sequence[View], config: Any) -> Any:
 def train_lora(parts: Parts, views: Sequence[View], config: Any, file: Path) -> dict[str, float]:
     """Train on pictures and their captions, write the LoRA, and return what it took."""
     setup = prepare(parts, views, config)
-    trainer, lora_file = core("trainer"), core("lora_file")
+    trainer, lora_file = core("training.trainer"), core("lora_file")
     events = list(trainer.train(setup.network, setup.task, setup.config, setup.entropy))
     components = setup.network.components()
-    about = core("metadata").describe(
+    about = core("files.metadata").describe_run(
         config=setup.config,
         captions=[view.caption for view in views],
         base_hash=setup.base_hash,

@@ -32,13 +32,14 @@ def _core() -> ModuleType:
     package.__path__ = [str(_ROOT)]
     sys.modules.setdefault(package.__name__, package)
     from lora2_for_testing import lora2_core  # type: ignore[import-not-found]
-    from lora2_for_testing.lora2_core import comfy_host, demo_model  # noqa: F401
+    from lora2_for_testing.lora2_core import comfy_host  # noqa: F401
+    from lora2_for_testing.lora2_core.tiny_sdxl import model  # noqa: F401
 
     return lora2_core
 
 
 _CORE = _core()
-_DEMO = _CORE.demo_model
+_DEMO = _CORE.tiny_sdxl.model
 _DETECTED_BY = ("model_channels", "use_linear_in_transformer", "transformer_depth", "context_dim")
 
 

@@ -1,0 +1,1 @@
+"""The paper's layers on a model: layers, groups, targets, network, budget."""

@@ -1,0 +1,172 @@
+"""From MODEL, CLIP, VAE and photos to what a training job needs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from comfy.ldm.modules.attention import CrossAttention, attention_pytorch
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor, nn
+
+from ..adapters.network import AdaptiveRankNetwork
+from ..adapters.targets import Target, find_targets
+from ..config.train import TrainConfig
+from ..data.cache import TensorCache, content_key, weights_hash
+from ..data.captions import variants
+from ..data.cropping import crops
+from ..data.photos import Photo
+from ..data.samples import Sample
+from ..training.denoising import CachedTexts, DenoisingTask, TextSource
+from ..training.estimate import Estimate, attempt
+from ..training.objective import CrossAttentionEntropy
+from . import bypass
+from .checkpointing import blocks_of, checkpoint_blocks
+from .class_images import class_images, class_samples, paints
+from .encoding import Encoder
+from .fitting import remember_base_hash
+from .models import DTYPES, check_model, prediction_of, private_copy
+from .painting import Painter
+from .running import raise_if_cancelled
+from .text_encoders import TextEncoders
+
+
+@dataclass(frozen=True)
+class TrainingSetup:
+    """Everything a training job needs, none of it shared with the user's own model."""
+
+    config: TrainConfig  # as asked, with the precision that ``auto`` came to
+    network: AdaptiveRankNetwork
+    task: DenoisingTask
+    entropy: CrossAttentionEntropy
+    base_hash: str
+    data_hash: str  # changes with any photo, caption, mask, class image, VAE, CLIP or sampling
+    painter: Painter | None  # of validation samples; None when none is asked for
+    enable_checkpointing: Callable[[], None]  # for a run that is short of memory
+    estimate: Estimate | None  # of memory, time and file size; None where it cannot be told
+
+
+def prepare_training(
+    model: ModelPatcher,
+    clip: Any,
+    vae: Any,
+    photos: Sequence[Photo],
+    config: TrainConfig,
+    class_photos: Sequence[Photo] = (),
+    cache: Path | None = None,
+) -> TrainingSetup:
+    """Encode the photos and captions, copy the model and put adapters on the copy.
+
+    ``class_photos``: for prior preservation; what lacks to ``config.data.class_images`` the model
+    paints itself, once. ``cache``: a folder for encoded photos and texts; None keeps nothing on
+    disk. May be called under inference mode, as nodes are. Raises HostError for a model, CLIP or
+    VAE that does not fit, and ValueError for settings that do not fit the model.
+    """
+    check_model(model)
+    with torch.inference_mode(False):
+        return _prepare(model, clip, vae, photos, config, class_photos, TensorCache(cache))
+
+
+def _prepare(
+    model: ModelPatcher,
+    clip: Any,
+    vae: Any,
+    photos: Sequence[Photo],
+    config: TrainConfig,
+    class_photos: Sequence[Photo],
+    disk: TensorCache,
+) -> TrainingSetup:
+    encoder = Encoder(model.model, clip, vae, disk)
+    samples = _samples(encoder, photos, config)
+    live = TextEncoders(clip) if config.text.learning_rate > 0 else None
+    if live is None:
+        _read_ahead(encoder, samples, config)
+    else:
+        encoder.text("")  # says when the CLIP is of another family
+    private = private_copy(model, config.precision)
+    unet = private.diffusion_model
+    base_hash, prediction = _base_hash(model, unet, config), prediction_of(model)
+    sampling = private.model_sampling.sigmas.float()
+    identity = content_key(encoder.identity, prediction, sampling)  # of all beside the U-Net
+    texts: TextSource = live or CachedTexts(encoder.texts, next(unet.parameters()).device)
+    painter = Painter(private, vae, texts) if paints(config, class_photos) else None
+    painted_by = content_key(base_hash, identity)
+    classes = class_images(class_photos, painter, config, painted_by, disk)
+    extra = class_samples(encoder, classes, samples, config)
+    roots: dict[str, nn.Module] = {"unet": unet, **(live.roots if live else {})}
+    network = AdaptiveRankNetwork(roots, _targets(roots, config), config.rank, config.seed)
+    cross = _cross_attention(unet)
+    # The default on the CPU splits the attention into chunks, slow to differentiate.
+    options = {"optimized_attention_override": _plain_attention}
+    task = DenoisingTask(private, samples, texts, options, prediction, config, extra)
+    measured = cross if config.entropy_weight > 0 else None
+    expected = attempt(network, task, measured, roots, blocks_of(unet), config)
+    checkpoint = partial(checkpoint_blocks, unet, entropy=cross)
+    if config.gradient_checkpointing:
+        checkpoint()
+    used = {dtype: name for name, dtype in DTYPES.items()}[unet.dtype]
+    return TrainingSetup(
+        config=dataclasses.replace(config, precision=used),
+        network=network,
+        task=task,
+        entropy=cross,
+        base_hash=base_hash,
+        data_hash=content_key(identity, _data_hash(photos, classes)),
+        painter=painter if config.samples.prompts else None,
+        enable_checkpointing=checkpoint,
+        estimate=expected,
+    )
+
+
+def _samples(encoder: Encoder, photos: Sequence[Photo], config: TrainConfig) -> list[Sample]:
+    samples = []
+    for photo, found in crops(photos, config):
+        raise_if_cancelled()
+        texts = variants(photo.caption, config.data, config.seed)
+        samples.append(encoder.sample(found, texts))
+    return samples
+
+
+def _read_ahead(encoder: Encoder, samples: Sequence[Sample], config: TrainConfig) -> None:
+    """Encode every text that training may ask for, so that the CLIP can leave the memory."""
+    wanted = {text for sample in samples for text in sample.captions}
+    wanted |= {*config.samples.prompts, "", config.data.class_prompt.strip()}
+    for text in sorted(wanted):
+        encoder.text(text)
+
+
+def _targets(roots: dict[str, nn.Module], config: TrainConfig) -> list[Target]:
+    selections = {root: config.text.targets for root in roots} | {"unet": config.targets}
+    return [
+        target
+        for root, module in roots.items()
+        for target in find_targets(module, selections[root], root)
+    ]
+
+
+def _cross_attention(unet: nn.Module) -> CrossAttentionEntropy:
+    layers = [module for name, module in unet.named_modules() if name.endswith(".attn2")]
+    return CrossAttentionEntropy([layer for layer in layers if isinstance(layer, CrossAttention)])
+
+
+def _base_hash(model: ModelPatcher, unet: nn.Module, config: TrainConfig) -> str:
+    found = weights_hash(unet)
+    if not model.patches and not bypass.branches_of(model):  # else it is not that of the base alone
+        remember_base_hash(model, config.precision, found)
+    return found
+
+
+def _data_hash(photos: Sequence[Photo], classes: Sequence[Photo]) -> str:
+    parts: list[str | int | Tensor] = [len(photos)]  # where the class images begin
+    for photo in [*photos, *classes]:
+        parts += [photo.pixels, photo.caption, "" if photo.mask is None else photo.mask]
+    return content_key(*parts)
+
+
+def _plain_attention(_chosen: object, *args: Any, **kwargs: Any) -> Tensor:
+    return attention_pytorch(*args, **kwargs)

@@ -1,0 +1,135 @@
+"""Tensors that are dear to make, kept on disk under the hash of what they were made from.
+
+A convenience: a file that is missing, damaged or foreign is made anew, and a disk that cannot be
+written to costs nothing but time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from ..files.header import LoRAFileError
+from ..files.write import write_atomically
+
+_KEY, _CONTENT = "lora2.cache.key", "lora2.cache.content"  # in the header of a file
+
+
+class TensorCache:
+    """Named tensors by key, one safetensors file each in ``folder``; None keeps nothing.
+
+    ``hits`` and ``misses`` count what was read and what had to be made.
+    """
+
+    def __init__(self, folder: Path | None):
+        self.folder = folder
+        self.hits = self.misses = 0
+
+    def get_or_make(self, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What ``make`` gives, or gave when ``key`` was asked for before; bit for bit the same.
+
+        ``key``: letters, digits, ``-`` and ``_``, as :func:`content_key` makes them. The tensors
+        are on the CPU, contiguous, and fit for a backward pass even when made in inference mode.
+        Raises ValueError for another kind of key, and whatever ``make`` raises.
+        """
+        if not re.fullmatch(r"[0-9A-Za-z_-]+", key):
+            raise ValueError(f"key is {key!r}; use letters, digits, - and _: content_key(…).")
+        path = None if self.folder is None else self.folder / f"{key}.safetensors"
+        kept = None if path is None else _read(path, key)
+        if kept is not None:
+            self.hits += 1
+            return kept
+        self.misses += 1
+        made = make()
+        with torch.inference_mode(False):
+            # A clone, since tensors of inference mode stay such and safetensors takes no views.
+            tensors = {n: t.detach().cpu().clone().contiguous() for n, t in made.items()}
+            if path is not None:
+                self._write(path, key, tensors)
+        return tensors
+
+    def _write(self, path: Path, key: str, tensors: dict[str, Tensor]) -> None:
+        header = {_KEY: key, _CONTENT: _digest(tensors)}
+        try:
+            write_atomically(path, safetensors.torch.save(tensors, header))
+        except LoRAFileError as error:
+            logging.warning("LoRA²: the cache is switched off for this run: %s", error)
+            self.folder = None
+
+
+def content_key(*parts: str | bytes | Tensor | int | float) -> str:
+    """SHA-256 of ``parts`` as 64 hexadecimal digits; equal only for equal parts in equal order.
+
+    Kinds are told apart (1 is not 1.0 is not "1"), and a tensor counts with its type, shape and
+    bytes. Raises TypeError for any other kind of part.
+    """
+    digest = hashlib.sha256()
+    for part in parts:
+        kind, data = _encoded(part)
+        # The length in front: ("ab", "c") must not read like ("a", "bc").
+        digest.update(f"{kind} {len(data)}\n".encode())
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def _encoded(part: object) -> tuple[str, bytes | memoryview]:
+    if isinstance(part, Tensor):
+        flat = part.detach().cpu().contiguous().reshape(-1)
+        return f"tensor {part.dtype} {tuple(part.shape)}", flat.view(torch.uint8).numpy().data
+    if isinstance(part, str):
+        return "str", part.encode("utf-8", "surrogatepass")
+    if isinstance(part, bytes):
+        return "bytes", part
+    if isinstance(part, int):  # bool too: True is kept apart by its text
+        return "int", str(part).encode()
+    if isinstance(part, float):
+        return "float", struct.pack("<d", part)
+    raise TypeError(
+        f"a key cannot be made from {type(part).__name__}; give text, bytes or numbers."
+    )
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    return content_key(*(part for name in sorted(tensors) for part in (name, tensors[name])))
+
+
+def _read(path: Path, key: str) -> dict[str, Tensor] | None:
+    """The tensors in ``path``; None, with a warning unless it is missing, if they are not ours."""
+    if not path.is_file():
+        return None
+    try:
+        with torch.inference_mode(False), safetensors.safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+            # Clones: the file may be replaced while what it gives is still mapped into memory.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except (OSError, safetensors.SafetensorError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    else:
+        if header.get(_KEY) == key and header.get(_CONTENT) == _digest(tensors):
+            return tensors
+        reason = "it holds something else"
+    logging.warning("LoRA²: %s in the cache is made anew: %s.", path, reason)
+    return None
+
+
+def weights_hash(module: nn.Module) -> str:
+    """SHA-256 over names, shapes and a sample of every weight.
+
+    A thousand values a tensor, so that SDXL takes well under a second. Not a file's hash, which a
+    MODEL no longer knows, and another one for the same model in another precision.
+    """
+    digest = hashlib.sha256()
+    for name, weight in module.state_dict().items():
+        digest.update(f"{name}{tuple(weight.shape)}".encode())
+        flat = weight.detach().flatten()
+        digest.update(flat[:: max(1, flat.numel() // 1000)].float().cpu().numpy().tobytes())
+    return digest.hexdigest()

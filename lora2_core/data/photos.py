@@ -1,0 +1,231 @@
+"""From photos to training samples: checks, cropping, captions, and the order of draws."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from .captions import with_trigger
+
+SMALLEST_SIDE = 64  # px; below that a photo holds nothing to learn from
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+ASPECT_TOLERANCE = 0.02  # between a mask and its image; rounding of sides stays far below
+
+
+class DatasetError(ValueError):
+    """The images or captions cannot be trained on; the message names the one at fault."""
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A checked photo with its caption."""
+
+    pixels: Tensor  # (height, width, 3), fp32, 0 to 1
+    caption: str
+    mask: Tensor | None = None  # (height, width), fp32, 0 to 1: 1 is learnt from, 0 is not
+
+    def __post_init__(self) -> None:
+        if self.mask is not None and self.mask.shape != self.pixels.shape[:2]:
+            raise DatasetError(
+                f"mask has shape {tuple(self.mask.shape)} beside pixels of "
+                f"{tuple(self.pixels.shape)}; use check_photos, which fits it."
+            )
+
+
+def check_photos(
+    images: Sequence[Tensor],
+    captions: Sequence[str] | None,
+    prompt: str,
+    masks: Sequence[Tensor] | None = None,
+    trigger: str = "",
+) -> list[Photo]:
+    """Photos ready for training from ComfyUI image batches, (batch, height, width, 3 or 4) each.
+
+    ``captions``: one per image in order, or None to give ``prompt`` to all. A single caption
+    also serves all. ``trigger`` is put before every text that does not hold it. ``masks``: ComfyUI
+    masks, (batch, height, width) or (height, width), 1 where there is something to learn; one per
+    image in order, one for all, or None: then the alpha channel of an image that has one. A mask
+    of ones is dropped. Raises DatasetError for no image, a wrong shape, values that are not finite,
+    an image below 64 px, captions or masks that do not match in number, a mask of another aspect
+    ratio than its image's, or one that is zero everywhere.
+    """
+    frames = [frame for batch in images for frame in _frames(batch)]
+    if not frames:
+        raise DatasetError("images is empty; connect at least one photo of the subject.")
+    for number, frame in enumerate(frames, 1):
+        _check_frame(frame, number)
+    texts = _matched_texts(captions, prompt, trigger, len(frames))
+    found = _matched_masks(masks, frames)
+    return [
+        Photo(frame[..., :3].float().clamp(0, 1), text, mask)
+        for frame, text, mask in zip(frames, texts, found, strict=True)
+    ]
+
+
+def load_folder(folder: Path) -> tuple[list[Tensor], list[str], list[Tensor]]:
+    """Images of a folder in the order of their names, their kohya-style captions, and masks.
+
+    A caption is the text file of the image's name beside it (``cat.png``, ``cat.txt``), empty
+    where there is none. A mask is how opaque the image is; transparent parts of it are white.
+    Returns images (1, height, width, 3), as many captions, and masks (1, height, width). Raises
+    DatasetError for a folder without images, a file that is no image or one wholly transparent.
+    """
+    paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+    if not paths:
+        kinds = ", ".join(suffix.lstrip(".") for suffix in IMAGE_SUFFIXES)
+        raise DatasetError(f"folder {folder.name!r} holds no image; put {kinds} files into it.")
+    read = [_read_image(path) for path in paths]
+    captions = [_read_caption(path) for path in paths]
+    return [pixels[None] for pixels, _ in read], captions, [mask[None] for _, mask in read]
+
+
+def _matched_texts(
+    captions: Sequence[str] | None, prompt: str, trigger: str, count: int
+) -> list[str]:
+    texts = [(text or "").strip() for text in captions or []]
+    if len(texts) in (0, 1):
+        texts = (texts or [""]) * count
+    if len(texts) != count:
+        raise DatasetError(
+            f"captions has {len(texts)} entries for {count} images; give one caption per "
+            "image in the same order, or none to use instance_prompt for all."
+        )
+    if not prompt.strip() and not trigger.strip() and not all(texts):
+        raise DatasetError(
+            "instance_prompt is empty and not every image has a caption; write what the photos "
+            "show, for example 'a photo of sks cat'."
+        )
+    return [with_trigger(text or prompt, trigger) for text in texts]
+
+
+def _matched_masks(masks: Sequence[Tensor] | None, frames: Sequence[Tensor]) -> list[Tensor | None]:
+    """A mask (height, width) for each of ``frames``, None where all of it is learnt from."""
+    given = [mask for batch in masks or [] for mask in _mask_frames(batch)]
+    found: list[Tensor | None]
+    if not given:
+        found = [frame[..., 3] if frame.shape[-1] == 4 else None for frame in frames]
+    elif len(given) in (1, len(frames)):
+        found = [*given] if len(given) == len(frames) else [*given] * len(frames)
+    else:
+        raise DatasetError(
+            f"masks has {len(given)} entries for {len(frames)} images; give one mask per image in "
+            "the same order, one for all, or none."
+        )
+    pairs = zip(found, frames, strict=True)
+    return [
+        None if mask is None else _fitted_mask(mask, frame, number)
+        for number, (mask, frame) in enumerate(pairs, 1)
+    ]
+
+
+def _mask_frames(batch: Tensor) -> list[Tensor]:
+    if not torch.is_tensor(batch) or batch.ndim not in (2, 3):
+        shape = tuple(batch.shape) if torch.is_tensor(batch) else type(batch).__name__
+        raise DatasetError(
+            f"masks holds {shape} where ComfyUI masks are (batch, height, width); connect a MASK "
+            "output such as that of Load images from a folder."
+        )
+    return list(batch) if batch.ndim == 3 else [batch]
+
+
+def _fitted_mask(mask: Tensor, frame: Tensor, number: int) -> Tensor | None:
+    """``mask`` at the size of ``frame``, 0 to 1; None when it is 1 everywhere."""
+    mask = mask.float()
+    if not torch.isfinite(mask).all():
+        raise DatasetError(
+            f"masks: number {number} holds values that are not numbers (NaN or infinite); check "
+            "the node that made it."
+        )
+    mask = mask.clamp(0, 1)
+    if not mask.any():
+        raise DatasetError(
+            f"masks: number {number} is 0 everywhere, so there is nothing to learn (Load Image "
+            "gives such a mask when a picture has no transparency); paint what is to be learnt, or "
+            "disconnect masks."
+        )
+    (height, width), (rows, columns) = frame.shape[:2], mask.shape
+    if abs(columns * height / (rows * width) - 1) > ASPECT_TOLERANCE:
+        raise DatasetError(
+            f"masks: number {number} is {columns}×{rows} px where its image is {width}×{height} "
+            "px; their aspect ratios must agree within 2 %. Make the mask from that image."
+        )
+    if (mask == 1).all():
+        return None
+    if (rows, columns) != (height, width):
+        mask = resized_mask(mask, (width, height), (0, 0, width, height))
+    return mask
+
+
+def resized_mask(mask: Tensor, size: tuple[int, int], box: tuple[int, int, int, int]) -> Tensor:
+    """``mask`` (height, width) resized to ``size`` (width, height), and of that the ``box``."""
+    image = Image.fromarray(mask.cpu().numpy())
+    # Bilinear in Pillow is an average over the area when it shrinks, and never leaves 0 to 1.
+    resized = image.resize(size, Image.Resampling.BILINEAR).crop(box)
+    return torch.from_numpy(np.array(resized)).clamp(0, 1)
+
+
+def _frames(batch: Tensor) -> list[Tensor]:
+    if not torch.is_tensor(batch) or batch.ndim != 4 or batch.shape[-1] not in (3, 4):
+        shape = tuple(batch.shape) if torch.is_tensor(batch) else type(batch).__name__
+        raise DatasetError(
+            f"images holds {shape} where ComfyUI images are (batch, height, width, 3); connect an "
+            "IMAGE output such as Load Image."
+        )
+    return list(batch)
+
+
+def _check_frame(frame: Tensor, number: int) -> None:
+    height, width = frame.shape[:2]
+    if min(height, width) < SMALLEST_SIDE:
+        raise DatasetError(
+            f"images: number {number} is {width}×{height} px; both sides must be at least "
+            f"{SMALLEST_SIDE} px. Use a larger photo."
+        )
+    if not torch.isfinite(frame).all():
+        raise DatasetError(
+            f"images: number {number} holds pixels that are not numbers (NaN or infinite); check "
+            "the node that made it."
+        )
+
+
+def _read_image(path: Path) -> tuple[Tensor, Tensor]:
+    """Pixels (height, width, 3) on white, and how opaque they are (height, width)."""
+    try:
+        with Image.open(path) as image:
+            # Phones store the rotation beside the pixels; transparency becomes white.
+            upright = _eight_bit(ImageOps.exif_transpose(image)).convert("RGBA")
+    except Exception as error:  # Pillow's decoders raise anything on damaged files
+        raise DatasetError(f"{path.name} is not a readable image ({error}); remove it.") from error
+    alpha = upright.getchannel("A")
+    if not alpha.getbbox():
+        raise DatasetError(f"{path.name} is transparent everywhere; remove it.")
+    flat = Image.new("RGBA", upright.size, "white")
+    pixels = Image.alpha_composite(flat, upright).convert("RGB")
+    return to_tensor(pixels), to_tensor(alpha)
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """16-bit grey scaled to 8 bits; Pillow's own conversion clips it to white."""
+    if not image.mode.startswith("I"):
+        return image
+    return Image.fromarray((np.asarray(image, dtype=np.float64) / 257).round().astype(np.uint8))
+
+
+def _read_caption(path: Path) -> str:
+    sidecar = path.with_suffix(".txt")
+    if not sidecar.is_file():
+        return ""
+    try:
+        return sidecar.read_text(encoding="utf-8-sig").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DatasetError(f"{sidecar.name} is not readable UTF-8 text ({error}).") from error
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.asarray(image, dtype=np.float32) / 255.0)

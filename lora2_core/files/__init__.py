@@ -1,0 +1,1 @@
+"""One LoRA file: names, header, shapes, metadata, reading, writing."""

@@ -1,0 +1,183 @@
+"""Checkpoints: a tree of tensors and plain values in one safetensors file, exactly.
+
+The file is an ordinary safetensors file with one tensor more than the tree holds: the last four
+bytes are a CRC-32 of everything before them. Nothing is pickled. Tensors are written one by one,
+so that writing takes no memory beside theirs.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from torch import Tensor
+
+from .atomic import replacing
+
+FORMAT_VERSION = "1"
+_PREFIX = "lora2.checkpoint."
+_SUM = "crc32"  # name of the tensor that holds the checksum
+_CHUNK = 1 << 22  # bytes read at once
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be read; one line names the file and the reason."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A run as of its last finished step."""
+
+    run: str  # fingerprint of everything that decides the run
+    step: int  # finished steps
+    target: str  # where the run's LoRA goes
+    state: dict[str, Any]  # dicts with text for keys, and lists, of tensors and JSON values
+
+
+def write(path: Path, checkpoint: Checkpoint) -> None:
+    """Put ``checkpoint`` at ``path``, whole or not at all.
+
+    Raises OSError for a full or closed disk, and TypeError for a state that JSON or safetensors
+    would not give back as it was.
+    """
+    tensors: dict[str, Tensor] = {}
+    tree = _described(checkpoint.state, "", tensors)
+    # Large items first, so that each tensor starts at a multiple of its own item.
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    metadata = {
+        _PREFIX + "version": FORMAT_VERSION,
+        _PREFIX + "run": checkpoint.run,
+        _PREFIX + "step": str(checkpoint.step),
+        _PREFIX + "target": checkpoint.target,
+        _PREFIX + "tree": json.dumps(tree),
+    }
+    head = _header({name: tensors[name] for name in names}, metadata)
+    with replacing(path) as file:
+        file.write(head)
+        crc = zlib.crc32(head)
+        for name in names:
+            data = _bytes_of(tensors[name])
+            file.write(data)
+            crc = zlib.crc32(data, crc)
+        file.write(struct.pack("<I", crc))
+
+
+def read(path: Path, run: str) -> Checkpoint:
+    """The checkpoint of ``run`` at ``path``, bit for bit what was written.
+
+    Its tensors, on the CPU, may still be mapped from the file: copy what you keep. Raises
+    CheckpointError for a file that is damaged, of another run or version, or no checkpoint.
+    """
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = dict(file.metadata() or {})
+            _check(path, metadata, run)
+            if not _is_whole(path):
+                raise CheckpointError(f"{path} is damaged: its checksum does not fit its content.")
+            tree = json.loads(metadata[_PREFIX + "tree"])
+            state = _restored(tree, file.get_tensor)
+        step = int(metadata[_PREFIX + "step"])
+        return Checkpoint(run, step, metadata[_PREFIX + "target"], state)
+    except (OSError, safetensors.SafetensorError, KeyError, RecursionError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path} is damaged or no checkpoint: {reason}.") from error
+
+
+def _check(path: Path, metadata: Mapping[str, str], run: str) -> None:
+    version = metadata.get(_PREFIX + "version")
+    if version is None:
+        raise CheckpointError(f"{path} is no checkpoint of LoRA².")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format {version[:20]}, of another version of LoRA²; this one reads "
+            f"{FORMAT_VERSION}."
+        )
+    if metadata.get(_PREFIX + "run") != run:
+        raise CheckpointError(f"{path} belongs to a run with other settings or photos.")
+
+
+def _is_whole(path: Path) -> bool:
+    left = path.stat().st_size - 4
+    crc = 0
+    with path.open("rb") as file:
+        while left > 0:
+            data = file.read(min(_CHUNK, left))
+            if not data:
+                return False
+            crc = zlib.crc32(data, crc)
+            left -= len(data)
+        return file.read() == struct.pack("<I", crc)
+
+
+def _described(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """``value`` for JSON: a tensor becomes {"": its name}, and is collected in ``tensors``."""
+    if torch.is_tensor(value):
+        if value.dtype not in _NAMES:
+            raise TypeError(f"{path} is a tensor of {value.dtype}, which has no place in a file.")
+        name = path or "."
+        tensors[name] = value.detach()
+        return {"": name}
+    if isinstance(value, dict):
+        for key in value:
+            if not isinstance(key, str) or not key or "/" in key:
+                raise TypeError(f"{path} has the key {key!r}; use text without a slash.")
+        return {key: _described(part, f"{path}/{key}", tensors) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_described(part, f"{path}/{n}", tensors) for n, part in enumerate(value)]
+    # Exact types: a subclass, such as NumPy's float, would come back as something else.
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    raise TypeError(f"{path} is {type(value).__name__}; use tensors, plain values, lists, dicts.")
+
+
+def _restored(value: Any, tensor: Callable[[str], Tensor]) -> Any:
+    if isinstance(value, dict):
+        if value.keys() == {""}:
+            return tensor(value[""])
+        return {key: _restored(part, tensor) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_restored(part, tensor) for part in value]
+    return value
+
+
+def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """Length and header of a safetensors file of ``tensors`` in their order, then the checksum."""
+    entries: dict[str, Any] = {}
+    end = 0
+    shapes = [
+        (name, _NAMES[t.dtype], list(t.shape), t.numel() * t.element_size())
+        for name, t in tensors.items()
+    ]
+    for name, dtype, shape, size in [*shapes, (_SUM, "U8", [4], 4)]:
+        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps({"__metadata__": metadata, **entries}).encode()
+    text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8
+    return struct.pack("<Q", len(text)) + text
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The values as they lie in memory; a copy only of what is on a GPU or not contiguous."""
+    flat = tensor.cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data

@@ -1,0 +1,140 @@
+"""From a file's tensors to components, and back; the other layout of LoRA² among them.
+
+That layout is of the LoRA² module of 67372a's fork of LyCORIS; only facts are taken from it. Per
+component: the two factors cut to the effective rank, ``lora2_nu`` (ν itself, one number), and
+``alpha``, all in the type of the file. What its trainer computed, and what it merges, is
+B Λ A · alpha / dim, with Λ as the paper writes it (eq. 10), never as our balanced mode does, and
+dim the configured rank. Neither Λ nor dim are in the tensors: a stock loader leaves out Λ and
+divides alpha by the rank that is stored, which is wrong twice.
+
+ν learns freely there and may cross 0. Its rank is then the largest and Λ zero or negative: odd, but
+what was trained. ``rs_lora`` needs no care, since that trainer multiplies it into alpha.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from .. import adaptive_rank
+from .component import Component, component_from_tensors
+from .encode import STORED_ALPHA, fits_half, fold, sizes_and_errors
+from .keys import ALPHA, NU, Pair, parse_keys
+
+
+def is_foreign(keys: Iterable[str]) -> bool:
+    """Whether a file is of that layout."""
+    return any(key.endswith(NU) for key in keys)
+
+
+def foreign_component(
+    name: str,
+    down: Tensor,
+    up: Tensor,
+    nu: Tensor,
+    alpha: float | None,
+    metadata: Mapping[str, str],
+) -> Component:
+    """One component of such a file, Λ and scale in ``lora_up``.
+
+    ``down``: (rank, in, …); ``up``: (out, rank, …); ``nu``: one number. The configured rank is
+    ``ss_network_dim``, for kernels larger than 1 ``conv_dim`` of ``ss_network_args``. Where the
+    metadata names none, alpha is taken for it, which is how such files are mostly trained; if it
+    was not, all components are too strong by the same factor. ν is None in the result where it
+    says nothing of a rank. Raises ValueError for a ν that gives no importances.
+    """
+    value = float(nu.flatten()[0]) if nu.numel() == 1 else math.nan
+    rank = down.shape[0]
+    # fp64: below 0 the importances grow with the rank
+    wide = torch.tensor(value, dtype=torch.float64)
+    importance = adaptive_rank.importance(wide, rank, "paper")  # (rank,)
+    if not bool(importance.isfinite().all()):
+        raise ValueError(f"{name} has a lora2_nu that is no usable number; copy the file again.")
+    scale = 1.0
+    if alpha is not None:
+        scale = alpha / _configured_rank(alpha, tuple(down.shape[2:]), metadata)
+    shape = (1, -1, *(1 for _ in up.shape[2:]))
+    scaled = up.double() * (importance * scale).view(shape)  # (out, rank, …)
+    known = value if value > 0 else None
+    return Component(name, down.float(), scaled.float(), torch.ones(rank), known, "file")
+
+
+def _configured_rank(alpha: float, kernel: tuple[int, ...], metadata: Mapping[str, str]) -> float:
+    """Of a component with this kernel; that trainer tells kernels by their first side."""
+    found = _positive(metadata.get("ss_network_dim"))
+    if kernel and kernel[0] > 1:
+        found = _positive(_arguments(metadata).get("conv_dim")) or found
+    return found or alpha or 1.0
+
+
+def _arguments(metadata: Mapping[str, str]) -> Mapping[str, object]:
+    try:
+        found = json.loads(metadata.get("ss_network_args", "{}"))
+    except (ValueError, RecursionError):  # somebody else's words
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _positive(value: object) -> float:
+    """A number above 0, or 0 for what is none ("Dynamic", nothing)."""
+    try:
+        found = float(value) if isinstance(value, (str, int, float)) else 0.0
+    except (ValueError, OverflowError):
+        return 0.0
+    return found if 0 < found < math.inf else 0.0
+
+
+def in_our_layout(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
+    """A state of the other layout of LoRA² (see above) as any loader reads it."""
+    out = dict(state)
+    for pair in parse_keys(state).pairs:
+        if pair.nu is not None:
+            _put(out, pair, component_of(state, pair, metadata=metadata))
+            out.pop(pair.nu, None)
+    return out
+
+
+def component_of(
+    state: Mapping[str, Tensor],
+    pair: Pair,
+    name: str | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> Component:
+    """One component of a state, its scale in ``lora_up``; ``name``: another than the file's."""
+    alpha = None if pair.alpha is None else float(state[pair.alpha])
+    if pair.nu is not None:
+        parts = state[pair.down], state[pair.up], state[pair.nu]
+        return foreign_component(name or pair.name, *parts, alpha, metadata or {})
+    mid = None if pair.mid is None else state[pair.mid]
+    down, up = state[pair.down], state[pair.up]
+    return component_from_tensors(name or pair.name, down, up, alpha, mid)
+
+
+def factor_tensors(component: Component, half: bool | None = None) -> tuple[Tensor, Tensor] | None:
+    """(down, up) as a file holds them; None when there is nothing to hold.
+
+    In fp16 where ``half`` says so; None: where it does not show, as in :func:`.fits_half`.
+    """
+    if not component.rank or not bool(component.lora_up.any()):
+        return None
+    down, up = fold(component)
+    if half is None:
+        half = bool(fits_half(sizes_and_errors(down, up)[1][-1]))
+    if half:
+        down, up = down.half(), up.half()
+    return down.contiguous(), up.contiguous()
+
+
+def _put(out: dict[str, Tensor], pair: Pair, component: Component) -> None:
+    found = factor_tensors(component)
+    if found is None:
+        for key in pair.keys:
+            out.pop(key, None)
+        return
+    out[pair.down], out[pair.up] = found
+    out.pop(pair.mid or "", None)
+    out[pair.alpha or pair.name + ALPHA] = torch.tensor(STORED_ALPHA)

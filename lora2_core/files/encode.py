@@ -1,0 +1,244 @@
+"""From trained components to the bytes of a LoRA file, and how many bytes that will be.
+
+Pure functions: nothing here touches a disk. What the file looks like stands in
+:mod:`..lora_file`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from .component import Component, within_bounds
+from .header import LoRAFileError as LoRAFileError
+
+FORMAT_VERSION = "1"
+PREFIXES = {"unet": "lora_unet_", "te1": "lora_te1_", "te2": "lora_te2_", "file": ""}
+DOWN, UP, ALPHA = ".lora_down.weight", ".lora_up.weight", ".alpha"
+# The same in every component, whatever its rank; loaders scale by alpha / rank, which the factors
+# make up for. diffusers loses alphas that differ, and then scales most layers wrongly.
+STORED_ALPHA = 1.0
+# A component whose fp16 ΔW would be off by more than this is kept in fp32.
+_HALF_ERROR = 5e-4
+_LARGEST = torch.finfo(torch.float32).max
+_NAMES = {torch.float32: "F32", torch.float16: "F16"}
+_BYTES = {"F32": 4, "F16": 2}
+
+TensorShape = tuple[str, tuple[int, ...]]  # type and shape of a tensor, as a header names them
+
+
+def kohya_key(name: str, root: str = "unet") -> str:
+    """``input_blocks.4.1…attn1.to_q`` → ``lora_unet_input_blocks_4_1_…_attn1_to_q``."""
+    return name if root == "file" else PREFIXES[root] + name.replace(".", "_")
+
+
+def fold(component: Component) -> tuple[Tensor, Tensor]:
+    """(down, up) with ΔW = up · down · STORED_ALPHA / rank, columns of both sides at equal norm.
+
+    √Λ goes into each side (eq. 10), and the root of what loaders will scale by; the norms are then
+    balanced column by column, because an early B near 1e-6 beside an A near 1 would lose its
+    digits in fp16.
+    """
+    root = (component.importance * (component.rank / STORED_ALPHA)).sqrt()  # (rank,)
+    down = component.lora_down.flatten(1) * root[:, None]  # (rank, in)
+    up = component.lora_up.flatten(1) * root  # (out, rank)
+    down_norm, up_norm = down.norm(dim=1), up.norm(dim=0)
+    usable = (down_norm > 0) & (up_norm > 0)
+    balance = torch.where(usable, (up_norm / down_norm.clamp(min=1e-38)).sqrt(), 1.0)
+    balance = balance.clamp(1e-18, 1e18)
+    down, up = down * balance[:, None], up / balance
+    return down.view_as(component.lora_down), up.view_as(component.lora_up)
+
+
+def sizes_and_errors(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Norm of up · down, and relative error of its fp16 version, of the first 1, 2, … columns.
+
+    ``down``: (rank, in, …), ``up``: (out, rank, …), as :func:`fold` gives them. Returns fp64
+    (rank,) twice; an error is not a number where fp16 overflows. Through the inner products of the
+    columns: ‖U D‖² = Σ_ij (UᵀU)_ij (D Dᵀ)_ij, so that ΔW itself (out × in) is never formed.
+    """
+    d, u = down.flatten(1).double(), up.flatten(1).double().t()  # (rank, in), (rank, out)
+    half_d, half_u = (side.half().double() for side in (down.flatten(1), up.flatten(1).t()))
+    exact = (u @ u.t()) * (d @ d.t())  # (rank, rank)
+    mixed = (half_u @ u.t()) * (half_d @ d.t())
+    half = (half_u @ half_u.t()) * (half_d @ half_d.t())
+    squares = _leading_sums(exact).clamp(min=0)
+    off = _leading_sums(half - mixed - mixed.t() + exact).clamp(min=0)
+    return squares.sqrt(), (off / squares).sqrt()
+
+
+def fits_half(errors: Tensor) -> Tensor:
+    """Where fp16 will do, for relative errors of any shape."""
+    return errors <= _HALF_ERROR  # false where the error is not a number
+
+
+def _leading_sums(square: Tensor) -> Tensor:
+    """Sum of the leading n × n entries for n = 1, 2, …; (rank, rank) → (rank,)."""
+    return square.cumsum(0).cumsum(1).diagonal()
+
+
+def to_state(components: Sequence[Component]) -> dict[str, Tensor]:
+    """The tensors of a file: fp16 (fp32 where fp16 would show), zero components left out.
+
+    No rank is above min(in, out): such a component is decomposed, which is exact. Raises
+    LoRAFileError if a weight is not finite.
+    """
+    state: dict[str, Tensor] = {}
+    for one in components:
+        component = within_bounds(one)
+        if not component.rank:
+            continue
+        down, up = fold(component)
+        norms, errors = sizes_and_errors(down, up)
+        if not norms[-1] <= _LARGEST:  # nor where it is not a number
+            raise LoRAFileError(
+                f"{component.name} holds values that are not finite, so nothing was written; "
+                "train again with a lower learning_rate."
+            )
+        if not norms[-1]:
+            continue
+        if fits_half(errors[-1]):
+            down, up = down.half(), up.half()
+        key = kohya_key(component.name, component.root)
+        state[key + DOWN], state[key + UP] = down.contiguous(), up.contiguous()
+        state[key + ALPHA] = torch.tensor(STORED_ALPHA)
+    return state
+
+
+def stored_ranks(state: Mapping[str, Tensor], components: Iterable[Component]) -> list[int]:
+    """The rank that each component has in ``state``, which is of them; 0 where it was left out."""
+    keys = (kohya_key(component.name, component.root) + DOWN for component in components)
+    return [state[key].shape[0] if key in state else 0 for key in keys]
+
+
+def understood_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
+    """``metadata`` without our keys if they are of a newer version, whose rules we do not know."""
+    if metadata.get("lora2.format_version", FORMAT_VERSION) == FORMAT_VERSION:
+        return dict(metadata)
+    return {name: text for name, text in metadata.items() if not name.startswith("lora2.")}
+
+
+def complete_metadata(
+    metadata: Mapping[str, str], components: Iterable[Component], ranks: Iterable[int]
+) -> dict[str, str]:
+    """``metadata`` and what a reader needs of every component at its rank, in forward order."""
+    return with_listing(
+        metadata,
+        {
+            kohya_key(c.name, c.root): listing_entry(c.nu, rank, c.in_features, c.out_features)
+            for c, rank in zip(components, ranks, strict=True)
+        },
+    )
+
+
+def with_listing(
+    metadata: Mapping[str, str], entries: Mapping[str, Mapping[str, float | None]]
+) -> dict[str, str]:
+    """:func:`complete` with lines of :func:`listed` by the component's key."""
+    return {
+        **metadata,
+        "lora2.format_version": FORMAT_VERSION,
+        "lora2.components": json.dumps(entries),
+    }
+
+
+def listing_entry(
+    nu: float | None, rank: int, in_features: int, out_features: int
+) -> dict[str, float | None]:
+    """One line of the list of components in the metadata."""
+    return {"nu": nu, "rank": rank, "in": in_features, "out": out_features}
+
+
+def encode(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """The bytes of a safetensors file, its metadata in sorted order and with its hashes.
+
+    The library writes metadata in the random order of its hash map; the header is rewritten
+    so that equal runs give equal files. ``sshs_model_hash`` is the SHA-256 of what follows the
+    header. ``sshs_legacy_hash`` is, as kohya takes it, the first 8 digits of the SHA-256 of 64 KiB
+    from byte 1,048,576 of the file with its ``ss_*`` metadata alone.
+    """
+    kohya = {name: text for name, text in metadata.items() if name.startswith("ss_")}
+    raw = safetensors.torch.save(dict(state), kohya)
+    (length,) = struct.unpack("<Q", raw[:8])
+    head, data = raw[8 : 8 + length], raw[8 + length :]
+    tensors = {key: entry for key, entry in json.loads(head).items() if key != "__metadata__"}
+    digest = hashlib.sha256(data).hexdigest()
+    legacy = hashlib.sha256(raw[0x100000:0x110000]).hexdigest()[:8]
+    return encode_header(tensors, metadata, digest, legacy) + data
+
+
+def encoded_bytes(shapes: Mapping[str, TensorShape], metadata: Mapping[str, str]) -> int:
+    """The length of what :func:`encode` returns for tensors of these shapes; hashes nothing."""
+    end = sum(map(tensor_bytes, shapes.values()))
+    return len(encode_header(tensor_places(shapes), metadata, "0" * 64, "0" * 8)) + end
+
+
+def in_file_order(shapes: Mapping[str, TensorShape]) -> list[str]:
+    """The keys in the library's order: larger items first, then by name."""
+    return sorted(shapes, key=lambda key: (-_BYTES[shapes[key][0]], key))
+
+
+def tensor_bytes(shape: TensorShape) -> int:
+    """What a tensor takes."""
+    return _BYTES[shape[0]] * math.prod(shape[1])
+
+
+def tensor_places(shapes: Mapping[str, TensorShape]) -> dict[str, dict[str, object]]:
+    """The entries of a header for tensors of these shapes; their places are part of it."""
+    tensors: dict[str, dict[str, object]] = {}
+    end = 0
+    for key in in_file_order(shapes):
+        start, end = end, end + tensor_bytes(shapes[key])
+        name, shape = shapes[key]
+        tensors[key] = {"dtype": name, "shape": list(shape), "data_offsets": [start, end]}
+    return tensors
+
+
+def kohya_header_bytes(shapes: Mapping[str, TensorShape], metadata: Mapping[str, str]) -> int:
+    """Where the data would start in the library's own file with the ``ss_*`` metadata alone."""
+    kohya = {name: text for name, text in metadata.items() if name.startswith("ss_")}
+    full: dict[str, object] = {"__metadata__": kohya, **tensor_places(shapes)}
+    # An empty dictionary stays in, as the library writes it.
+    text = json.dumps(full, separators=(",", ":"), ensure_ascii=False).encode()
+    return 8 + len(text) + -len(text) % 8
+
+
+def shapes_of(state: Mapping[str, Tensor]) -> dict[str, TensorShape]:
+    """Types and shapes of the tensors of a state, for :func:`encoded_bytes`."""
+    return {key: (_NAMES[tensor.dtype], tuple(tensor.shape)) for key, tensor in state.items()}
+
+
+def component_shapes(
+    key: str, rank: int, kernel: tuple[int, ...], out_features: int, half: bool = True
+) -> dict[str, TensorShape]:
+    """What one component adds to a file; nothing at rank 0.
+
+    ``kernel``: (in,) of a linear layer, (in, height, width) of a convolution.
+    """
+    if not rank:
+        return {}
+    name = "F16" if half else "F32"
+    up = (out_features, rank, *(1 for _ in kernel[1:]))
+    return {key + DOWN: (name, (rank, *kernel)), key + UP: (name, up), key + ALPHA: ("F32", ())}
+
+
+def encode_header(
+    tensors: Mapping[str, object], metadata: Mapping[str, str], digest: str, legacy: str
+) -> bytes:
+    """The header with its length before it."""
+    full = {
+        **metadata,
+        "sshs_model_hash": digest,
+        "modelspec.hash_sha256": "0x" + digest,
+        "sshs_legacy_hash": legacy,
+    }
+    text = json.dumps({"__metadata__": dict(sorted(full.items())), **tensors}).encode()
+    text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8
+    return struct.pack("<Q", len(text)) + text

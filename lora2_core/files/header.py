@@ -1,0 +1,243 @@
+"""The header of a safetensors file, read strictly and without its tensors.
+
+Files come from strangers. What the library that maps the tensors would take on trust is checked
+here first, and every way in which a file can be wrong has its own sentence. Needs no torch, reads
+the header alone, and holds no more than a few times :data:`LARGEST_HEADER` in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+LARGEST_HEADER = 10_000_000  # bytes; that of 560 components with all metadata takes 0.3 MB
+ITEM_BYTES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+_LARGEST_NUMBER = 1 << 62
+_MOST_DIMENSIONS = 16
+_MOST_PARTS = 1_000_000  # brackets and commas, or quotes; 100,000 tensors have as many
+_FIELDS = {"dtype", "shape", "data_offsets"}
+
+
+class LoRAFileError(ValueError):
+    """A file cannot be read or written; the message names the file, the cause and the fix.
+
+    It is one line of what can be printed, whatever a file or a folder is called.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(one_line(message))
+
+
+class _Flaw(ValueError):
+    """What is wrong in a header, without the file's name."""
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where a tensor lies: its bytes are ``start`` to ``end`` of what follows the header."""
+
+    shape: tuple[int, ...]
+    dtype: str  # as safetensors names it, "F16"
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of itself."""
+
+    path: Path
+    entries: dict[str, TensorEntry]  # by key, in the order of the file's header
+    metadata: dict[str, str]
+    data_start: int  # bytes from the beginning of the file
+    file_bytes: int
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.entries
+
+    def __getitem__(self, key: str) -> TensorEntry:
+        return self.entries[key]
+
+
+def read_header(path: Path) -> Header:
+    """The checked header of a safetensors file; no tensor is read.
+
+    Raises LoRAFileError, in one sentence, when the file is missing, may not be read, is cut short
+    or no sound safetensors file.
+    """
+    try:
+        if not path.is_file():  # a pipe would be waited for
+            raise FileNotFoundError
+        with path.open("rb") as file:
+            return _read(path, file)
+    except FileNotFoundError:
+        raise LoRAFileError(
+            f"{path} does not exist; choose a file from the loras folder."
+        ) from None
+    except OSError as error:
+        raise LoRAFileError(
+            f"{path} cannot be read: {error.strerror or error}. Check its permissions."
+        ) from error
+
+
+def _read(path: Path, file: BinaryIO) -> Header:
+    size = os.fstat(file.fileno()).st_size
+    start = file.read(9)
+    if len(start) < 9 or start[8:] != b"{":
+        raise _no_safetensors(path, "it is empty" if not start else "it has no header")
+    (length,) = struct.unpack("<Q", start[:8])
+    if length > LARGEST_HEADER:
+        raise _no_safetensors(
+            path, f"its header would take {_size(length)}, and {_size(LARGEST_HEADER)} is the most"
+        )
+    if length > size - 8:
+        raise LoRAFileError(
+            f"{path} is cut short: it ends after {size} bytes, within its header of "
+            f"{length + 8}. Download or copy it again."
+        )
+    file.seek(8)
+    try:
+        entries, metadata = _parse(file.read(length))
+    except _Flaw as flaw:
+        raise _no_safetensors(path, str(flaw)) from None
+    there, announced = size - 8 - length, max((e.end for e in entries.values()), default=0)
+    if there < announced:
+        raise LoRAFileError(
+            f"{path} is cut short: truncated after {_of_total(size, announced + 8 + length)}. "
+            "Download or copy it again."
+        )
+    try:
+        _check_places(entries, there)
+    except _Flaw as flaw:
+        raise _no_safetensors(path, str(flaw)) from None
+    return Header(path, entries, metadata, 8 + length, size)
+
+
+def _parse(text: bytes) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    _check_number_of_parts(text)
+    try:
+        # bytes.decode is strict, and a number that is too long for int() raises ValueError
+        header = json.loads(text.decode(), object_pairs_hook=_unique, parse_constant=_constant)
+    except _Flaw:
+        raise
+    except (ValueError, RecursionError):
+        raise _Flaw("its header is no JSON") from None
+    if not isinstance(header, dict):
+        raise _Flaw("its header is no JSON object")
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
+    if not isinstance(metadata, dict) or not all(isinstance(t, str) for t in metadata.values()):
+        raise _Flaw("its metadata is not all text")
+    if rb"\u" in text:  # the only way to half a character, which can be neither shown nor written
+        _check_characters(header, metadata)
+    return {key: _entry(key, value) for key, value in header.items()}, metadata
+
+
+def _check_number_of_parts(text: bytes) -> None:
+    """Ten million bytes of empty lists would take twenty-five times as much memory."""
+    bare = text.replace(rb"\\", b"").replace(rb"\"", b"")
+    few = bare.count(b'"') <= _MOST_PARTS
+    if few:
+        outside = b"".join(bare.split(b'"')[::2])  # of all texts
+        few = sum(map(outside.count, (b",", b"[", b"{"))) <= _MOST_PARTS
+    if not few:
+        raise _Flaw("its header has more parts than any LoRA's")
+
+
+def _check_characters(header: dict[str, Any], metadata: dict[str, str]) -> None:
+    for word in (*header, *metadata, *metadata.values()):
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise _Flaw(f"{shown_key(word)} in its header is no text") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise _Flaw(f"{shown_key(twice)} stands in its header twice")
+    return found
+
+
+def _constant(name: str) -> Any:
+    raise _Flaw(f"its header holds {name}")
+
+
+def _entry(key: str, value: Any) -> TensorEntry:
+    if not isinstance(value, dict) or value.keys() != _FIELDS:
+        raise _Flaw(f"the header's entry of {shown_key(key)} is not that of a tensor")
+    dtype, shape, places = value["dtype"], value["shape"], value["data_offsets"]
+    item = ITEM_BYTES.get(dtype) if isinstance(dtype, str) else None
+    if item is None:
+        name = dtype if isinstance(dtype, str) else type(dtype).__name__
+        raise _Flaw(f"{shown_key(key)} is of the unknown type {shown_key(name)}")
+    if not _whole(shape) or not _whole(places) or len(places) != 2:
+        raise _Flaw(f"shape or place of {shown_key(key)} are not whole numbers from 0 up")
+    if len(shape) > _MOST_DIMENSIONS or (count := math.prod(shape)) > _LARGEST_NUMBER:
+        raise _Flaw(f"the shape of {shown_key(key)} is beyond all measure")
+    start, end = places
+    if end - start != count * item:
+        raise _Flaw(f"the place of {shown_key(key)} is of another size than its shape and type")
+    return TensorEntry(tuple(shape), dtype, start, end)
+
+
+def _whole(numbers: Any) -> bool:
+    if not isinstance(numbers, list) or not {*map(type, numbers)} <= {int}:  # True is no number
+        return False
+    return not numbers or (min(numbers) >= 0 and max(numbers) <= _LARGEST_NUMBER)
+
+
+def _check_places(entries: dict[str, TensorEntry], there: int) -> None:
+    """Tensors lie one behind the other, with no gap, no overlap and nothing behind them."""
+    end = 0
+    for key, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
+        if entry.start != end:
+            what = "overlaps another tensor" if entry.start < end else "lies behind a gap"
+            raise _Flaw(f"{shown_key(key)} {what}")
+        end = entry.end
+    if end != there:
+        raise _Flaw(f"{there - end} bytes behind its last tensor belong to none")
+
+
+def _no_safetensors(path: Path, reason: str) -> LoRAFileError:
+    return LoRAFileError(
+        f"{path} is not a safetensors file ({reason}); only .safetensors LoRAs are read (pickled "
+        ".pt and .ckpt files can run code)."
+    )
+
+
+def shown_key(text: str) -> str:
+    """A stranger's words in a message: one line, and not too long."""
+    line = one_line(text[:81])
+    return line if len(line) <= 80 else line[:79] + "…"
+
+
+def one_line(text: str) -> str:
+    """``text`` with a question mark for all that cannot be printed, or moves a cursor."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
+
+
+def _of_total(size: int, total: int) -> str:
+    """``1.2 of 2.8 GB``; bytes where the two would look the same."""
+    unit, name = (1e9, "GB") if total >= 1e9 else (1e6, "MB")
+    there, whole = f"{size / unit:.1f}", f"{total / unit:.1f}"
+    return f"{size} of {total} bytes" if there == whole else f"{there} of {whole} {name}"
+
+
+def _size(nbytes: int) -> str:
+    unit, name = (1e9, "GB") if nbytes >= 1e9 else (1e6, "MB")
+    return f"{nbytes / unit:.4g} {name}"

@@ -1,0 +1,165 @@
+"""The many ways in which LoRA files name their tensors, told apart by their endings alone.
+
+kohya, diffusers, PEFT and OneTrainer differ in how they write the two factors; LoHa, LoKr, GLoRA,
+OFT and plain differences have endings of their own. Needs no torch: keys, no tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+# Endings of (down, up) after the component's name; the first that fits is taken.
+PAIR_ENDINGS = (
+    (".lora_down.weight", ".lora_up.weight"),  # kohya, OneTrainer
+    (".lora_A.weight", ".lora_B.weight"),  # PEFT, diffusers
+    (".lora_A.default.weight", ".lora_B.default.weight"),  # PEFT with its adapter's name
+    ("_lora.down.weight", "_lora.up.weight"),  # old diffusers
+    (".lora.down.weight", ".lora.up.weight"),
+    (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
+    (".lora_A", ".lora_B"),
+)
+MID, ALPHA, DORA_SCALE, RESHAPE = ".lora_mid.weight", ".alpha", ".dora_scale", ".reshape_weight"
+NU = ".lora2_nu"  # of the other layout of LoRA² files; see foreign_lora2
+_BESIDE = (MID, ALPHA, DORA_SCALE, RESHAPE, NU)  # two factors, in the order of Pair
+# A DoRA's magnitudes as PEFT names them.
+MAGNITUDES = (
+    ".lora_magnitude_vector.default.weight",
+    ".lora_magnitude_vector.weight",
+    ".lora_magnitude_vector",
+)
+# Of other kinds than two factors: what is left of the key is the component's name.
+OTHER_ENDINGS = {
+    "loha": (".hada_w1_a", ".hada_w1_b", ".hada_w2_a", ".hada_w2_b", ".hada_t1", ".hada_t2"),
+    "lokr": (
+        ".lokr_w1", ".lokr_w2", ".lokr_w1_a", ".lokr_w1_b", ".lokr_w2_a", ".lokr_w2_b", ".lokr_t2",
+    ),
+    "glora": (".a1.weight", ".a2.weight", ".b1.weight", ".b2.weight"),
+    "oft": (".oft_blocks", ".oft_diag", ".rescale"),
+    "difference": (".diff", ".diff_b", ".set_weight"),
+    "norm": (".w_norm", ".b_norm"),
+}  # fmt: skip
+# Without these there is nothing to multiply; of each line one set is enough.
+_NEEDED = {
+    "loha": (({".hada_w1_a", ".hada_w1_b", ".hada_w2_a", ".hada_w2_b"},),),
+    "lokr": (
+        ({".lokr_w1"}, {".lokr_w1_a", ".lokr_w1_b"}),
+        ({".lokr_w2"}, {".lokr_w2_a", ".lokr_w2_b"}),
+    ),
+    "glora": ((set(OTHER_ENDINGS["glora"]),),),
+}
+_PREFIXES = ("base_model.model.",)  # that PEFT puts before a component's name
+_PAIR_OF = {end: ends for ends in PAIR_ENDINGS for end in ends}
+_KIND_OF = {end: kind for kind, ends in OTHER_ENDINGS.items() for end in ends}
+_MOST_DOTS = 3  # of an ending; none is the end of another
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The keys of one component of two factors; ``name`` is its key without an ending."""
+
+    name: str
+    down: str
+    up: str
+    mid: str | None = None  # a third factor of some convolutions
+    alpha: str | None = None
+    dora_scale: str | None = None
+    reshape: str | None = None
+    nu: str | None = None
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        every = (
+            self.down, self.up, self.mid, self.alpha, self.dora_scale, self.reshape, self.nu,
+        )  # fmt: skip
+        return tuple(key for key in every if key is not None)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the keys of a file are."""
+
+    pairs: tuple[Pair, ...]
+    others: dict[str, dict[str, tuple[str, ...]]] = field(default_factory=dict)
+    """kind → component's name → its keys; an alpha is listed with its component"""
+    lonely: tuple[str, ...] = ()  # factors without the others that they are multiplied with
+    unknown: tuple[str, ...] = ()  # no ending that is known
+
+    @property
+    def names(self) -> list[str]:
+        """Of all components, whatever their kind."""
+        others = [name for components in self.others.values() for name in components]
+        return [pair.name for pair in self.pairs] + others
+
+
+def parse_keys(keys: Iterable[str]) -> Parts:
+    """Group the keys of a file by component, in the order of the file."""
+    present = {key: key for key in keys}
+    pairs: list[Pair] = []
+    others: dict[str, dict[str, list[str]]] = {}
+    lonely: list[str] = []
+    taken: set[str] = set()
+    for key in present:
+        if key in taken:
+            continue
+        end = _ending(key)
+        name = key[: len(key) - len(end)]
+        if end in _PAIR_OF and (pair := _pair(name, *_PAIR_OF[end], present)) is not None:
+            pairs.append(pair)
+            taken.update(pair.keys)
+        elif end in _KIND_OF:
+            others.setdefault(_KIND_OF[end], {}).setdefault(name, []).append(key)
+            taken.add(key)
+        elif end in _PAIR_OF:
+            lonely.append(key)
+            taken.add(key)
+    lonely += [key for key in present if key not in taken and key.endswith(MID)]
+    for kind, components in others.items():
+        for name in [n for n, found in components.items() if not _complete(kind, n, found)]:
+            lonely += components.pop(name)
+        for name, found in components.items():
+            extra = [name + end for end in (ALPHA, DORA_SCALE) if name + end in present]
+            found += [key for key in extra if key not in taken]
+            taken.update(extra)
+    taken.update(lonely)
+    unknown = tuple(key for key in present if key not in taken)
+    frozen = {k: {n: tuple(keys) for n, keys in found.items()} for k, found in others.items()}
+    frozen = {kind: components for kind, components in frozen.items() if components}
+    return Parts(tuple(pairs), frozen, tuple(lonely), unknown)
+
+
+def plain_name(name: str) -> str:
+    """A component's name without what a trainer's framework puts before it."""
+    for prefix in _PREFIXES:
+        name = name.removeprefix(prefix)
+    return name
+
+
+def _ending(key: str) -> str:
+    """The ending of a key that tells what it is; empty when none is known."""
+    place = len(key)
+    for _ in range(_MOST_DOTS):
+        place = key.rfind(".", 0, place)
+        if place < 0:
+            return ""
+        end = key[place:]
+        if end in _PAIR_OF or end in _KIND_OF:
+            return end
+        if key.endswith("_lora", 0, place) and "_lora" + end in _PAIR_OF:
+            return "_lora" + end
+    return ""
+
+
+def _pair(name: str, down: str, up: str, present: Mapping[str, str]) -> Pair | None:
+    """The component of two factors with these endings, if both are there."""
+    if name + down not in present or name + up not in present:
+        return None
+    extras = (present.get(name + end) for end in _BESIDE)
+    return Pair(name, name + down, name + up, *extras)
+
+
+def _complete(kind: str, name: str, keys: Iterable[str]) -> bool:
+    ends = {key[len(name) :] for key in keys}
+    if (".hada_t1" in ends) != (".hada_t2" in ends):
+        return False
+    return all(any(one <= ends for one in enough) for enough in _NEEDED.get(kind, ()))

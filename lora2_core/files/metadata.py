@@ -1,0 +1,165 @@
+"""The metadata of a trained file: ours, kohya's ``ss_*`` and ModelSpec; all strings.
+
+No clock and no path goes in: the same run gives the same bytes, and a shared file tells nothing
+about its maker's machine.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from ..config.train import OptimizerConfig, TrainConfig
+from .encode import STORED_ALPHA
+
+RUN = "lora2.run"  # the fingerprint of the run that a file is of
+_MODULE = "lora2_core.network"
+_CLASSES = {
+    "adamw": "torch.optim.adamw.AdamW",
+    "adamw8bit": "bitsandbytes.optim.adamw.AdamW8bit",
+    "prodigy": "prodigyopt.prodigy.Prodigy",
+}
+
+
+def deciding(config: TrainConfig) -> dict[str, Any]:
+    """The settings that decide what a file holds: all but how a run is kept and watched."""
+    settings = config.as_dict()
+    return {name: value for name, value in settings.items() if name not in ("keep", "samples")}
+
+
+def describe_run(
+    config: TrainConfig,
+    captions: Sequence[str],
+    base_hash: str,
+    ranks: Sequence[int],
+    losses: Sequence[float],
+    probes: Sequence[float],
+    title: str,
+    run: str = "",
+) -> dict[str, str]:
+    """Everything a loader, a manager or a person may want to know of a trained file.
+
+    ``losses``: one a step; ``probes``: the loss on fixed noise and timesteps, in order; ``run``:
+    the fingerprint of the run.
+    """
+    return {
+        **_ours(config, base_hash, ranks, losses, probes),
+        **({RUN: run} if run else {}),
+        **_kohya(config, captions, title, len(losses)),
+        **_kohya_options(config),
+        **_model_spec(config, captions, title),
+    }
+
+
+def _first_and_last(values: Sequence[float]) -> list[float]:
+    """Medians of the first and of the last fifth; single steps are too noisy to compare."""
+    fifth = max(1, len(values) // 5)
+    return [statistics.median(values[:fifth]), statistics.median(values[-fifth:])]
+
+
+def _ours(
+    config: TrainConfig,
+    base_hash: str,
+    ranks: Sequence[int],
+    losses: Sequence[float],
+    probes: Sequence[float],
+) -> dict[str, str]:
+    summary = {"training": _first_and_last(losses)}
+    if probes:
+        summary["fixed_noise"] = _first_and_last(probes)
+    return {
+        "lora2.mode": config.rank.mode,
+        "lora2.quantile": str(config.rank.quantile),
+        "lora2.config": json.dumps(deciding(config), sort_keys=True),
+        "lora2.base_model_hash": base_hash,
+        "lora2.seed": str(config.seed),
+        "lora2.steps": str(len(losses)),
+        "lora2.loss": json.dumps(summary),
+        "lora2.mean_rank": f"{statistics.fmean(ranks):.3f}",
+    }
+
+
+def _kohya(config: TrainConfig, captions: Sequence[str], title: str, steps: int) -> dict[str, str]:
+    tags = Counter(tag.strip() for text in captions for tag in text.split(",") if tag.strip())
+    frequency = {f"1_{title}": dict(sorted(tags.items()))}
+    return {
+        "ss_base_model_version": "sdxl_base_v1-0",
+        "ss_network_module": _MODULE,
+        "ss_network_dim": "Dynamic",
+        "ss_network_alpha": str(STORED_ALPHA),
+        "ss_network_args": json.dumps({"mode": config.rank.mode, "targets": config.targets}),
+        "ss_output_name": title,
+        "ss_learning_rate": str(config.learning_rate),
+        "ss_unet_lr": str(config.learning_rate),
+        "ss_steps": str(steps),
+        "ss_max_train_steps": str(config.steps),
+        "ss_seed": str(config.seed),
+        "ss_mixed_precision": {"fp32": "no"}.get(config.precision, config.precision),
+        "ss_resolution": f"({config.resolution}, {config.resolution})",
+        "ss_batch_size_per_device": str(config.batch_size),
+        "ss_num_train_images": str(len(captions)),
+        "ss_tag_frequency": json.dumps(frequency, sort_keys=True),
+    }
+
+
+def _kohya_options(config: TrainConfig) -> dict[str, str]:
+    """Settings that may be off, by kohya's names and in his way: "None" is off."""
+    data, optimizer, objective = config.data, config.optimizer, config.objective
+    warm_up = optimizer.warm_up
+    if warm_up is None:
+        warm_up = 0.0 if config.schedule == "constant" else 0.05
+    warm_steps = round(warm_up * config.steps)
+    constant = config.schedule == "constant" and warm_steps > 0
+    return {
+        "ss_optimizer": _optimizer(optimizer),
+        "ss_lr_scheduler": "constant_with_warmup" if constant else config.schedule,
+        "ss_lr_warmup_steps": str(warm_steps),
+        "ss_text_encoder_lr": _or_none(config.text.learning_rate),
+        "ss_gradient_accumulation_steps": str(optimizer.accumulation),
+        "ss_total_batch_size": str(config.batch_size * optimizer.accumulation),
+        "ss_gradient_checkpointing": str(config.gradient_checkpointing),
+        "ss_max_grad_norm": str(optimizer.clip_norm),
+        "ss_min_snr_gamma": _or_none(objective.min_snr_gamma),
+        "ss_noise_offset": _or_none(objective.noise_offset),
+        "ss_caption_dropout_rate": str(data.caption_dropout),
+        "ss_shuffle_caption": str(data.caption_shuffle),
+        "ss_keep_tokens": str(data.keep_tags),
+        "ss_flip_aug": str(data.flip),
+        "ss_enable_bucket": str(data.buckets),
+        "ss_bucket_no_upscale": str(data.buckets),
+        "ss_prior_loss_weight": str(data.prior_weight),
+        "ss_num_reg_images": str(data.class_images),
+    }
+
+
+def _optimizer(optimizer: OptimizerConfig) -> str:
+    """The class and what it is given, as kohya writes it."""
+    options = [f"weight_decay={optimizer.weight_decay}"]
+    if optimizer.name == "prodigy":
+        options += ["use_bias_correction=True", "safeguard_warmup=True"]
+    return f"{_CLASSES[optimizer.name]}({','.join(options)})"
+
+
+def _or_none(value: float) -> str:
+    return str(value) if value else "None"
+
+
+def _model_spec(config: TrainConfig, captions: Sequence[str], title: str) -> dict[str, str]:
+    only = captions[0] if captions and len(set(captions)) == 1 else ""
+    trigger = config.data.trigger.strip() or only
+    spec = {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.title": title,
+        "modelspec.resolution": f"{config.resolution}x{config.resolution}",
+        "modelspec.usage_hint": (
+            "Load with any LoRA loader at strength 1. Every layer has a rank of its own."
+        ),
+    }
+    if trigger:
+        spec["modelspec.trigger_phrase"] = trigger
+    return spec

@@ -1,0 +1,218 @@
+"""LoRA files of any trainer: read strictly, or looked into without reading a tensor."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from torch import Tensor
+
+from .encode import DOWN as _DOWN
+from .encode import (
+    FORMAT_VERSION,
+)
+from .header import Header, LoRAFileError, read_header, shown_key
+from .keys import ALPHA, MAGNITUDES, Pair, Parts, parse_keys
+from .shapes import Mismatch, product_of_kind, product_of_pair
+
+_LARGEST_WIDTH = 1 << 31  # of a layer that the metadata may list
+
+
+@dataclass(frozen=True)
+class ComponentInfo:
+    """What a file's header says about one component."""
+
+    key: str  # as in the file, without suffix: "lora_unet_input_blocks_4_1_…_attn1_to_q"
+    rank: int  # columns stored; 0 when the component was left out
+    in_features: int
+    out_features: int
+    nu: float | None  # None in files that LoRA² did not train
+    nbytes: int  # of its factors
+    kind: str = "lora"  # or "conv", "dora", "loha", "lokr", "glora", "oft", "difference", "norm"
+
+
+@dataclass(frozen=True)
+class LoRAFile:
+    """A file in memory: tensors by key as stored, and the metadata."""
+
+    state: dict[str, Tensor]
+    metadata: dict[str, str]
+
+
+def component_keys(keys: Mapping[str, Any]) -> list[str]:
+    """Keys of the components in a state or header, without suffix."""
+    return [key[: -len(_DOWN)] for key in keys if key.endswith(_DOWN)]
+
+
+def headline(metadata: Mapping[str, str]) -> str:
+    """One line about a file, from its metadata; empty when it says nothing."""
+    ours = metadata.get("lora2.format_version") == FORMAT_VERSION
+    parts = [
+        f"LoRA² {metadata['lora2.mode']} mode" if ours and "lora2.mode" in metadata else "",
+        f"{metadata['ss_steps']} steps" if metadata.get("ss_steps") else "",
+        f'"{metadata["modelspec.trigger_phrase"]}"'
+        if metadata.get("modelspec.trigger_phrase")
+        else "",
+    ]
+    return " · ".join(part for part in parts if part)
+
+
+def load(path: Path) -> LoRAFile:
+    """Tensors and metadata of a LoRA file; the tensors are mapped, and read when they are used.
+
+    Raises LoRAFileError for anything unreadable, and for parts that do not fit together.
+    """
+    header = read_header(path)
+    _components(header, parse_keys(header.entries), {})
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            state = {key: file.get_tensor(key) for key in header.entries}
+    # It has changed since, or is of a type that this version of torch does not know.
+    except (OSError, AttributeError, safetensors.SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise LoRAFileError(f"{path} cannot be read ({reason}). Copy it again.") from error
+    return LoRAFile(state, header.metadata)
+
+
+def check_finite(state: Mapping[str, Tensor], source: str) -> None:
+    """Raises LoRAFileError, naming the tensor, if a weight is infinite or not a number."""
+    for key, tensor in state.items():
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        wide = tensor.float() if tensor.itemsize == 1 else tensor  # fp8 knows no comparisons
+        low, high = torch.aminmax(wide)  # copies nothing; both are NaN where one weight is
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise LoRAFileError(
+                f"{source} is damaged: {shown_key(key)} holds weights that are not finite. "
+                "Copy or download it again, or train again with a lower learning_rate."
+            )
+
+
+def inspect(path: Path) -> tuple[list[ComponentInfo], dict[str, str]]:
+    """Components and metadata from the header alone; no tensor is read.
+
+    Of LoRAs of any trainer and kind. Components that training left out as zero are listed with
+    rank 0. Raises LoRAFileError when the file is missing, cut short, no safetensors file or holds
+    no LoRA.
+    """
+    return inspect_header(read_header(path))
+
+
+def inspect_header(header: Header) -> tuple[list[ComponentInfo], dict[str, str]]:
+    """:func:`inspect` of a header that was read already."""
+    parts = parse_keys(header.entries)
+    trained = _trained_components(header.metadata)
+    infos = _components(header, parts, trained)
+    if not infos:
+        raise LoRAFileError(
+            f"{header.path} holds no LoRA (no key ends in {_DOWN} or any other LoRA's ending); "
+            "choose a LoRA file, not a checkpoint."
+        )
+    present = {info.key for info in infos}
+    infos += [
+        ComponentInfo(key, 0, entry["in"], entry["out"], entry["nu"], 0)
+        for key, entry in trained.items()
+        if key not in present
+    ]
+    order = {key: position for position, key in enumerate(trained)}
+    infos.sort(key=lambda info: order.get(info.key, len(order)))
+    return infos, header.metadata
+
+
+def _components(header: Header, parts: Parts, trained: Mapping[str, Any]) -> list[ComponentInfo]:
+    """What is in the file. Raises LoRAFileError where tensors do not fit together."""
+    if parts.lonely:
+        raise LoRAFileError(
+            f"{header.path} is damaged: {shown_key(parts.lonely[0])} lacks its other half."
+        )
+    magnitudes = {
+        key.removesuffix(end) for key in parts.unknown for end in MAGNITUDES if key.endswith(end)
+    }
+    infos: list[ComponentInfo] = []
+    name = ""
+    try:
+        for pair in parts.pairs:
+            name = pair.name
+            infos.append(_info(header, pair, trained.get(name), name in magnitudes))
+        for kind, components in parts.others.items():
+            for name, keys in components.items():
+                infos.append(_other(header, kind, name, keys))
+    except Mismatch as mismatch:
+        raise LoRAFileError(
+            f"{header.path} is damaged: the two halves of {shown_key(name)} do not "
+            f"fit together ({mismatch})."
+        ) from None
+    return infos
+
+
+def _trained_components(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Our own list of components; empty when somebody else wrote into our metadata, since the
+    tensors still tell the ranks. That of a newer format is not ours to understand."""
+    if metadata.get("lora2.format_version", FORMAT_VERSION) != FORMAT_VERSION:
+        return {}
+    try:
+        listed = json.loads(metadata.get("lora2.components", "{}"))
+        return {
+            str(key): {"nu": _number(e["nu"]), "in": _width(e["in"]), "out": _width(e["out"])}
+            for key, e in listed.items()
+        }
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
+        return {}
+
+
+def _number(value: Any) -> float | None:
+    number = None if value is None else float(value)
+    if number is None or math.isfinite(number):
+        return number
+    raise ValueError
+
+
+def _width(value: Any) -> int:
+    if 0 <= (number := int(value)) <= _LARGEST_WIDTH:
+        return number
+    raise ValueError
+
+
+def _info(
+    header: Header, pair: Pair, trained: Mapping[str, Any] | None, magnitudes: bool
+) -> ComponentInfo:
+    """Of two factors; ``magnitudes``: whether PEFT's belong to them."""
+    down, up = header[pair.down], header[pair.up]
+    mid = header[pair.mid] if pair.mid else None
+    if pair.alpha:
+        _check_alpha(header, pair.alpha)
+    product = product_of_pair(down.shape, up.shape, mid.shape if mid else None)
+    area = math.prod((mid or down).shape[2:])
+    return ComponentInfo(
+        key=pair.name,
+        rank=product.rank,
+        in_features=product.in_features,
+        out_features=product.out_features,
+        nu=trained["nu"] if trained else None,
+        nbytes=down.nbytes + up.nbytes + (mid.nbytes if mid else 0),
+        kind="dora" if pair.dora_scale or magnitudes else "conv" if area > 1 else "lora",
+    )
+
+
+def _other(header: Header, kind: str, name: str, keys: Sequence[str]) -> ComponentInfo:
+    """A component of another kind than two factors; 0 for what its tensors do not tell."""
+    _check_alpha(header, name + ALPHA)
+    product = product_of_kind(kind, {key[len(name) :]: header[key].shape for key in keys})
+    nbytes = sum(header[key].nbytes for key in keys)
+    return ComponentInfo(
+        name, product.rank, product.in_features, product.out_features, None, nbytes, kind
+    )
+
+
+def _check_alpha(header: Header, key: str) -> None:
+    if key in header and (count := math.prod(header[key].shape)) != 1:
+        raise LoRAFileError(
+            f"{header.path} is damaged: {shown_key(key)} holds {count} numbers where one "
+            "belongs. Copy or download it again."
+        )

@@ -1,0 +1,1 @@
+"""A run in its thread, the queue, and what outlives the process."""

@@ -1,0 +1,135 @@
+"""The checkpoint of one run: which run it is, when one is due, where it lies, what it may replace.
+
+A folder holds one file a run, named after the run's fingerprint. Interrupted and started again
+with the same settings and photos, the run is found by it and goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import lora_file
+from ..config.train import KeepConfig, TrainConfig
+from ..data.cache import content_key
+from ..files import checkpoint
+from ..files.atomic import remove_leftovers
+from ..files.checkpoint import Checkpoint, CheckpointError
+from ..files.metadata import RUN, deciding
+
+_NUMBERED = re.compile(r"(.*?)_?\d+_?")  # subject_00001_, as ComfyUI counts
+
+
+def run_hash(config: TrainConfig, captions: Sequence[str], base_hash: str, data_hash: str) -> str:
+    """SHA-256 over all that decides a run; what it is called and how it is kept is left out.
+
+    So ``keep``, ``samples`` and the file's name may change between a stop and the resume.
+    """
+    settings = json.dumps(deciding(config), sort_keys=True)
+    return content_key(settings, data_hash, base_hash, *captions)
+
+
+def target_of(path: Path, kept: Checkpoint) -> Path:
+    """Where a resumed run writes: over its own unfinished LoRA if that is there, else ``path``.
+
+    Its own: the file that the checkpoint names, in the same folder, the same name but for
+    the number, and not written by any other run, as its metadata tells.
+    """
+    own = Path(kept.target)
+    if own.parent != path.parent or _stem(own) != _stem(path):
+        return path
+    if not own.exists():
+        return own
+    try:
+        _, metadata = lora_file.inspect(own)
+    except lora_file.LoRAFileError:
+        return path
+    return own if metadata.get(RUN) == kept.run else path
+
+
+def _stem(path: Path) -> str:
+    numbered = _NUMBERED.fullmatch(path.stem)
+    return numbered[1] if numbered else path.stem
+
+
+class RunKeeper:
+    """Keeps the checkpoint of ``run`` in ``folder``; None keeps nothing.
+
+    No accident with a checkpoint ends a training: it is told to ``tell``, once for writing.
+    """
+
+    def __init__(
+        self, folder: Path | None, run: str, keep: KeepConfig, tell: Callable[[str], None]
+    ):
+        self.run, self.keep, self._tell = run, keep, tell
+        self.path = None if folder is None else folder / f"{run}.safetensors"
+        self._written = time.monotonic()
+        self._failed = False
+        if self.path is not None:
+            remove_leftovers(self.path)
+
+    def due(self, step: int) -> bool:
+        """Whether a checkpoint belongs after this step, by its number or by the clock."""
+        by_steps, minutes = self.keep.checkpoint_steps, self.keep.checkpoint_minutes
+        if self.path is None:
+            return False
+        if by_steps and step % by_steps == 0:
+            return True
+        return bool(minutes) and time.monotonic() - self._written >= 60 * minutes
+
+    def save(self, step: int, target: Path, state: Callable[[], dict[str, Any]]) -> bool:
+        """Write a checkpoint of ``state``; whether that worked. Never raises an Exception."""
+        if self.path is None:
+            return False
+        self._written = time.monotonic()  # failed or not, the next one waits its time
+        try:
+            kept = Checkpoint(self.run, step, str(target), state())
+            checkpoint.write(self.path, kept)
+        except Exception as error:  # a full disk, no memory for the copy: training goes on
+            reason = getattr(error, "strerror", None) or error
+            if not self._failed:
+                self._tell(
+                    f"The checkpoint {self.path} could not be written ({reason}). Training goes "
+                    "on; until one can be written, an accident costs what was learnt since the "
+                    "last one."
+                )
+            self._failed = True
+            return False
+        self._failed = False
+        return True
+
+    def load(self) -> Checkpoint | None:
+        """The checkpoint of this run, if there is one and it is wanted and whole."""
+        if self.path is None or not self.keep.resume or not self.path.is_file():
+            return None
+        try:
+            return checkpoint.read(self.path, self.run)
+        except CheckpointError as error:
+            self.set_aside(str(error))
+            return None
+
+    def set_aside(self, reason: str) -> None:
+        """Rename a checkpoint that cannot be used, so that no new one overwrites it."""
+        if self.path is None:
+            return
+        aside = self.path.with_name(self.path.name + ".damaged")
+        try:
+            self.path.replace(aside)
+            kept = f"It was renamed to {aside.name}"
+        except OSError as error:
+            kept = f"It could not be renamed ({error.strerror or error})"
+        self._tell(f"The run could not go on from its checkpoint: {reason} {kept}; starting anew.")
+
+    def remove(self) -> None:
+        """Delete the checkpoint: the run is over."""
+        if self.path is None:
+            return
+        try:
+            self.path.unlink(missing_ok=True)
+        except OSError as error:
+            logging.warning("LoRA²: %s could not be deleted: %s.", self.path, error)

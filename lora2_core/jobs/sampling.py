@@ -1,0 +1,144 @@
+"""Pictures painted while a LoRA learns.
+
+Painting takes the weights that would be saved at that moment and a generator of its own, so a run
+with samples gives the same file as one without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..config.train import TrainConfig
+from ..files.write import write_atomically
+
+THUMBNAIL = 224  # px, the longer side of every picture but the newest
+_COLUMNS = 12  # at most, whatever the number of steps
+
+
+class Painter(Protocol):
+    """Paints prompts with the model in training; see comfy_host.painting."""
+
+    def paint(
+        self,
+        prompts: Sequence[str],
+        seed: int,
+        size: tuple[int, int],
+        steps: int,
+        guidance: float,
+    ) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class SampleEvent:
+    """What the LoRA painted after a step."""
+
+    step: int
+    prompts: tuple[str, ...]
+    pictures: Tensor  # (prompts, height, width, 3) uint8, on the CPU
+
+
+@dataclass(frozen=True)
+class StripFile:
+    """Where the strip of all pictures goes, and who draws it.
+
+    ``draw``: a PNG of the events, the title, and the longer side of a picture in px.
+    """
+
+    path: Path
+    draw: Callable[[Sequence[SampleEvent], str, int], bytes]
+
+
+class SampleStrip:
+    """Paints when it is time, and keeps the strip in ``file`` (None: only in memory).
+
+    ``events``: the newest in full size, earlier ones as thumbnails, and no more of them than the
+    strip has columns: a run of any length stays within some ten megabytes.
+    """
+
+    def __init__(self, painter: Painter, config: TrainConfig, file: StripFile | None, title: str):
+        self.painter, self.file, self.title = painter, file, title
+        self.options, self.steps = config.samples, config.steps
+        self.side = config.resolution
+        self.events: list[SampleEvent] = []
+
+    def due(self, step: int) -> bool:
+        """Whether pictures belong after this step and are not there yet."""
+        wanted = step % self.options.every == 0 or step == self.steps
+        return wanted and (not self.events or self.events[-1].step < step)
+
+    def paint(self, step: int, stop: Callable[[], bool]) -> SampleEvent | None:
+        """All prompts as of now, and the strip anew; None, and nothing kept, after ``stop()``.
+
+        The network must hold the weights to show, its importances fresh. Raises what the painter
+        raises, and LoRAFileError when the strip cannot be written.
+        """
+        options, found = self.options, []
+        for prompt in options.prompts:
+            if stop():
+                return None
+            size = (self.side, self.side)
+            picture = self.painter.paint(
+                [prompt], options.seed, size, options.steps, options.guidance
+            )
+            found.append((picture * 255).round().clamp(0, 255).to(torch.uint8).cpu())
+        event = SampleEvent(step, options.prompts, torch.cat(found))
+        self.events[:] = thinned([*map(thumbnail, self.events), event])
+        self.write()
+        return event
+
+    def write(self) -> None:
+        """The strip as it is now, in its file."""
+        if self.file is not None and self.events:
+            write_atomically(self.file.path, self.file.draw(self.events, self.title, THUMBNAIL))
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps: the pictures as thumbnails."""
+        return {
+            "prompts": list(self.options.prompts),
+            "steps": [event.step for event in self.events],
+            "pictures": {str(n): thumbnail(e).pictures for n, e in enumerate(self.events)},
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on with a strip; other prompts than its own begin a new one."""
+        if tuple(state["prompts"]) != self.options.prompts:
+            return
+        pictures = [state["pictures"][str(number)].clone() for number in range(len(state["steps"]))]
+        self.events[:] = [
+            SampleEvent(int(step), self.options.prompts, found)
+            for step, found in zip(state["steps"], pictures, strict=True)
+        ]
+
+
+def thinned(events: Sequence[SampleEvent], columns: int = _COLUMNS) -> list[SampleEvent]:
+    """At most ``columns`` of ``events``, the first and the last always among them.
+
+    The ones between that are nearest to their neighbours go, so the steps stay evenly spread.
+    """
+    kept = list(events)
+    while len(kept) > max(2, columns):
+        gaps = [kept[n + 1].step - kept[n - 1].step for n in range(1, len(kept) - 1)]
+        del kept[1 + gaps.index(min(gaps))]
+    return kept
+
+
+def thumbnail(event: SampleEvent) -> SampleEvent:
+    """``event`` with no side above THUMBNAIL; small pictures stay as they are."""
+    height, width = event.pictures.shape[1:3]
+    scale = THUMBNAIL / max(height, width)
+    if scale >= 1:
+        return event
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    small = [
+        np.array(Image.fromarray(np.asarray(pixels)).resize(size, Image.Resampling.LANCZOS))
+        for pixels in event.pictures
+    ]
+    return SampleEvent(event.step, event.prompts, torch.from_numpy(np.stack(small)))

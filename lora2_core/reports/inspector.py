@@ -1,0 +1,236 @@
+"""Everything a LoRA file says of itself, from its header alone; its tensors only on request."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ..files import encode as encode_module
+from ..files import read as read_module
+from ..files.encode import understood_metadata
+from ..files.header import read_header
+from ..files.model_family import Architecture, guess_family
+from ..files.read import ComponentInfo
+from ..resizing.measure import Measured, measure_file, strongest
+from .canvas import fitted
+from .rank_map import MARGIN, WIDTH
+from .report import rank_picture
+from .summary import fit_middle, rank_table, summarize
+
+_TAGS = 8
+_CORNER, _TOP = 64, 24  # px: side of a thumbnail in the rank map, and where it starts
+_LINE = 200  # characters of a value that are shown
+_LARGEST_THUMBNAIL = 1_000_000  # characters of its data URI
+_LARGEST_PICTURE = 4096 * 4096  # pixels
+_THUMBNAIL = re.compile(r"data:image/(?:png|jpeg|webp);base64,([A-Za-z0-9+/=\s]{16,})")
+_SETTINGS = {
+    "mode": "lora2.mode", "steps": "ss_steps", "learning rate": "ss_learning_rate",
+    "optimizer": "ss_optimizer", "schedule": "ss_lr_scheduler", "batch": "ss_total_batch_size",
+    "resolution": "ss_resolution", "precision": "ss_mixed_precision", "seed": "ss_seed",
+    "photos": "ss_num_train_images", "trainer": "ss_network_module",
+}  # fmt: skip
+_HASHES = {"sha-256 of the weights": "sshs_model_hash", "kohya's short hash": "sshs_legacy_hash"}
+_DIGEST = re.compile(r"[0-9a-fA-F]{8,64}")
+_BASES = ("ss_sd_model_name", "lora2.base_model_hash", "ss_new_sd_model_hash", "ss_sd_model_hash")
+
+
+@dataclass(frozen=True)
+class FileReport:
+    """One LoRA."""
+
+    name: str
+    nbytes: int
+    components: tuple[ComponentInfo, ...]
+    metadata: Mapping[str, str]
+    made: Architecture
+    measured: Measured | None = None
+
+    @property
+    def trigger(self) -> str:
+        return self.metadata.get("modelspec.trigger_phrase", "")
+
+    @property
+    def tags(self) -> list[str]:
+        """The words that stood in most captions, if the trainer noted them."""
+        return most_frequent_tags(self.metadata)
+
+    @property
+    def kinds(self) -> dict[str, int]:
+        return dict(Counter(component.kind for component in self.components))
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """Those that the file tells of itself, by their key; what is no hash is left out."""
+        found = {key: self.metadata.get(key, "") for key in _HASHES.values()}
+        return {key: text for key, text in found.items() if _DIGEST.fullmatch(text)}
+
+    @property
+    def alpha(self) -> str:
+        """What the header tells of it; the numbers themselves are tensors."""
+        if self.metadata.get("lora2.format_version") == encode_module.FORMAT_VERSION:
+            return "1 in every component, so that strength 1 is as trained"
+        return self.metadata.get("ss_network_alpha", "")
+
+    def thumbnail(self) -> Image.Image | None:
+        """The picture in the file; None where there is none that can be shown."""
+        return decoded(self.metadata.get("modelspec.thumbnail", ""))
+
+    def picture(self) -> Image.Image:
+        """The rank map, and in its corner the picture that the file holds."""
+        title, headline = Path(self.name).stem, read_module.headline(self.metadata)
+        small = self.thumbnail()
+        if small is None:
+            return rank_picture(self.components, title, headline)
+        small.thumbnail((_CORNER, _CORNER), Image.Resampling.LANCZOS)
+        room = WIDTH - 2 * MARGIN - _CORNER - 16  # what is written ends before the picture
+        title, headline = fitted(title, 26, room), fitted(headline, 14, room)
+        found = rank_picture(self.components, title, headline)
+        found.paste(small, (found.width - MARGIN - small.width, _TOP))
+        return found
+
+    def text(self) -> str:
+        """All of it as lines of monospaced text."""
+        facts = [f"{name:<12} {_one_line(text)}" for name, text in self._facts() if text]
+        table = rank_table(self.components)
+        name = _one_line(self.name)
+        return "\n".join([name, "=" * min(len(name), 100), *facts, "", table]) + (self._strengths())
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it for scripts."""
+        return {
+            "name": self.name,
+            "bytes": self.nbytes,
+            "base": {**asdict(self.made), "text": self.made.text},
+            "trigger": self.trigger,
+            "tags": self.tags,
+            "kinds": self.kinds,
+            "alpha": self.alpha,
+            "hashes": self.hashes,
+            "summary": asdict(summarize(self.components)),
+            "components": [asdict(component) for component in self.components],
+            "metadata": dict(self.metadata),
+            "measured": None if self.measured is None else asdict(self.measured),
+        }
+
+    def _facts(self) -> list[tuple[str, str]]:
+        known = understood_metadata(self.metadata)
+        settings = [f"{n} {known[k]}" for n, k in _SETTINGS.items() if known.get(k)]
+        hashes = [f"{self.hashes[key]} ({name})" for name, key in _HASHES.items()
+                  if key in self.hashes]  # fmt: skip
+        base = [self.made.text, *(known.get(key, "") for key in _BASES)]
+        kinds = ", ".join(f"{count} {kind}" for kind, count in self.kinds.items())
+        version = self.metadata.get("lora2.format_version", "")
+        newer = version not in ("", encode_module.FORMAT_VERSION)
+        told = f"LoRA² {version}, newer than this pack knows; read as a plain LoRA" if newer else ""
+        return [
+            ("Format", told),
+            ("File", f"{self.nbytes / 1e6:,.2f} MB, {kinds}"),
+            ("Trigger", self.trigger),
+            ("Tags", ", ".join(self.tags)),
+            ("Base", " · ".join(filter(None, base))),
+            ("Training", ", ".join(settings)),
+            ("Alpha", self.alpha),
+            ("Thumbnail", self._about_thumbnail()),
+            *(("Hash", text) for text in hashes),
+        ]
+
+    def _about_thumbnail(self) -> str:
+        if not self.metadata.get("modelspec.thumbnail"):
+            return ""
+        picture = self.thumbnail()
+        if picture is not None:
+            return f"{picture.width}×{picture.height} px"
+        return (
+            "ignored: it is no PNG, JPEG or WebP picture of at most "
+            f"{_LARGEST_THUMBNAIL:,} characters that can be shown"
+        )
+
+    def _strengths(self) -> str:
+        if self.measured is None:
+            return ""
+        lines = [
+            "",
+            f"Norm of the update {self.measured.norm:.4g}; it {self.measured.could_be_cut}.",
+            "",
+            f"{'norm':>10}{'energy':>9}{'rank':>7}{'90 %':>7}  strongest components",
+        ]
+        lines += [
+            f"{one.norm:>10.4g}{100 * one.share:>8.2f}%{one.rank:>7}{one.effective_rank:>7}  "
+            f"{fit_middle(one.key, 64)}"
+            for one in strongest(self.measured.components)
+        ]
+        return "\n".join(lines) + "\n"
+
+
+def inspect(path: Path, with_tensors: bool = False, name: str = "") -> FileReport:
+    """Look inside a LoRA file: its header, and on request its tensors.
+
+    Raises LoRAFileError for what cannot be read or is no LoRA.
+    """
+    header = read_header(path)
+    components, metadata = read_module.inspect_header(header)
+    return FileReport(
+        name or path.name,
+        header.file_bytes,
+        tuple(components),
+        metadata,
+        guess_family({c.key: c.in_features for c in components}, metadata),
+        measure_file(path) if with_tensors else None,
+    )
+
+
+def most_frequent_tags(metadata: Mapping[str, str]) -> list[str]:
+    """Of kohya's ``ss_tag_frequency``; empty where it is missing or of another form."""
+    try:
+        found: Counter[str] = Counter()
+        for folder in json.loads(metadata.get("ss_tag_frequency", "{}")).values():
+            found.update({str(tag): int(count) for tag, count in folder.items()})
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return []
+    return [_one_line(tag) for tag, _ in found.most_common(_TAGS)]
+
+
+def decoded(uri: str) -> Image.Image | None:
+    """The picture of a data URI that a stranger wrote; None for what is none, or too large."""
+    found = _THUMBNAIL.fullmatch(uri) if len(uri) <= _LARGEST_THUMBNAIL else None
+    if found is None:
+        return None
+    try:
+        data = base64.b64decode("".join(found[1].split()), validate=True)
+        picture = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
+        if picture.width * picture.height > _LARGEST_PICTURE:
+            return None
+        return picture.convert("RGB")
+    # Decoders meet spoilt data with errors of many kinds, and one that claims to be huge with
+    # DecompressionBombError, which is no OSError: whatever it is, there is no picture to show.
+    except Exception:
+        return None
+
+
+def side_by_side(reports: Sequence[FileReport]) -> str:
+    """The key figures of several files as one table."""
+    width = max([4, *(len(one.name) for one in reports)])
+    width = min(width, 48)
+    head = f"{'file':<{width}}{'MB':>10}{'components':>12}{'mean rank':>11}{'highest':>9}"
+    lines = [head]
+    for one in reports:
+        figures = summarize(one.components)
+        name = fit_middle(one.name, width)
+        lines.append(
+            f"{name:<{width}}{one.nbytes / 1e6:>10,.2f}{figures.count:>12}"
+            f"{figures.rank_mean:>11.1f}{figures.rank_max:>9}"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _one_line(text: str) -> str:
+    return "".join(c if c.isprintable() else " " for c in text[:_LINE]).strip()

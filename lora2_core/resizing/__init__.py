@@ -1,0 +1,1 @@
+"""Fewer ranks, sums of LoRAs, a size in megabytes."""

@@ -1,0 +1,99 @@
+"""What the tensors of a LoRA say: how strong each component is, and how much of it is needed.
+
+One component is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..files.component import decompose
+from ..files.encode import TensorShape, encoded_bytes
+from .choice import Part, kept_energy, part_of, ranks_for_energy
+from .source import LoRASource
+
+_MOST = 0.9  # of a component's energy: its effective rank
+_ALMOST_ALL = 0.99  # of the file's energy: what it could be cut to
+
+
+@dataclass(frozen=True)
+class Strength:
+    """One component."""
+
+    key: str
+    norm: float  # of ΔW, Frobenius
+    share: float  # of the file's energy, Σ‖ΔW‖²
+    rank: int  # stored
+    effective_rank: int  # columns of a decomposition that hold 90 % of the component's energy
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One file."""
+
+    components: tuple[Strength, ...]
+    norm: float  # √Σ‖ΔW‖²
+    cut_bytes: int  # of the file that keeps 99 % of the energy
+    cut_rank: float  # its mean rank
+
+    @property
+    def could_be_cut(self) -> str:
+        """For a person."""
+        return (
+            f"could be cut to {self.cut_bytes / 1e6:.2f} MB (mean rank {self.cut_rank:.1f}) at "
+            f"{100 * _ALMOST_ALL:.0f} % of its energy"
+        )
+
+
+def measure_file(path: Path) -> Measured:
+    """Read and decompose every component of a file.
+
+    Raises LoRAFileError where it is no LoRA of two factors.
+    """
+    with LoRASource(path) as source:
+        parts: list[Part] = []
+        stored: list[int] = []
+        for key in source.keys:
+            component = source.component(key)
+            stored.append(component.rank)
+            whole = decompose(component)
+            beside = source.extra(key)  # a DoRA's magnitudes stay as they are
+            parts.append(part_of(whole, source.nbytes, decomposed=True, beside=beside))
+        metadata = source.metadata
+    total = sum(sum(part.energies) for part in parts)
+    ranks = ranks_for_energy(parts, _ALMOST_ALL) if total else [0] * len(parts)
+    shapes: dict[str, TensorShape] = {}
+    for part, rank in zip(parts, ranks, strict=True):
+        shapes |= part.shapes(rank)
+    return Measured(
+        tuple(_strength(part, rank, total) for part, rank in zip(parts, stored, strict=True)),
+        math.sqrt(total),
+        encoded_bytes(shapes, metadata),
+        sum(ranks) / max(len(ranks), 1),
+    )
+
+
+def _strength(part: Part, stored: int, total: float) -> Strength:
+    energy = sum(part.energies)
+    return Strength(
+        part.outline.key,
+        math.sqrt(energy),
+        energy / total if total else 0.0,
+        stored,
+        _columns_for(part, _MOST),
+    )
+
+
+def _columns_for(part: Part, share: float) -> int:
+    for rank in range(1, part.rank + 1):
+        if kept_energy([part], [rank]) >= share:
+            return rank
+    return part.rank
+
+
+def strongest(components: Sequence[Strength], count: int = 10) -> list[Strength]:
+    """Those that change most."""
+    return sorted(components, key=lambda one: -one.norm)[:count]

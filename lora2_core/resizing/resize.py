@@ -1,0 +1,263 @@
+"""A LoRA file from others: smaller, or the sum of several; always of our format.
+
+Two passes over the components, with one of them in memory at a time: the first learns what each
+column holds, then all ranks are chosen together, and the second writes what is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from ..config.load import Limits
+from ..files.component import Component, decompose_quickly, singular_values, within_bounds
+from ..files.decode import factor_tensors
+from ..files.encode import (
+    STORED_ALPHA,
+    TensorShape,
+    encoded_bytes,
+    listing_entry,
+    understood_metadata,
+    with_listing,
+)
+from ..files.header import LoRAFileError, shown_key
+from ..files.write import writing
+from .choice import Outline, Part, choose_exactly, kept_energy, part_of, part_of_values
+from .shrink import ranks_within
+from .source import Addend, LoRASource, Source, Sum
+from .stream import Planned, write_stream
+
+_OWN = "lora2.format_version"
+
+
+@dataclass(frozen=True)
+class Resized:
+    """What came out, for people and scripts."""
+
+    path: Path
+    before: int  # bytes
+    after: int
+    ranks_before: tuple[int, ...]
+    ranks_after: tuple[int, ...]  # of the same components
+    kept: float  # share of Σ‖ΔW‖²; below 0 where it is further from ΔW than nothing would be
+    ignored: tuple[str, ...] = ()  # keys of no known kind, which the new file has no place for
+
+    @property
+    def error(self) -> float:
+        """‖ΔW − what is kept of it‖ / ‖ΔW‖ over all components."""
+        return math.sqrt(max(0.0, 1 - self.kept))
+
+    def text(self) -> str:
+        """For a person: sizes, mean ranks, what is kept."""
+        before, after = (
+            sum(ranks) / max(len(ranks), 1) for ranks in (self.ranks_before, self.ranks_after)
+        )
+        left_out = self.ranks_after.count(0)
+        gone = f", {left_out} of {len(self.ranks_after)} components left out" if left_out else ""
+        return (
+            f"{self.path.name}: {self.before / 1e6:.2f} → {self.after / 1e6:.2f} MB, mean rank "
+            f"{before:.1f} → {after:.1f}{gone}; {100 * self.kept:.2f} % of the energy is kept "
+            f"(relative error {self.error:.4f}).{self._not_written}"
+        )
+
+    @property
+    def _not_written(self) -> str:
+        if not self.ignored:
+            return ""
+        return f" Left out as no part of a LoRA: {shown_key(self.ignored[0])}" + (
+            f" and {len(self.ignored) - 1} more." if len(self.ignored) > 1 else "."
+        )
+
+
+def resize_file(source: Path, target: Path, limits: Limits) -> Resized:
+    """Write ``source`` within ``limits`` to ``target``.
+
+    A LoRA² file that is within them already is copied byte by byte. Raises LoRAFileError for what
+    cannot be read, cut or written; ``target`` is then as it was.
+    """
+    with LoRASource(source) as opened:
+        about = {"from": source.name, "hash": opened.metadata.get("sshs_model_hash", "")}
+        known = _titled(understood_metadata(opened.metadata), target)
+        work = _Work(opened, limits, known, "lora2.resize", about)
+        if work.copies(work.ranks):
+            _copy(source, target)
+            return work.result(target, opened.nbytes, opened.nbytes)
+        after = work.write(target)
+        return work.result(target, opened.nbytes, after, opened.ignored)
+
+
+def merge_files(sources: Sequence[tuple[Path, float]], target: Path, limits: Limits) -> Resized:
+    """Write the sum of LoRAs, each times its weight, to ``target``; then within ``limits``.
+
+    Without limits the patch of the file is the sum of the patches to 1e-5: ranks add up, and all
+    is stored in fp32. Raises LoRAFileError as :func:`resize` does.
+    """
+    with ExitStack() as stack:
+        opened = [stack.enter_context(LoRASource(path)) for path, _ in sources]
+        addends = [Addend(s, weight) for s, (_, weight) in zip(opened, sources, strict=True)]
+        about = {
+            "from": [
+                {
+                    "name": a.source.path.name,
+                    "hash": a.source.metadata.get("sshs_model_hash", ""),
+                    "weight": a.weight,
+                }
+                for a in addends
+            ]
+        }
+        whole = Sum([a for a in addends if a.weight])
+        work = _Work(whole, limits, _titled(_joined(opened), target), "lora2.merge", about)
+        before = sum(source.nbytes for source in opened)
+        ignored = [key for source in opened for key in source.ignored]
+        return work.result(target, before, work.write(target), ignored)
+
+
+class _Work:
+    """The first pass, the choice, and the second pass."""
+
+    def __init__(
+        self,
+        source: Source,
+        limits: Limits,
+        metadata: Mapping[str, str],
+        name: str,
+        about: Mapping[str, object],
+    ):
+        self._source, self._limits = source, limits
+        self._metadata, self._name, self._about = metadata, name, about
+        # Taken apart only where something may be cut: what stays whole keeps its own numbers.
+        self._svd = limits.order == "svd" and not limits.nothing
+        self._exact = limits.nothing and isinstance(source, Sum)
+        self._parts: list[Part] = []
+        self._stored: list[int] = []
+        for key in source.keys:
+            component = source.component(key)
+            self._stored.append(component.rank)
+            self._parts.append(self._part(within_bounds(component)))
+        self.ranks = self._choose()
+
+    def copies(self, ranks: Sequence[int]) -> bool:
+        """Whether the file is ours, is within the limits, and loses no column that holds anything:
+        then it stays as it is."""
+        source, megabytes = self._source, self._limits.megabytes
+        if not isinstance(source, LoRASource) or _OWN not in source.metadata:
+            return False
+        if megabytes is not None and source.nbytes > int(megabytes * 1e6):
+            return False
+        return all(part.rank == rank for part, rank in zip(self._parts, ranks, strict=True))
+
+    def result(self, target: Path, before: int, after: int, ignored: Sequence[str] = ()) -> Resized:
+        kept, ranks = kept_energy(self._parts, self.ranks), tuple(self.ranks)
+        return Resized(target, before, after, tuple(self._stored), ranks, kept, tuple(ignored))
+
+    def write(self, target: Path) -> int:
+        if not any(sum(part.energies) for part in self._parts):
+            raise LoRAFileError(
+                f"{target.name} was not written: it would change nothing. Choose another LoRA, or "
+                "weights that do not cancel."
+            )
+        if not any(self.ranks):
+            raise LoRAFileError(
+                f"{target.name} was not written: nothing is left of the LoRA; keep more of it."
+            )
+        planned = [
+            Planned(part.outline, rank, part.half[rank - 1], self._source.extra(part.outline.key))
+            for part, rank in zip(self._parts, self.ranks, strict=True)
+            if rank
+        ]
+        return write_stream(target, planned, self._describe(self.ranks), self._tensors)
+
+    def _part(self, component: Component) -> Part:
+        place, beside = self._source.nbytes + 10**6, self._source.extra(component.name)
+        if self._svd:
+            values = singular_values(component)
+            return part_of_values(Outline.of(component, beside), values, place)
+        part = part_of(component, place, beside=beside)
+        return replace(part, half=(False,) * part.rank) if self._exact else part
+
+    def _choose(self) -> list[int]:
+        ranks = ranks_within(self._parts, self._limits)
+        ranks = [
+            rank if any(part.energies[:rank]) else 0
+            for part, rank in zip(self._parts, ranks, strict=True)
+        ]
+        if self._limits.megabytes is None:
+            return ranks
+        limit = int(self._limits.megabytes * 1e6)
+        if self.copies(ranks) or self._bytes(ranks) <= limit:
+            return ranks
+        kept = [part.first(rank) for part, rank in zip(self._parts, ranks, strict=True)]
+        return choose_exactly(kept, self._describe, limit, limit, option="megabytes")
+
+    def _bytes(self, ranks: Sequence[int]) -> int:
+        shapes: dict[str, TensorShape] = {}
+        for part, rank in zip(self._parts, ranks, strict=True):
+            shapes |= part.shapes(rank)
+        return encoded_bytes(shapes, self._describe(ranks))
+
+    def _tensors(self, planned: Planned) -> tuple[Tensor, Tensor]:
+        component = within_bounds(self._source.component(planned.outline.key))
+        if self._svd:
+            component = decompose_quickly(component)
+        found = factor_tensors(component.first(planned.rank), planned.half)
+        if found is None:
+            raise RuntimeError(f"{planned.outline.key} has changed while it was read")
+        return found
+
+    def _describe(self, ranks: Sequence[int]) -> dict[str, str]:
+        """The metadata of a file of these ranks; its length does not depend on what is kept."""
+        limits = self._limits
+        about = dict(self._about)
+        if not limits.nothing:
+            about |= {
+                "order": limits.order,
+                "max_rank": limits.max_rank,
+                "energy": limits.energy,
+                "megabytes": limits.megabytes,
+                "kept_energy": f"{kept_energy(self._parts, ranks):.6f}",
+            }
+        changed = {self._name: json.dumps(about)}
+        if "lora2.mean_rank" in self._metadata:
+            changed["lora2.mean_rank"] = f"{sum(ranks) / len(ranks):.3f}"
+        changed |= {"ss_network_dim": "Dynamic", "ss_network_alpha": str(STORED_ALPHA)}
+        entries = {
+            o.key: listing_entry(o.nu, rank, o.in_features, o.out_features)
+            for o, rank in zip((part.outline for part in self._parts), ranks, strict=True)
+        }
+        return with_listing({**self._metadata, **changed}, entries)
+
+
+def _copy(source: Path, target: Path) -> None:
+    with writing(target, source.stat().st_size) as file, source.open("rb") as original:
+        shutil.copyfileobj(original, file)
+
+
+def _titled(metadata: Mapping[str, str], target: Path) -> dict[str, str]:
+    """``metadata`` under the name of the new file, where it has one."""
+    names = {"ss_output_name": target.stem, "modelspec.title": target.stem}
+    return {**metadata, **{name: text for name, text in names.items() if name in metadata}}
+
+
+def _joined(sources: Sequence[LoRASource]) -> dict[str, str]:
+    """The metadata of a sum: what all say alike, and every trigger."""
+    first, *others = (understood_metadata(source.metadata) for source in sources)
+    alike = {
+        name: text
+        for name, text in first.items()
+        if all(other.get(name) == text for other in others)
+    }
+    name = "modelspec.trigger_phrase"
+    triggers = dict.fromkeys(s.metadata[name] for s in sources if s.metadata.get(name))
+    if triggers:
+        alike[name] = ", ".join(triggers)
+    for title in ("ss_output_name", "modelspec.title"):
+        if any(title in source.metadata for source in sources):
+            alike[title] = ""
+    return alike

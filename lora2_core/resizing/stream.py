@@ -1,0 +1,108 @@
+"""A LoRA file written component by component: never more than one of them is in memory.
+
+The bytes are those of :func:`..files.encode.encode`. The header comes first in a file and holds the
+hash of what follows; so its place is left free, and it is written last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..files.encode import (
+    DOWN,
+    STORED_ALPHA,
+    UP,
+    TensorShape,
+    encode_header,
+    encoded_bytes,
+    in_file_order,
+    kohya_header_bytes,
+    tensor_bytes,
+    tensor_places,
+)
+from ..files.write import writing
+from .choice import Outline
+
+_WINDOW = 0x100000, 0x110000  # of the bytes that kohya's short hash is of
+
+
+class Planned:
+    """One component of the file to be: its outline, its rank above 0, and its type."""
+
+    def __init__(self, outline: Outline, rank: int, half: bool, extra: Mapping[str, Tensor] = {}):
+        self.outline, self.rank, self.half = outline, rank, half
+        self.extra = dict(extra)  # the tensors of ``outline.beside``, by their ending
+
+    @property
+    def shapes(self) -> dict[str, TensorShape]:
+        return self.outline.shapes(self.rank, self.half)
+
+
+def write_stream(
+    path: Path,
+    planned: Sequence[Planned],
+    metadata: Mapping[str, str],
+    tensors_of: Callable[[Planned], tuple[Tensor, Tensor]],
+) -> int:
+    """Write a LoRA file whole or not at all; its size in bytes.
+
+    ``tensors_of``: (down, up) of one component, asked for once each, in the order of the file.
+    Raises LoRAFileError for a full or closed disk.
+    """
+    shapes = {key: shape for one in planned for key, shape in one.shapes.items()}
+    order = in_file_order(shapes)
+    owners = {key: one for one in planned for key in one.shapes}
+    size = encoded_bytes(shapes, metadata)
+    length = size - sum(tensor_bytes(shapes[key]) for key in order)
+    whole, window = hashlib.sha256(), hashlib.sha256()
+    with writing(path, size) as file:
+        file.write(bytes(length))
+        position = kohya_header_bytes(shapes, metadata)
+        for data in _data(order, owners, tensors_of):
+            file.write(data)
+            whole.update(data)
+            start, end = (min(max(edge - position, 0), len(data)) for edge in _WINDOW)
+            window.update(data[start:end])
+            position += len(data)
+        header = encode_header(
+            tensor_places(shapes), metadata, whole.hexdigest(), window.hexdigest()[:8]
+        )
+        if len(header) != length:
+            raise RuntimeError(f"{path.name}: the header has {len(header)} bytes, not {length}")
+        file.seek(0)
+        file.write(header)
+    return size
+
+
+def _data(
+    order: Sequence[str],
+    owners: Mapping[str, Planned],
+    tensors_of: Callable[[Planned], tuple[Tensor, Tensor]],
+):
+    """The bytes of every tensor in turn; both factors of a component lie side by side."""
+    held: tuple[str, Tensor] | None = None
+    for key in order:
+        one = owners[key]
+        end = key[len(one.outline.key) :]
+        if end == DOWN:
+            down, up = tensors_of(one)
+            held = key, up
+            yield _bytes(down)
+        elif end == UP:
+            if held is None or held[0] != one.outline.key + DOWN:
+                raise RuntimeError(f"{key} does not follow its other half")
+            yield _bytes(held[1])
+            held = None
+        elif end in one.extra:
+            yield _bytes(one.extra[end])
+        else:
+            yield _bytes(torch.tensor(STORED_ALPHA))
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.contiguous().numpy().tobytes()

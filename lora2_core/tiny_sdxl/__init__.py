@@ -1,0 +1,1 @@
+"""The embedded demo model and its judges, with their weights."""

@@ -1,0 +1,359 @@
+"""The training loop. It knows nothing of ComfyUI, of SDXL or of files.
+
+A :class:`Task` turns a draw of images, noise and timesteps into a prediction and its target; the
+loop adds the terms of eq. 14, steps the optimizers, lets ranks follow ν and yields what happened.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..adapters.network import AdaptiveRankNetwork
+from ..adaptive_rank import gaussian_prior
+from ..config.train import TrainConfig
+from .ema import AveragedWeights
+from .loss_guard import LossGuard
+from .memory import is_out_of_memory
+from .objective import CrossAttentionEntropy, Prediction, loss_parts
+from .optimizer_state import load_optimizer_state, optimizer_state
+from .optimizers import make_nu_optimizer, make_optimizer, schedule_factor
+from .rank_control import RankControl
+
+_PROBE_DRAWS = 8  # images, noises and timesteps on which the comparable loss is measured
+_NOISE_SEED = 0x5EED
+_PROBE_SEED = 0x10A2  # the same for every run, so that runs can be compared with each other
+_TERMS = ("loss", "class image loss", "attention entropy", "rank term", "gradient")
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says what to change."""
+
+
+class Task(Protocol):
+    """What is learnt. ``batch`` is whatever the task itself made in ``draw``."""
+
+    def draw(self, generator: torch.Generator, size: int) -> Any:
+        """A random batch of ``size`` images with noise and timesteps."""
+        ...
+
+    def spread(self, generator: torch.Generator, count: int, size: int) -> list[Any]:
+        """``count`` draws in batches of ``size`` with timesteps spread evenly."""
+        ...
+
+    def predict(self, batch: Any) -> Prediction:
+        """The model's prediction for a batch and its target."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """The order of draws, as plain values and tensors."""
+        ...
+
+    def load_state(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class StepEvent:
+    """One finished step. Losses are without the weights of eq. 14, so settings compare."""
+
+    step: int  # 1 … steps
+    steps: int
+    loss: float  # of the photos: mean squared error, eq. 11, weighted as the task asks
+    prior_loss: float  # of the class images; 0 without prior preservation
+    entropy: float  # nats, eq. 13; 0 when switched off
+    rank_term: float  # as it entered the loss
+    gradient: float  # norm of the gradient of A, B and log ν; 0 in fp16
+    mean_rank: float  # integer ranks, plain mean
+    ranks: tuple[int, ...]
+    resized: int  # components whose rank changed after this step
+    seconds: float  # of this step
+    probe: float | None  # loss on fixed noise and timesteps, when measured after this step
+
+
+def train(
+    network: AdaptiveRankNetwork,
+    task: Task,
+    config: TrainConfig,
+    entropy: CrossAttentionEntropy | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Iterator[StepEvent]:
+    """Train ``network`` in place, one event a step, until done or ``stop()`` is true.
+
+    See :class:`Trainer`.
+    """
+    yield from Trainer(network, task, config, entropy).run(stop)
+
+
+class Trainer:
+    """A run that can be stopped after any step and go on exactly, also in another process.
+
+    ``config.precision`` must name what the task computes in: fp16 needs its loss scaled.
+    ``step``: finished steps. After an exception everything, draws included, is as it was after
+    the last finished step.
+    """
+
+    def __init__(
+        self,
+        network: AdaptiveRankNetwork,
+        task: Task,
+        config: TrainConfig,
+        entropy: CrossAttentionEntropy | None = None,
+    ):
+        self.network, self.task, self.config = network, task, config
+        self.entropy = entropy if config.entropy_weight > 0 else None
+        self.step = 0
+        self.control = RankControl(network, config.steps)
+        self.guard = LossGuard()
+        self.scaler = self._new_scaler()
+        # Not the seed itself: the adapters were drawn from that, number for number.
+        self.generator = torch.Generator().manual_seed(config.seed ^ _NOISE_SEED)
+        probe_generator = torch.Generator().manual_seed(_PROBE_SEED)
+        self.probe_every = math.ceil(config.steps / config.probes) if config.probes else 0
+        self.probes = (
+            task.spread(probe_generator, _PROBE_DRAWS, config.batch_size) if config.probes else []
+        )
+        self._freeze_from = config.steps - int(config.steps * config.rank.freeze_fraction)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Optimizers for the parameters that the network has now."""
+        network, config = self.network, self.config
+        network.log_nu.requires_grad_(True)  # steps that went on further may have frozen it
+        self.ranks = tuple(network.ranks)  # made anew only when they change: events keep it
+        self.rates = (config.learning_rate, config.text.learning_rate)
+        parts = (network.weights(text=False), network.weights(text=True))
+        groups = [(part, rate) for part, rate in zip(parts, self.rates, strict=True) if part]
+        self.rates = tuple(rate for _, rate in groups)
+        self.optimizer = make_optimizer(config.optimizer, groups)
+        self.nu_optimizer = make_nu_optimizer(network.log_nu, config.rank.rank_learning_rate)
+        decay = config.optimizer.ema
+        self.average = AveragedWeights(network.weights(), decay) if decay else None
+
+    def run(self, stop: Callable[[], bool] = lambda: False) -> Iterator[StepEvent]:
+        """Go on from ``step`` to the last one, or until ``stop()`` is true.
+
+        Raises TrainingError when the loss is not finite, before that step changes any weight, or
+        when it explodes; the network then holds the last good weights.
+        """
+        while self.step < self.config.steps and not stop():
+            before = self.generator.get_state(), self.task.state()
+            try:
+                event = self._step(self.step + 1)
+            except BaseException:
+                self._zero_grad()
+                scale = self.scaler.state_dict()
+                self.scaler = self._new_scaler()  # forgets that gradients were unscaled
+                if scale:
+                    self.scaler.load_state_dict(scale)
+                self.generator.set_state(before[0])
+                self.task.load_state(before[1])
+                if self.step == 0:
+                    self._begin()  # the first step makes the optimizers' states, maybe not all
+                raise
+            self.step = event.step
+            # Before the event: whoever keeps the state then must not miss what this step told.
+            exploded = self.guard.exploded(event.step, event.loss, self.network.state)
+            yield event
+            if exploded:
+                self._go_back(event)
+
+    def _new_scaler(self) -> torch.amp.GradScaler:
+        # fp16 gradients of a small loss underflow; the scaler is a no-op for the rest.
+        device = self.network.log_nu.device.type
+        return torch.amp.GradScaler(device, enabled=self.config.precision == "fp16")
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Inside, A and B hold their running averages, if there are any: what is to be saved."""
+        if self.average is None:
+            return nullcontext()
+        return self.average.swapped(self.network.weights())
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a later ``load_state`` needs to go on bit by bit."""
+        return {
+            "step": self.step,
+            "network": self.network.state(),
+            "optimizer": optimizer_state(self.optimizer),
+            "nu_optimizer": optimizer_state(self.nu_optimizer),
+            "average": self.average.state() if self.average else {},
+            "control": self.control.state(),
+            "guard": self.guard.state(),
+            "scaler": self.scaler.state_dict(),
+            "generator": self.generator.get_state(),
+            "task": self.task.state(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take the place of the run that ``state`` was taken from: same settings, same data."""
+        self.network.load_state(state["network"])
+        self._begin()
+        load_optimizer_state(self.optimizer, state["optimizer"])
+        load_optimizer_state(self.nu_optimizer, state["nu_optimizer"])
+        if self.average:
+            self.average.load_state(state["average"])
+        self.control.load_state(state["control"])
+        self.guard.load_state(state["guard"])
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        self.generator.set_state(state["generator"])
+        self.task.load_state(state["task"])
+        self.step = int(state["step"])
+
+    def _step(self, step: int) -> StepEvent:
+        started = time.perf_counter()
+        if step > self._freeze_from:
+            self.network.log_nu.requires_grad_(False)
+        self._set_rates(step)
+        nu, values = self._read(self._backward(), step)
+        self.scaler.step(self.optimizer)
+        if self.network.log_nu.grad is not None:
+            self.scaler.step(self.nu_optimizer)
+        self.scaler.update()
+        self._zero_grad()
+        if self.average:
+            self.average.update(self.network.weights())
+        frozen = not self.network.log_nu.requires_grad
+        resized = 0 if frozen else self._follow_nu(nu, values["loss"])
+        return StepEvent(
+            step=step,
+            steps=self.config.steps,
+            loss=values["loss"],
+            prior_loss=values["class image loss"],
+            entropy=values["attention entropy"],
+            rank_term=values["rank term"],
+            gradient=values["gradient"],
+            mean_rank=statistics.fmean(self.ranks),
+            ranks=self.ranks,
+            resized=resized,
+            seconds=time.perf_counter() - started,
+            probe=self._probe(step),
+        )
+
+    def _set_rates(self, step: int) -> None:
+        # Of A and B alone: ν has a rate of its own, and is held at the end by freeze_fraction.
+        config = self.config
+        factor = schedule_factor(config.schedule, step, config.steps, config.optimizer.warm_up)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = factor * rate
+
+    def _zero_grad(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        self.network.log_nu.grad = None
+
+    def _follow_nu(self, nu: Tensor, loss: float) -> int:
+        """Let ranks and the weight of their term follow a step; returns how many ranks changed."""
+        self.network.clamp_nu()
+        resized = self.network.resize(nu, self.optimizer, self.average)
+        self.control.observe(loss, self.network.mean_rank())
+        if resized:
+            self.ranks = tuple(self.network.ranks)
+        return resized
+
+    def _backward(self) -> list[Tensor]:
+        """Gradients of one step; returns what _TERMS names, on the device."""
+        parts = self.config.optimizer.accumulation
+        sums = [self._backward_part(parts) for _ in range(parts)]
+        terms = [torch.stack(part).sum(0) for part in zip(*sums, strict=True)]
+        rank_term = self.control.term(terms[0])
+        regulariser = rank_term + self._priors()
+        if torch.is_tensor(regulariser) and regulariser.requires_grad:
+            self.scaler.scale(regulariser).backward()
+        return [*terms, rank_term.detach().float(), self._gradient_size(terms[0])]
+
+    def _backward_part(self, parts: int) -> list[Tensor]:
+        """Forward and backward of one of the batches that make a step; its share of the terms."""
+        self.network.refresh_importance()
+        batch = self.task.draw(self.generator, self.config.batch_size)
+        with self.entropy.collecting() if self.entropy else nullcontext():
+            photos, prior = loss_parts(self.task.predict(batch))
+        entropy = self.entropy.value() if self.entropy else torch.zeros_like(photos)
+        total = photos + prior + self.config.entropy_weight * entropy
+        self.scaler.scale(total / parts).backward()
+        return [term.detach().float() / parts for term in (photos, prior, entropy)]
+
+    def _gradient_size(self, like: Tensor) -> Tensor:
+        """Norm of all gradients before clipping; 0 in fp16, where the scaler skips infinite ones.
+
+        Clips the gradient of A and B where the configuration asks for it.
+        """
+        limit = self.config.optimizer.clip_norm
+        groups = self.optimizer.param_groups
+        weights = [weight for group in groups for weight in group["params"]]
+        if self.scaler.is_enabled():
+            if limit:
+                self.scaler.unscale_(self.optimizer)
+                torch.nn.utils.clip_grad_norm_(weights, limit)
+            return torch.zeros_like(like)
+        gradients = [weight.grad for weight in weights if weight.grad is not None]
+        size = torch.nn.utils.get_total_norm(gradients)
+        if limit:
+            torch.nn.utils.clip_grads_with_norm_(weights, limit, size)
+        nu_gradient = self.network.log_nu.grad
+        return size if nu_gradient is None else torch.hypot(size, nu_gradient.norm())
+
+    def _priors(self) -> Tensor | float:
+        """The two regularizers of eq. 9; 0 as long as both weights are 0."""
+        rank = self.config.rank
+        total: Tensor | float = 0.0
+        if rank.nu_prior.weight > 0:
+            prior = gaussian_prior(self.network.nu, rank.nu_prior.mean, rank.nu_prior.std)
+            total = total + rank.nu_prior.weight * prior
+        if rank.weight_prior.weight > 0:
+            for weight in self.network.weights():  # rows beyond D do not exist, as eq. 9 asks
+                prior = gaussian_prior(weight, 0.0, rank.weight_prior.std)
+                total = total + rank.weight_prior.weight * prior
+        return total
+
+    def _read(self, terms: list[Tensor], step: int) -> tuple[Tensor, dict[str, float]]:
+        """ν and the terms on the host: the one synchronisation of a step."""
+        packed = torch.cat([torch.stack(terms), self.network.log_nu.detach()]).cpu()
+        values: dict[str, float] = dict(zip(_TERMS, packed[: len(terms)].tolist(), strict=True))
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise TrainingError(
+                    f"The {name} became {value} at step {step}; nothing of that step was kept. "
+                    f"Lower learning_rate (now {self.config.learning_rate:g}) or set precision to "
+                    f"fp32 or bf16 (now {self.config.precision})."
+                )
+        return packed[len(terms) :].exp(), values
+
+    def _go_back(self, event: StepEvent) -> None:
+        """Put the last good weights back and say what to change."""
+        kept = "nothing good was there to go back to"
+        if self.guard.last_good is not None:
+            step, state = self.guard.last_good
+            self.network.load_state(state)
+            self.step = step
+            self.average = None  # it holds the explosion
+            kept = f"the LoRA of step {step} was kept"
+        raise TrainingError(
+            f"The loss exploded: the mean of the last 20 steps before step {event.step} is over 5 "
+            f"times that of the first 20; {kept}. Lower learning_rate (now "
+            f"{self.config.learning_rate:g}), set clip_norm to 1, or use the cosine schedule."
+        )
+
+    @torch.no_grad()
+    def _probe(self, step: int) -> float | None:
+        last = step == self.config.steps
+        if not self.probes or not (step == 1 or step % self.probe_every == 0 or last):
+            return None
+        self.network.refresh_importance()
+        try:
+            losses = [sum(loss_parts(self.task.predict(batch))) for batch in self.probes]
+            return float(torch.stack(losses).mean())  # type: ignore[arg-type]
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            # The step before it is done: it must not be repeated for a curve.
+            logging.warning("LoRA²: no memory to measure the loss on fixed noise; it is left out.")
+            self.probes = []
+            return None

@@ -1,0 +1,1 @@
+"""What a browser asks for: routes, events, lists, curves."""

@@ -1,0 +1,71 @@
+"""Curves for a screen: smoothing, and fewer points that keep every peak worth seeing.
+
+Pure functions of numbers. Source: ours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+# A curve is smoothed over a 25th of the run, but over 5 steps at least and 100 at most.
+_SHARE, _SHORTEST, _LONGEST = 25, 5, 100
+
+
+def decay_for(steps: int) -> float:
+    """The decay a step of the smoothed loss of a run of ``steps``."""
+    return 1 - 1 / min(max(steps / _SHARE, _SHORTEST), _LONGEST)
+
+
+class Smoother:
+    """A running mean with exponential weights and Adam's correction of its start at 0.
+
+    The first value comes out as it is; a value that is not finite leaves the mean where it was.
+    """
+
+    def __init__(self, decay: float):
+        self.decay = decay
+        self._sum = self._weight = 0.0
+
+    def add(self, value: float) -> float:
+        """The mean with ``value`` in it; not a number as long as there is nothing to average."""
+        if math.isfinite(value):
+            self._sum = self.decay * self._sum + (1 - self.decay) * value
+            self._weight = self.decay * self._weight + (1 - self.decay)
+        return self._sum / self._weight if self._weight else math.nan
+
+
+def smoothed(values: Sequence[float], decay: float) -> list[float]:
+    """``values`` as :class:`Smoother` sees them, one after the other."""
+    smoother = Smoother(decay)
+    return [smoother.add(value) for value in values]
+
+
+def keep_peaks(values: Sequence[float], limit: int) -> list[int]:
+    """At most ``limit`` indices, rising, that show what ``values`` look like; ``limit`` ≥ 4.
+
+    The first and the last are among them, and of each of equal stretches between them the lowest
+    and the highest value: no peak of the whole is lost. Values that are not finite give way.
+    """
+    count = len(values)
+    if count <= limit:
+        return list(range(count))
+    stretches = (limit - 2) // 2
+    kept = {0, count - 1}
+    for rounded in range(stretches):
+        start = 1 + rounded * (count - 2) // stretches
+        end = 1 + (rounded + 1) * (count - 2) // stretches
+        finite = [index for index in range(start, end) if math.isfinite(values[index])]
+        if finite:
+            kept.add(min(finite, key=values.__getitem__))
+            kept.add(max(finite, key=values.__getitem__))
+        else:
+            kept.add(start)
+    return sorted(kept)
+
+
+def rounded(value: float | None, digits: int = 5) -> float | None:
+    """``value`` with so many digits that count, as JSON can hold it; None for what is no number."""
+    if value is None or not math.isfinite(value):
+        return None
+    return float(f"{value:.{digits}g}")

@@ -1,0 +1,319 @@
+"""What a screen shows of a job: its curves, and where every component stands in the heat map.
+
+The order of the map is that of the picture in the report: attention in the order the network runs
+it, and below it everything else by kind. See :mod:`lora2_core.files.places`.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import threading
+from array import array
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol
+
+from ...lora2_core.adapters.budget import file_bytes
+from ...lora2_core.adapters.network import AdaptiveRankNetwork
+from ...lora2_core.adapters.targets import Target
+from ...lora2_core.files.encode import kohya_key
+from ...lora2_core.files.places import ROWS, group_label, sort_components
+from ...lora2_core.files.read import ComponentInfo
+from ...lora2_core.jobs.job import TrainingJob
+from ...lora2_core.jobs.progress import ENDED
+from ...lora2_core.training.trainer import StepEvent
+from .curves import Smoother, decay_for, keep_peaks
+
+COLUMNS = tuple(f"attn{kind}.{row}" for kind in (1, 2) for row in ROWS)
+
+
+@dataclass(frozen=True)
+class MapCell:
+    """One cell of the map."""
+
+    key: str  # kohya key, as in the file
+    label: str  # for people: "down 4.1 · 0 · attn1.q"
+    row: str  # "down 4.1 · 0", or a kind such as "Feed-forward"
+    column: str  # of COLUMNS, or the running number within the kind
+    in_features: int
+    out_features: int
+
+    @property
+    def parameters_per_rank(self) -> int:
+        return self.in_features + self.out_features
+
+
+def map_cells(components: Sequence[ComponentInfo]) -> list[MapCell]:
+    """Every component once, rows in forward order."""
+    grid, kinds = sort_components(components)
+    found: list[MapCell] = []
+    for (group, block), by_row in grid.items():
+        row = f"{group_label(group)} · {block}"
+        found += [_place(by_row[n], row, COLUMNS[n]) for n in sorted(by_row)]
+    for kind, members in kinds.items():
+        found += [_place(component, kind, str(n)) for n, component in enumerate(members)]
+    return found
+
+
+def infos_of_targets(targets: Sequence[Target]) -> list[ComponentInfo]:
+    """Targets as the file will name them, at rank 0."""
+    return [
+        ComponentInfo(kohya_key(t.name, t.root), 0, t.in_features, t.out_features, None, 0)
+        for t in targets
+    ]
+
+
+def _place(component: ComponentInfo, row: str, column: str) -> MapCell:
+    label = f"{row} · {column}"
+    return MapCell(component.key, label, row, column, component.in_features, component.out_features)
+
+
+_POINTS = 2000  # of a curve of a run that is over
+_PACE = 50  # steps from whose mean the time that is left is told
+
+
+class HasJob(Protocol):
+    """A :class:`lora2_core.jobs.queue.Entry`, or whatever else has an id and a job."""
+
+    id: str
+    job: TrainingJob
+
+
+@dataclass
+class Curves:
+    """One value a step, and the probes; grown by :meth:`JobWatch.look`."""
+
+    steps: array[int] = field(default_factory=lambda: array("q"))
+    loss: array[float] = field(default_factory=lambda: array("d"))
+    smoothed: array[float] = field(default_factory=lambda: array("d"))
+    mean_rank: array[float] = field(default_factory=lambda: array("d"))
+    probe_steps: list[int] = field(default_factory=list)
+    probe_loss: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The components of a job and what their ranks cost; in the order of the screen."""
+
+    places: tuple[MapCell, ...]
+    order: tuple[int, ...]  # the place of each in the network's own order
+    max_ranks: tuple[int | None, ...]
+    frame: int  # bytes of the file beside its ranks
+
+    def sort(self, ranks: Sequence[int]) -> tuple[int, ...]:
+        """Ranks of an event, which has them in the network's order."""
+        return tuple(ranks[index] for index in self.order)
+
+
+@dataclass(frozen=True)
+class Glance:
+    """A job as of its newest step; ranks in the order of its plan, empty before there are any."""
+
+    step: int = 0
+    loss: float = math.nan
+    smoothed: float = math.nan
+    mean_rank: float = math.nan
+    pace: float = math.nan  # seconds a step
+    ranks: tuple[int, ...] = ()
+    nbytes: int | None = None  # of the file if it were written now
+
+
+class JobWatch:
+    """Looks at one job from any thread."""
+
+    def __init__(self, job: TrainingJob):
+        self.job = job
+        self.curves = Curves()
+        self.plan: Plan | None = None
+        self._lock = threading.RLock()
+        self._smoother = Smoother(decay_for(job.config.steps))
+        self._pace: deque[float] = deque(maxlen=_PACE)
+        self._glance = Glance()
+        self._ranks: tuple[int, ...] = ()  # of the newest event, as it has them
+        self._seen: tuple[int, ...] | None = None  # those that the glance shows
+        self._saved: tuple[int, ...] = ()  # the ranks of the file, once it is written
+        self._nbytes: int | None = None  # and its size
+
+    def look(self) -> Glance:
+        """Read what is new; costs little more than the steps since the last look."""
+        with self._lock:
+            self._find_plan()
+            self._read(self.job.progress.events)
+            self._thin()
+            if self.curves.loss:
+                self._glance = self._newest()
+            return self._final() or self._glance
+
+    def curves_now(self, after: int = 0) -> Curves:
+        """A copy, which nobody changes any more, of what came after step ``after``."""
+        with self._lock:
+            self.look()
+            kept, start = self.curves, bisect_right(self.curves.steps, after)
+            first = bisect_right(kept.probe_steps, after)
+            return Curves(
+                kept.steps[start:],
+                kept.loss[start:],
+                kept.smoothed[start:],
+                kept.mean_rank[start:],
+                kept.probe_steps[first:],
+                kept.probe_loss[first:],
+            )
+
+    def nus(self) -> list[float | None]:
+        """ν of every place: as trained now, or as saved; None where nothing is known."""
+        with self._lock:
+            self._find_plan()
+            plan, network = self.plan, _network(self.job)
+        if plan is None:
+            return []
+        if self.job.result is not None:
+            saved = {c.key: c.nu for c in self.job.result.components}
+            return [saved.get(place.key) for place in plan.places]
+        if network is None:
+            return [None] * len(plan.places)
+        values: list[float] = network.log_nu.detach().float().exp().cpu().tolist()
+        return [values[index] for index in plan.order]
+
+    def nbytes(self) -> list[int]:
+        """Bytes of every place's tensors, in fp16 as long as nothing is saved."""
+        glance, plan, result = self.look(), self.plan, self.job.result
+        if plan is None:
+            return []
+        if result is not None:
+            saved = {c.key: c.nbytes for c in result.components}
+            return [saved.get(place.key, 0) for place in plan.places]
+        ranks = glance.ranks or (0,) * len(plan.places)
+        pairs = zip(plan.places, ranks, strict=True)
+        return [2 * place.parameters_per_rank * rank for place, rank in pairs]
+
+    def _find_plan(self) -> None:
+        """The plan, from the network as long as there is one, else from the file it left."""
+        if self.plan is not None:
+            return
+        network, result = _network(self.job), self.job.result
+        if network is not None:
+            self.plan = _plan_of(network)
+            ranks = self.plan.sort(network.ranks)
+            self._glance = replace(self._glance, ranks=ranks, nbytes=self._size(ranks))
+        elif result is not None:
+            found = map_cells(result.components)
+            place_of = {c.key: n for n, c in enumerate(result.components)}
+            order = tuple(place_of[place.key] for place in found)
+            self.plan = Plan(tuple(found), order, (None,) * len(found), 0)
+
+    def _read(self, events: Sequence[StepEvent]) -> None:
+        """Take over the steps that are new; found by number, as a run that is over forgets some."""
+        curves = self.curves
+        last = curves.steps[-1] if curves.steps else 0
+        for index in range(bisect_right(events, last, key=lambda e: e.step), len(events)):
+            event = events[index]
+            curves.steps.append(event.step)
+            curves.loss.append(event.loss)
+            curves.smoothed.append(self._smoother.add(event.loss))
+            curves.mean_rank.append(event.mean_rank)
+            self._pace.append(event.seconds)
+            if event.probe is not None:
+                curves.probe_steps.append(event.step)
+                curves.probe_loss.append(event.probe)
+            self._ranks = event.ranks or self._ranks
+
+    def _thin(self) -> None:
+        """Of a run that is over, keep what a screen can show."""
+        kept = self.curves
+        if len(kept.steps) <= _POINTS or self.job.progress.state not in ENDED:
+            return
+        for indices, names in (
+            (keep_peaks(kept.loss, _POINTS), ("steps", "loss", "smoothed", "mean_rank")),
+            (keep_peaks(kept.probe_loss, _POINTS), ("probe_steps", "probe_loss")),
+        ):
+            for name in names:
+                old = getattr(kept, name)
+                new = [old[index] for index in indices]
+                setattr(kept, name, array(old.typecode, new) if isinstance(old, array) else new)
+
+    def _newest(self) -> Glance:
+        """The glance at the newest step."""
+        curves, glance, ranks = self.curves, self._glance, self._ranks
+        fits = self.plan is not None and len(ranks) == len(self.plan.order)
+        if self.plan is not None and fits and ranks is not self._seen:
+            self._seen = ranks
+            ordered = self.plan.sort(ranks)
+            glance = replace(glance, ranks=ordered, nbytes=self._size(ordered))
+        return replace(
+            glance,
+            step=curves.steps[-1],
+            loss=curves.loss[-1],
+            smoothed=curves.smoothed[-1],
+            mean_rank=curves.mean_rank[-1],
+            pace=statistics.fmean(self._pace),
+        )
+
+    def _size(self, ranks: Sequence[int]) -> int | None:
+        """The file at these ranks: what was learnt beyond a size is cut when it is saved."""
+        if self.plan is None or not self.plan.frame:
+            return None
+        pairs = zip(self.plan.places, ranks, strict=True)
+        size = self.plan.frame + 2 * sum(place.parameters_per_rank * rank for place, rank in pairs)
+        megabytes = self.job.config.rank.target_megabytes
+        return size if megabytes is None else min(size, int(megabytes * 1e6))
+
+    def _final(self) -> Glance | None:
+        """The glance at a job whose file is written: the file's own ranks and size."""
+        result, plan = self.job.result, self.plan
+        if result is None or plan is None:
+            return None
+        if not self._saved:
+            saved = {c.key: c.rank for c in result.components}
+            self._saved = tuple(saved.get(place.key, 0) for place in plan.places)
+            self._nbytes = size_of(result.path)
+        mean = statistics.fmean(self._saved)
+        return replace(self._glance, ranks=self._saved, mean_rank=mean, nbytes=self._nbytes)
+
+
+class Watches:
+    """The watch of every job that is asked for, for as long as the job is listed."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._watches: dict[str, JobWatch] = {}
+
+    def of(self, entry: HasJob) -> JobWatch:
+        with self._lock:
+            found = self._watches.get(entry.id)
+            if found is None:
+                found = self._watches[entry.id] = JobWatch(entry.job)
+            return found
+
+    def keep_only(self, ids: set[str]) -> None:
+        """Forget jobs that are no longer listed."""
+        with self._lock:
+            for gone in self._watches.keys() - ids:
+                del self._watches[gone]
+
+
+def size_of(path: Path) -> int | None:
+    """Bytes of a file; None where it is not there any more."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
+
+
+def _network(job: TrainingJob) -> AdaptiveRankNetwork | None:
+    return getattr(job, "network", None)  # a job that is over has none
+
+
+def _plan_of(network: AdaptiveRankNetwork) -> Plan:
+    targets = network.targets
+    components = infos_of_targets(targets)
+    place_of = {component.key: n for n, component in enumerate(components)}
+    found = map_cells(components)
+    order = tuple(place_of[place.key] for place in found)
+    limits = network.max_ranks.tolist()
+    tensors = 2 * sum(target.parameters_per_rank for target in targets)
+    frame = file_bytes(targets, [1] * len(targets)) - tensors
+    return Plan(tuple(found), order, tuple(limits[index] for index in order), frame)

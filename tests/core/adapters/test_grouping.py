@@ -1,0 +1,277 @@
+"""Layers that read one input compute together, and nobody can tell from what comes out."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import weakref
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from lora2_pack.lora2_core.adapters import grouping
+from lora2_pack.lora2_core.adapters.grouping import groups_of, join_projections
+from lora2_pack.lora2_core.adapters.layers import AdaptiveLoRA, wrap
+from lora2_pack.tests.core import toy
+from torch import Tensor, nn
+
+torch.set_num_threads(1)
+
+BLOCK = "unet.input_blocks.4.1.transformer_blocks.0"
+CLIP = "text_model.encoder.layers.3"
+NAMES = ("to_q", "to_k", "to_v")
+
+
+def joined(names: list[str]) -> set[frozenset[str]]:
+    return {frozenset(names[place] for place in group) for group in groups_of(names)}
+
+
+def children(parent: str, *names: str) -> frozenset[str]:
+    return frozenset(f"{parent}.{name}" for name in names)
+
+
+# --- which layers -----------------------------------------------------------------------------
+
+
+def test_the_layers_of_sdxl_that_share_their_input_are_joined() -> None:
+    names = [
+        *(f"{BLOCK}.{part}.{n}" for part in ("attn1", "attn2") for n in (*NAMES, "to_out.0")),
+        f"{BLOCK}.ff.net.0.proj",
+        f"{BLOCK}.ff.net.2",
+        "unet.input_blocks.4.1.proj_in",
+        "unet.middle_block.1.transformer_blocks.9.attn1.to_k",
+        "unet.middle_block.1.transformer_blocks.9.attn1.to_q",
+        *(f"te1.{CLIP}.self_attn.{n}_proj" for n in ("k", "v", "q", "out")),
+        *(f"te2.{CLIP}.self_attn.{n}_proj" for n in ("k", "v", "q", "out")),
+        f"te1.{CLIP}.mlp.fc1",
+        f"te1.{CLIP}.mlp.fc2",
+    ]
+    together = {
+        children(f"{BLOCK}.attn1", *NAMES),
+        children(f"{BLOCK}.attn2", "to_k", "to_v"),  # the query reads the image
+        children("unet.middle_block.1.transformer_blocks.9.attn1", "to_q", "to_k"),
+        children(f"te1.{CLIP}.self_attn", "q_proj", "k_proj", "v_proj"),
+        children(f"te2.{CLIP}.self_attn", "q_proj", "k_proj", "v_proj"),
+    }
+    alone = {frozenset([name]) for name in names} - {
+        frozenset([name]) for group in together for name in group
+    }
+    assert joined(names) == together | alone
+    assert len(alone) == 2 + 1 + 2 + 1 + 2 + 2
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(
+                ["unet.a.attn1", "unet.a.attn2", "unet.b.attn1", "te1.c.self_attn", "te1"]
+            ),
+            st.sampled_from([*NAMES, "q_proj", "k_proj", "v_proj", "to_out.0", "proj_in"]),
+        ),
+        unique=True,
+    )
+)
+def test_every_layer_is_in_one_group_with_siblings_only(pairs: list[tuple[str, str]]) -> None:
+    names = [f"{parent}.{child}" for parent, child in pairs]
+    groups = groups_of(names)
+    assert sorted(place for group in groups for place in group) == list(range(len(names)))
+    for group in groups:
+        found = [names[place].rpartition(".") for place in group]
+        assert len({parent for parent, *_ in found}) == 1
+        kinds = {child for *_, child in found}
+        assert len(group) == 1 or kinds <= {*NAMES} or kinds <= {"q_proj", "k_proj", "v_proj"}
+        if len(group) > 1 and found[0][0].endswith("attn2"):
+            assert kinds == {"to_k", "to_v"}
+
+
+class Patched(nn.Linear):
+    """As ComfyUI's layers are while a patch waits to be applied on the way."""
+
+    weight_function = (lambda weight: weight,)
+
+
+def test_only_plain_linear_layers_are_joined() -> None:
+    plain, patched, conv = nn.Linear(8, 8), Patched(8, 8), nn.Conv2d(8, 8, 1)
+    for other, name in ((patched, "to_k"), (conv, "to_k")):
+        layers = [wrap(base, 2) for base in (plain, other)]
+        join_projections(["unet.attn1.to_q", f"unet.attn1.{name}"], layers)
+        assert [layer.group for layer in layers] == [None, None]
+    layers = [wrap(nn.Linear(8, 8), 2) for _ in range(2)]
+    join_projections(["unet.attn1.to_q", "unet.attn1.to_v"], layers)
+    assert layers[0].group and layers[1].group and layers[0].group[0] is layers[1].group[0]
+
+
+# --- what comes out ---------------------------------------------------------------------------
+
+
+def attention(width: int = 64, rank: int = 2) -> list[AdaptiveLoRA]:
+    """q, k and v of a self-attention, joined; sizes at which they go through their ranks."""
+    layers = []
+    for n in range(3):
+        base = nn.Linear(width, width, bias=n != 1)
+        toy.freeze(base, seed=n)
+        layer = wrap(base, rank)
+        with torch.no_grad():
+            layer.lora_down.copy_(toy.noise(rank, width, seed=10 + n) / width**0.5)
+            layer.lora_up.copy_(toy.noise(width, rank, seed=20 + n))
+        layer.importance = toy.noise(rank, seed=30 + n).requires_grad_()
+        layers.append(layer)
+    join_projections([f"unet.attn1.{name}" for name in NAMES], layers)
+    assert all(layer.group is not None for layer in layers)
+    return layers
+
+
+def by_itself(layer: AdaptiveLoRA, x: Tensor) -> Tensor:
+    return layer.base(x) + layer.delta(x)
+
+
+def assert_right(layer: AdaptiveLoRA, x: Tensor) -> None:
+    """Value and gradients are those of the layer computed by itself."""
+    inputs = [layer.lora_down, layer.lora_up, layer.importance]
+    inputs += [x] if x.requires_grad else []
+    outputs = layer(x), by_itself(layer, x)
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+    found, wanted = (
+        torch.autograd.grad(out.square().mean(), inputs, retain_graph=True) for out in outputs
+    )
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("width", [16, 64])  # merged, and through the ranks
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_any_order_gives_each_its_own(order: tuple[int, ...], width: int) -> None:
+    layers = attention(width)
+    for seed in range(2):
+        x = toy.noise(2, 5, width, seed=seed).requires_grad_()
+        for place in order:
+            assert_right(layers[place], x)
+
+
+def test_a_pass_computes_once_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    plain = grouping.project
+    monkeypatch.setattr(grouping, "project", lambda x, *a: calls.append(x) or plain(x, *a))
+    layers = attention()
+    for x in (toy.noise(5, 64), toy.noise(5, 64, seed=1)):
+        for layer in layers:
+            layer(x)
+        assert len(calls) == 1 and calls[0] is x
+        calls.clear()
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), max_size=14))
+def test_any_calls_with_any_inputs_are_right(calls: list[tuple[int, int]]) -> None:
+    """Other inputs in between, the same layer twice, passes left half way."""
+    layers = attention(16)
+    inputs = [toy.noise(3, 16, seed=n) for n in range(2)]
+    inputs.append(inputs[0].clone())  # equal, but another one
+    for place, which in calls:
+        x = inputs[which]
+        torch.testing.assert_close(layers[place](x), by_itself(layers[place], x))
+
+
+def test_one_that_is_switched_off_leaves_the_others_on() -> None:
+    layers, x = attention(), toy.noise(4, 64)
+    layers[0].enabled = False
+    assert torch.equal(layers[0](x), layers[0].base(x))
+    for layer in layers[1:]:
+        assert_right(layer, x)
+
+
+def test_an_input_of_another_kind_goes_the_plain_way() -> None:
+    layers = attention()
+    for layer in layers:
+        layer.base.double()
+    x = toy.noise(4, 64).double()
+    for layer in layers:  # the group has looked up fp32 weights, which are no longer the layer's
+        out = layer(x)
+        assert out.dtype == torch.float64
+        torch.testing.assert_close(out, by_itself(layer, x))
+
+
+def test_the_gradient_of_a_pass_is_that_of_separate_layers() -> None:
+    layers = attention()
+    together, apart = toy.noise(2, 5, 64), toy.noise(2, 5, 64)
+    for x in (together.requires_grad_(), apart.requires_grad_()):
+        q, k, v = (layer(x) if x is together else by_itself(layer, x) for layer in layers)
+        nn.functional.scaled_dot_product_attention(q, k, v).square().sum().backward()
+    assert together.grad is not None and apart.grad is not None
+    torch.testing.assert_close(together.grad, apart.grad, rtol=1e-4, atol=1e-5)
+
+
+# --- what is left behind ----------------------------------------------------------------------
+
+
+class Halted(RuntimeError):
+    pass
+
+
+def halfway(layers: list[AdaptiveLoRA], x: Tensor) -> None:
+    with pytest.raises(Halted):
+        layers[0](x)
+        raise Halted
+
+
+def test_a_pass_that_was_interrupted_leaves_nothing_wrong() -> None:
+    """The next one, with the same input and other weights, computes anew."""
+    layers, x = attention(), toy.noise(4, 64)
+    halfway(layers, x)
+    with torch.no_grad():
+        for layer in layers:
+            layer.lora_up.mul_(2)
+            layer.importance = layer.importance.detach().clone().requires_grad_()  # a new step
+    for layer in layers:
+        assert_right(layer, x)
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_nor_when_the_next_one_asks_in_another_order(order: tuple[int, ...]) -> None:
+    """What lay ready was computed with weights and importances that are no longer there."""
+    layers, x = attention(), toy.noise(4, 64)
+    halfway(layers, x)
+    with torch.no_grad():
+        for layer in layers:
+            layer.lora_up.mul_(2)
+            layer.importance = layer.importance.detach().clone().requires_grad_()
+    for place in order:
+        assert_right(layers[place], x)
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_a_look_without_gradients_takes_none_from_the_pass_after_it(order) -> None:
+    layers, x = attention(), toy.noise(4, 64)
+    with torch.no_grad():
+        layers[0](x)
+    for layer in layers:  # every step has importances of its own
+        layer.importance = layer.importance.detach().clone().requires_grad_()
+    for place in order:
+        assert layers[place](x).requires_grad
+
+
+@pytest.mark.parametrize("learns", [False, True])
+@pytest.mark.parametrize("width", [16, 64])
+def test_nothing_is_kept_alive_after_a_whole_pass(width: int, learns: bool) -> None:
+    layers = attention(width)
+    x = toy.noise(3, width).requires_grad_(learns)
+    outputs = [layer(x) for layer in layers]
+    watched = [weakref.ref(tensor) for tensor in (x, *outputs)]
+    sum(out.sum() for out in outputs).backward()
+    del x, outputs
+    gc.collect()
+    assert [ref() for ref in watched] == [None] * 4
+
+
+def test_a_real_network_keeps_nothing_of_its_input_after_a_pass() -> None:
+    model = toy.Transformer()
+    net = toy.adapt(model, target_rank=4)
+    x, context = toy.noise(2, 6, 16), toy.noise(2, 5, 12)
+    model(x, context).sum().backward()
+    watched = weakref.ref(x), weakref.ref(context)
+    del x, context
+    gc.collect()
+    assert [ref() for ref in watched] == [None, None]
+    groups = {layer.group[0] for layer in net.layers if layer.group}
+    assert len(groups) == 10  # a block: q k v, out; q, k v, out
+    assert not any(group._ready or group._asked for group in groups)

@@ -1,0 +1,392 @@
+"""Adapters and the network of them: exact deltas, honest memory, lossless resizing."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lora2_pack.lora2_core import adaptive_rank
+from lora2_pack.lora2_core.adapters.layers import AdaptiveLoRA, wrap
+from lora2_pack.lora2_core.adapters.network import AdaptiveRankNetwork
+from lora2_pack.lora2_core.adapters.targets import find_targets
+from lora2_pack.lora2_core.data.cache import weights_hash
+from lora2_pack.tests.core import toy
+from torch import Tensor, nn
+
+torch.set_num_threads(1)
+
+PAPER = {"mode": "paper", "start": "target", "target_rank": 8.0, "growth": "zero"}
+
+
+def randomised(adapter: AdaptiveLoRA) -> AdaptiveLoRA:
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        adapter.lora_down.normal_(generator=generator)
+        adapter.lora_up.normal_(generator=generator)
+    adapter.importance = torch.exp(-0.3 * torch.arange(adapter.rank))
+    return adapter
+
+
+def conv(kernel: int | tuple[int, int], **options) -> nn.Conv2d:
+    base = nn.Conv2d(6, 8, kernel, **options)
+    toy.freeze(base, seed=0)
+    return base
+
+
+def ask(net: AdaptiveRankNetwork, ranks: list[float], optimizer) -> int:
+    """Resize to the given ranks, without hysteresis when the network has none."""
+    return net.resize(adaptive_rank.nu_for_rank(1.0, 0.9) / torch.tensor(ranks), optimizer)
+
+
+# --- one adapter ------------------------------------------------------------------------------
+
+
+def test_linear_delta_is_that_of_its_weight() -> None:
+    adapter = randomised(wrap(nn.Linear(6, 9), 4))
+    x = toy.noise(2, 5, 6)
+    torch.testing.assert_close(adapter.delta(x), F.linear(x, adapter.delta_weight()))
+    torch.testing.assert_close(adapter(x), adapter.base(x) + adapter.delta(x))
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        conv(1),
+        conv(3, padding=1),
+        conv(3, stride=2, padding=1),
+        conv((3, 5), stride=(2, 1), padding=(0, 2)),
+        conv(3, padding="same"),
+        conv(2, dilation=2, bias=False),
+        pytest.param(
+            conv(3, padding=1, padding_mode="circular"),
+        ),
+    ],
+    ids=str,
+)
+def test_convolution_delta_is_that_of_its_weight(base: nn.Conv2d) -> None:
+    adapter = randomised(wrap(base, 3))
+    merged = copy.deepcopy(base)
+    with torch.no_grad():
+        merged.weight += adapter.delta_weight().view_as(base.weight)
+    x = toy.noise(2, 6, 9, 10)
+    torch.testing.assert_close(adapter(x), merged(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_adapter_answers_in_the_dtype_of_the_frozen_layer(dtype: torch.dtype) -> None:
+    adapter = randomised(wrap(nn.Linear(6, 9, dtype=dtype), 4))
+    assert adapter.lora_down.dtype == adapter.lora_up.dtype == torch.float32
+    assert adapter(toy.noise(2, 6).to(dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("base", "rank", "error", "text"),
+    [
+        (nn.Linear(6, 9), 7, ValueError, "rank is 7; a layer of 9×6 takes 1 to 6"),
+        (nn.Linear(6, 9), 0, ValueError, "rank is 0"),
+        (nn.Conv2d(4, 4, 3, groups=2), 2, ValueError, "2 groups"),
+        (nn.LayerNorm(4), 1, TypeError, "LayerNorm cannot carry a LoRA"),
+    ],
+)
+def test_what_cannot_be_adapted_is_named(base, rank, error, text) -> None:
+    with pytest.raises(error, match=text):
+        wrap(base, rank)
+
+
+# --- which layers -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("selection", "count"),
+    [
+        ("attention", 16),
+        ("self-attention", 8),
+        ("cross-attention", 8),
+        (r"blocks\.1.*to_k", 2),
+        (r"ff$", 2),
+    ],
+)
+def test_targets_by_preset_and_pattern(selection: str, count: int) -> None:
+    targets = find_targets(toy.Transformer(blocks=2), selection)
+    assert len(targets) == count
+    assert len({target.name for target in targets}) == count
+
+
+def test_targets_work_on_meta_tensors_and_know_their_shapes() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(5, 7), nn.Conv2d(4, 6, (3, 2)), nn.LayerNorm(4))
+    linear, convolution = find_targets(model, r"^\d")
+    assert (linear.out_features, linear.in_features, linear.largest_rank) == (7, 5, 5)
+    assert (convolution.out_features, convolution.in_features) == (6, 24)
+    assert convolution.parameters_per_rank == 30
+
+
+@pytest.mark.parametrize(
+    ("selection", "text"),
+    [("attn1.(", "is not a regular expression"), ("nothing_here", "matches no layer")],
+)
+def test_bad_targets_are_named(selection: str, text: str) -> None:
+    with pytest.raises(ValueError, match=text) as caught:
+        find_targets(toy.Transformer(), selection)
+    assert repr(selection) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"max_rank": 17}, "max_rank is 17; the largest layer of this model takes rank 16"),
+        ({"target_rank": 15.0}, "target_rank is 15; this model can reach a mean rank of 14"),
+        ({"target_megabytes": 1.0}, "target_megabytes is 1;.* at ranks 1 to 128 give"),
+        ({"target_megabytes": 1e-3}, "target_megabytes is 0.001"),
+        (
+            {"target_rank": 2.0, "min_rank": 3},
+            "target_rank is 2; with min_rank 3 the mean rank is 3",
+        ),
+    ],
+)
+def test_ranks_beyond_the_model_are_refused_before_it_is_touched(options, text) -> None:
+    model = toy.Transformer()
+    before = [type(module) for module in model.modules()]
+    with pytest.raises(ValueError, match=text):
+        toy.adapt(model, "cross-attention", **options)
+    assert [type(module) for module in model.modules()] == before
+
+
+# --- the network as it starts -----------------------------------------------------------------
+
+
+def test_only_adapters_and_nu_learn() -> None:
+    model = toy.Transformer()
+    net = toy.adapt(model, target_rank=4)
+    learning = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {name.rpartition(".")[2] for name in learning} == {"lora_down", "lora_up"}
+    assert len(learning) == 2 * len(net.targets)
+    own = [p for p in net.parameters() if p.requires_grad and p is not net.log_nu]
+    assert {id(p) for p in own} == {id(p) for p in net.weights()}
+
+
+@pytest.mark.parametrize("mode", adaptive_rank.MODES)
+def test_every_nu_lies_in_one_fp32_tensor(mode: str) -> None:
+    net = toy.adapt(toy.Transformer().half(), mode=mode, target_rank=4)
+    assert net.log_nu.shape == (len(net.targets),)
+    assert net.log_nu.dtype == net.nu.dtype == torch.float32
+    named = [name for name, _ in net.named_parameters() if "nu" in name]
+    assert named == ["log_nu"]
+
+
+@pytest.mark.parametrize(("mode", "rank"), [("balanced", 4), ("paper", 12)])
+def test_a_new_network_changes_nothing_on_or_off(mode: str, rank: int) -> None:
+    model = toy.Transformer()
+    x, context = toy.noise(2, 6, 16), toy.noise(2, 5, 12)
+    frozen = model(x, context)
+    net = toy.adapt(model, mode=mode, target_rank=4)
+    assert min(net.ranks) == rank
+    assert torch.equal(model(x, context), frozen)  # B is zero
+    for layer in net.layers:
+        randomised(layer)
+    assert not torch.allclose(model(x, context), frozen)
+    net.set_enabled(False)
+    assert torch.equal(model(x, context), frozen)
+
+
+def test_each_layer_is_held_to_its_own_size_and_starts_there_in_paper_mode() -> None:
+    net = toy.adapt(toy.Transformer(blocks=1), mode="paper")
+    assert net.ranks == [16, 16, 16, 16, 16, 12, 12, 16]
+    assert toy.adapt(toy.Transformer(blocks=1), target_rank=14).ranks == [14] * 5 + [12, 12, 14]
+
+
+def test_the_start_follows_the_mode() -> None:
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4)))
+    literal = toy.adapt(copy.deepcopy(model), "", **{**PAPER, "start": "maximum"})
+    std = float(adaptive_rank.init_std(literal.nu[:1], 64))
+    drawn = torch.stack([layer.lora_down for layer in literal.layers])
+    assert drawn.std().item() == pytest.approx(std, rel=0.03)
+    plain = toy.adapt(copy.deepcopy(model), "", target_rank=64)
+    drawn = torch.stack([layer.lora_down for layer in plain.layers])
+    assert 0.99 / 8 < drawn.abs().max().item() <= 1 / 8
+    assert drawn.std().item() == pytest.approx(1 / 8 / math.sqrt(3), rel=0.03)
+    assert not any(layer.lora_up.any() for net in (literal, plain) for layer in net.layers)
+
+
+def test_a_seed_decides_every_weight() -> None:
+    def first(seed: int) -> Tensor:
+        return toy.adapt(toy.Transformer(), seed=seed, target_rank=4).layers[3].lora_down
+
+    assert torch.equal(first(1), first(1))
+    assert not torch.equal(first(1), first(2))
+
+
+def test_importance_of_the_network_is_that_of_each_component() -> None:
+    net = toy.adapt(toy.Transformer(), **PAPER)
+    with torch.no_grad():
+        net.log_nu += torch.linspace(-0.3, 0.3, len(net.targets))
+    net.refresh_importance()
+    for layer, nu in zip(net.layers, net.nu, strict=True):
+        expected = adaptive_rank.importance(nu, layer.rank, "paper")
+        torch.testing.assert_close(layer.importance, expected, rtol=0, atol=0)
+
+
+def test_components_are_detached_copies_in_the_shape_of_the_layer() -> None:
+    model = nn.Sequential(conv(3), nn.Flatten())
+    net = toy.adapt(model, "0", target_rank=4)
+    (component,) = net.components()
+    assert component.lora_down.shape == (4, 6, 3, 3)
+    assert component.lora_up.shape == (8, 4, 1, 1)
+    assert component.importance.shape == (4,)
+    component.lora_down.zero_()
+    assert net.layers[0].lora_down.any()
+    assert not any(t.requires_grad for t in vars(component).values() if torch.is_tensor(t))
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.floats(-40, 40), min_size=8, max_size=8))
+def test_clamped_nu_spans_every_rank_and_no_more(logs: list[float]) -> None:
+    net = toy.adapt(toy.Transformer(blocks=1), target_rank=4, max_rank=12)
+    with torch.no_grad():
+        net.log_nu.copy_(torch.tensor(logs))
+    net.clamp_nu()
+    exact = adaptive_rank.expected_rank(net.nu.detach(), 0.9)
+    assert (exact > 0.499).all() and (exact < 12.001).all()
+    ranks = adaptive_rank.effective_rank(net.nu, 0.9, 99)
+    for value, rank in zip(logs, ranks.tolist(), strict=True):
+        assert rank == (12 if value < -2 else 1 if value > 1 else rank)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.floats(-40, 40), min_size=8, max_size=8), st.integers(1, 14))
+def test_no_rank_falls_below_the_smallest(logs: list[float], least: int) -> None:
+    net = toy.adapt(toy.Transformer(blocks=1), target_rank=14, min_rank=least, hysteresis=False)
+    with torch.no_grad():
+        net.log_nu.copy_(torch.tensor(logs))
+    net.clamp_nu()
+    net.resize(net.nu.detach(), toy.trained(net))
+    limits = [min(least, target.largest_rank) for target in net.targets]
+    assert all(rank >= limit for rank, limit in zip(net.ranks, limits, strict=True))
+    for value, rank, limit in zip(logs, net.ranks, limits, strict=True):
+        assert rank == limit or value < 1
+    # The least ν that is left is half a rank away from growth.
+    exact = adaptive_rank.expected_rank(net.nu.detach(), 0.9)
+    assert (exact > torch.tensor(limits) - 0.501).all()
+
+
+def test_fingerprints_tell_models_apart() -> None:
+    first, other = toy.Transformer(), toy.Transformer()
+    assert weights_hash(first) == weights_hash(other)
+    with torch.no_grad():
+        other.blocks[0].ff.bias[3] += 1
+    assert weights_hash(first) != weights_hash(other)
+
+
+# --- resizing ---------------------------------------------------------------------------------
+
+
+def test_memory_follows_the_rank() -> None:
+    model = nn.Sequential(*(nn.Linear(64, 48) for _ in range(3)))
+    net = toy.adapt(model, "", target_rank=32, hysteresis=False)
+    optimizer = toy.trained(net)
+
+    def held() -> list[int]:
+        """Bytes of weights and optimizer state, storages included, by component."""
+        found = []
+        for layer in net.layers:
+            tensors = [layer.lora_down, layer.lora_up]
+            for weight in (layer.lora_down, layer.lora_up):
+                tensors += [t for t in optimizer.state[weight].values() if t.numel() > 1]
+            found.append(sum(t.untyped_storage().nbytes() for t in tensors))
+        return found
+
+    per_rank = 3 * 4 * (64 + 48)  # weight and two moments, fp32
+    assert held() == [32 * per_rank] * 3
+    assert ask(net, [4.0, 48.0, 32.0], optimizer) == 2
+    assert net.ranks == [4, 48, 32]
+    assert held() == [4 * per_rank, 48 * per_rank, 32 * per_rank]
+    assert len(optimizer.state) <= 2 * 3 + 1  # nothing of the old parameters is left
+
+
+@pytest.mark.parametrize("options", [{"target_rank": 8.0}, PAPER], ids=["balanced", "paper"])
+def test_growth_leaves_the_forward_unchanged(options) -> None:
+    model = nn.Sequential(conv(3, padding=1), nn.Conv2d(8, 9, 1), nn.Flatten(2), nn.Linear(30, 20))
+    net = toy.adapt(model, "", **{**options, "target_rank": 6.0, "hysteresis": False})
+    optimizer = toy.trained(net)
+    x = toy.noise(2, 6, 5, 6)
+    net.refresh_importance()
+    before = model(x)
+    assert ask(net, [8.0, 7.0, 20.0], optimizer) == 3
+    assert net.ranks == [8, 7, 20]
+    torch.testing.assert_close(model(x), before, rtol=1e-5, atol=1e-5)
+    assert all(layer.lora_down[6:].any(dim=1).all() for layer in net.layers)  # new rows can learn
+
+
+def test_hysteresis_holds_a_rank_until_nu_asks_for_more_than_half_its_root() -> None:
+    net = toy.adapt(nn.Sequential(*(nn.Linear(40, 40) for _ in range(4))), "", target_rank=16.0)
+    assert ask(net, [14.0, 15.0, 18.0, 19.0], toy.trained(net)) == 1
+    assert net.ranks == [16, 16, 16, 19]
+
+
+def test_random_growth_draws_new_columns_only() -> None:
+    model = nn.Sequential(nn.Linear(64, 64))
+    net = toy.adapt(model, "0", mode="paper", start="target", target_rank=4.0)
+    optimizer = toy.trained(net)
+    old = net.layers[0].lora_up.detach().clone()
+    ask(net, [60.0], optimizer)
+    assert torch.equal(net.layers[0].lora_up[:, :4], old)
+    assert net.layers[0].lora_up[:, 4:].std().item() == pytest.approx(0.02, rel=0.1)
+
+
+def three_layers(rank: float = 6.0) -> AdaptiveRankNetwork:
+    model = nn.Sequential(nn.Linear(16, 12), conv(2), nn.Linear(12, 20))
+    return toy.adapt(model, "", target_rank=rank, hysteresis=False)
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 12), st.integers(1, 8), st.integers(1, 12)), min_size=1, max_size=5
+    )
+)
+def test_surviving_rows_keep_weights_and_moments(plan: list[tuple[int, int, int]]) -> None:
+    net = three_layers()
+    optimizer = toy.trained(net)
+    for ranks in plan:
+        before = toy.snapshot(net, optimizer)
+        ask(net, [float(rank) for rank in ranks], optimizer)
+        assert net.ranks == list(ranks)
+        for old, new in zip(before, toy.snapshot(net, optimizer), strict=True):
+            keep = min(len(old["weight"]), len(new["weight"]))
+            assert all(torch.equal(old[name][:keep], new[name][:keep]) for name in "mv")
+            assert torch.equal(old["weight"][:keep], new["weight"][:keep])
+            assert not new["m"][keep:].any() and not new["v"][keep:].any()
+            assert torch.equal(old["step"], new["step"])
+        toy.random_steps(net, optimizer, 2)
+
+
+def test_survivors_of_a_resize_train_on_as_if_nothing_had_happened() -> None:
+    untouched, resized = three_layers(), three_layers()
+    optimizers_of = [toy.trained(net) for net in (untouched, resized)]
+    for ranks in ([8.0, 7.0, 3.0], [4.0, 8.0, 4.0], [9.0, 6.0, 12.0]):
+        ask(resized, ranks, optimizers_of[1])
+        toy.random_steps(untouched, optimizers_of[0], 2)
+        toy.random_steps(resized, optimizers_of[1], 2)
+    pairs = zip(*map(toy.snapshot, (untouched, resized), optimizers_of), strict=True)
+    for kept, (old, new) in zip((4, 4, 6, 6, 3, 3), pairs, strict=True):
+        for name in ("weight", "m", "v"):
+            torch.testing.assert_close(old[name][:kept], new[name][:kept], rtol=1e-6, atol=1e-7)
+
+
+def test_a_resize_to_the_same_rank_changes_nothing_at_all() -> None:
+    plain, replaced = three_layers(), three_layers()
+    states = []
+    for net in (plain, replaced):
+        optimizer = toy.trained(net)
+        if net is replaced:
+            assert ask(net, [6.0] * 3, optimizer) == 0
+            net._replace(net.layers, net.ranks, optimizer, None)
+        toy.random_steps(net, optimizer, 3)
+        states.append(toy.snapshot(net, optimizer))
+    for first, second in zip(*states, strict=True):
+        assert all(torch.equal(first[name], second[name]) for name in first)

@@ -1,0 +1,184 @@
+"""Limits of size that hold for the whole, whatever lies beside the factors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from lora2_pack.lora2_core import lora_file
+from lora2_pack.lora2_core.config.load import ORDERS, Limits
+from lora2_pack.lora2_core.lora_file import LoRAFileError
+from lora2_pack.lora2_core.resizing.measure import measure_file
+from lora2_pack.lora2_core.resizing.resize import merge_files, resize_file
+from lora2_pack.lora2_core.resizing.shrink import shrink_state
+from lora2_pack.lora2_core.resizing.source import LoRASource
+from lora2_pack.tests.core import toy
+from torch import Tensor
+
+torch.set_num_threads(1)
+
+PREFIX = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_"
+
+
+def pair(layer: str, rank: int, width: int = 64, out: int = 80, seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        f"{PREFIX}{layer}.lora_down.weight": torch.randn(rank, width, generator=generator),
+        f"{PREFIX}{layer}.lora_up.weight": torch.randn(out, rank, generator=generator),
+        f"{PREFIX}{layer}.alpha": torch.tensor(float(rank)),
+    }
+
+
+def dora() -> dict[str, Tensor]:
+    """Three layers whose magnitudes take about as much as a column."""
+    state: dict[str, Tensor] = {}
+    for seed, layer in enumerate("qkv"):
+        state |= pair(layer, 8, 64, 800, seed)
+        state[f"{PREFIX}{layer}.dora_scale"] = torch.rand(800, 1)
+    return state
+
+
+def save(path: Path, state: dict[str, Tensor]) -> Path:
+    safetensors.torch.save_file(state, path)
+    return path
+
+
+def patch(path: Path, key: str) -> Tensor:
+    with LoRASource(path) as source:
+        return toy.exact_delta(source.component(key))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("megabytes", [0.015, 0.02, 0.03])
+def test_magnitudes_of_a_dora_count(tmp_path: Path, order: str, megabytes: float):
+    source = save(tmp_path / "a.safetensors", dora())
+    limits = Limits(megabytes=megabytes, order=order)
+    found = resize_file(source, tmp_path / "b.safetensors", limits)
+    assert found.after == found.path.stat().st_size <= megabytes * 1e6
+    state = lora_file.load(found.path).state
+    for layer in "qkv":
+        key = f"{PREFIX}{layer}"
+        assert (f"{key}.dora_scale" in state) == (f"{key}.lora_up.weight" in state)
+    small = shrink_state(dora(), limits)
+    assert len(safetensors.torch.save(small)) <= megabytes * 1e6
+
+
+def test_what_a_dora_could_be_cut_to_counts_its_magnitudes(tmp_path: Path):
+    source = save(tmp_path / "a.safetensors", dora())
+    told = measure_file(source).cut_bytes
+    found = resize_file(source, tmp_path / "b.safetensors", Limits(energy=0.99, order="svd"))
+    assert told == pytest.approx(found.after, rel=0.05)  # its metadata has a line on the cut
+
+
+def test_tensors_of_other_kinds_count():
+    other = {"lora_unet_x.hada_w1_a": torch.ones(100, 50)}  # 20 kB
+    state = pair("q", 8) | other
+    small = shrink_state(state, Limits(megabytes=0.0215))
+    assert len(safetensors.torch.save(small)) <= 21_500
+    assert small["lora_unet_x.hada_w1_a"] is other["lora_unet_x.hada_w1_a"]
+    assert small[f"{PREFIX}q.lora_down.weight"].shape[0] < 8
+    with pytest.raises(LoRAFileError, match=r"megabytes is 0\.01, .* choose at least 0\.0") as told:
+        shrink_state(state, Limits(megabytes=0.01))
+    least = float(str(told.value).rpartition(" ")[2].rstrip("."))
+    assert shrink_state(state, Limits(megabytes=least))[f"{PREFIX}q.lora_down.weight"].shape[0] == 1
+    assert shrink_state(other, Limits(megabytes=0.01)) == other  # it has no ranks
+
+
+def test_a_name_longer_than_the_old_one_counts(tmp_path: Path):
+    made = [toy.component(f"blocks.{n}.attn1.to_q", 8, (64, 64), seed=n) for n in range(12)]
+    titles = {"modelspec.title": "a", "ss_output_name": "a"}
+    source = lora_file.save(tmp_path / "a.safetensors", made, titles)
+    target = tmp_path / f"{'n' * 120}.safetensors"
+    found = resize_file(source, target, Limits(megabytes=0.015))
+    assert 0.98 * 15_000 <= found.after <= 15_000
+    assert lora_file.load(target).metadata["modelspec.title"] == "n" * 120
+
+
+def test_a_file_in_fp32_is_not_copied_over_its_limit(tmp_path: Path):
+    parts = [
+        (save(tmp_path / f"{seed}.safetensors", pair("q", 8, 300, 300, seed)), 1.0)
+        for seed in (1, 2)
+    ]
+    whole = merge_files(parts, tmp_path / "sum.safetensors", Limits())
+    limits = Limits(megabytes=0.7 * whole.after / 1e6)
+    found = resize_file(whole.path, tmp_path / "small.safetensors", limits)
+    assert found.after <= 0.7 * whole.after
+    assert found.ranks_after == whole.ranks_after, "fp16 is all it took"
+
+
+def test_its_own_size_is_no_limit(tmp_path: Path):
+    made = [toy.component(f"blocks.{n}.attn1.to_q", 8, (64, 64), seed=n) for n in range(3)]
+    source = lora_file.save(tmp_path / "a.safetensors", made, {})
+    own = source.stat().st_size
+    found = resize_file(source, tmp_path / "b.safetensors", Limits(megabytes=own / 1e6))
+    assert found.path.read_bytes() == source.read_bytes()
+    smaller = resize_file(source, found.path, Limits(megabytes=(own - 1) / 1e6))
+    assert smaller.after < own
+
+
+@pytest.mark.parametrize(
+    "limits", [Limits(), Limits(max_rank=4096), Limits(energy=0.9, order="learnt")]
+)
+def test_no_rank_is_above_what_a_layer_can_hold(tmp_path: Path, limits: Limits):
+    source = save(tmp_path / "a.safetensors", pair("q", 100, 32, 40))
+    found = resize_file(source, tmp_path / "b.safetensors", limits)
+    [info] = lora_file.inspect(found.path)[0]
+    assert info.rank <= 32 and found.ranks_before == (100,)
+    wanted, got = patch(source, f"{PREFIX}q"), patch(found.path, f"{PREFIX}q")
+    assert float((got - wanted).norm() / wanted.norm()) == pytest.approx(found.error, abs=1e-3)
+
+
+@pytest.mark.parametrize("max_rank", [None, 1, 4])
+def test_columns_against_each_other_in_the_learnt_order(tmp_path: Path, max_rank: int | None):
+    one = save(tmp_path / "one.safetensors", pair("q", 4))
+    two = save(tmp_path / "two.safetensors", pair("q", 4) | pair("k", 3, seed=5))
+    parts = [(one, 1.0), (two, -0.9)]
+    whole = merge_files(parts, tmp_path / "whole.safetensors", Limits())
+    limits = Limits(max_rank=max_rank, energy=None if max_rank else 0.9, order="learnt")
+    found = merge_files(parts, tmp_path / "cut.safetensors", limits)
+    off = total = 0.0
+    for layer in "qk":
+        key = f"{PREFIX}{layer}"
+        wanted = patch(whole.path, key)
+        held = {info.key for info in lora_file.inspect(found.path)[0] if info.rank}
+        got = patch(found.path, key) if key in held else 0 * wanted
+        off += float((got - wanted).square().sum())
+        total += float(wanted.square().sum())
+    assert (off / total) ** 0.5 == pytest.approx(found.error, abs=1e-3)
+    assert max_rank or found.kept >= 0.9
+
+
+def test_what_cancels_is_not_written(tmp_path: Path):
+    one, two = (save(tmp_path / f"{n}.safetensors", pair("q", 4)) for n in (1, 2))
+    for limits in (Limits(), Limits(energy=0.99), Limits(max_rank=2, order="learnt")):
+        with pytest.raises(
+            LoRAFileError, match=r"would change nothing.*weights that do not cancel"
+        ):
+            merge_files([(one, 0.3), (two, -0.3)], tmp_path / "sum.safetensors", limits)
+    assert not (tmp_path / "sum.safetensors").exists()
+
+
+def test_what_belongs_to_no_layer_is_named(tmp_path: Path):
+    loose = {"bundle_emb.sks.string_to_param": torch.ones(2, 768), "x.bias": torch.ones(3)}
+    source = save(tmp_path / "a.safetensors", pair("q", 2) | loose)
+    found = resize_file(source, tmp_path / "b.safetensors", Limits(max_rank=1))
+    assert set(found.ignored) == set(loose)
+    assert "Left out as no part of a LoRA: " in found.text() and "and 1 more." in found.text()
+    again = resize_file(found.path, tmp_path / "c.safetensors", Limits(max_rank=1))
+    assert not again.ignored and "Left out" not in again.text()
+
+
+def test_a_full_disk_is_told_of_a_copy_too(tmp_path: Path):
+    made = [toy.component("blocks.0.attn1.to_q", 8, (64, 64))]
+    source = lora_file.save(tmp_path / "a.safetensors", made, {})
+    with toy.file_size_limit(1000), pytest.raises(LoRAFileError, match="could not be written"):
+        resize_file(source, tmp_path / "b.safetensors", Limits())
+    assert not (tmp_path / "b.safetensors").exists()
+
+
+def test_the_size_asked_for_has_the_name_of_its_input(tmp_path: Path):
+    source = save(tmp_path / "a.safetensors", pair("q", 2))
+    with pytest.raises(LoRAFileError, match=r"Choose megabytes of at least"):
+        resize_file(source, tmp_path / "b.safetensors", Limits(megabytes=0.001))

@@ -1,0 +1,175 @@
+"""What is said when memory runs out: figures that are the allocator's, settings that help."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from lora2_pack.lora2_core.config.ranks import RankConfig
+from lora2_pack.lora2_core.config.train import DataConfig, OptimizerConfig, TextConfig, TrainConfig
+from lora2_pack.lora2_core.training import memory
+from lora2_pack.lora2_core.training.memory import suggestions
+
+CUDA = (
+    "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.11 GiB of "
+    "which 5.03 GiB is free. Process 1 has 74.07 GiB memory in use."
+)
+MPS = (
+    "MPS backend out of memory (MPS allocated: 1.50 GB, other allocations: 384.00 KB, max "
+    "allowed: 20.13 GB). Tried to allocate 512.00 MB on private pool."
+)
+LEAN = TrainConfig(
+    precision="bf16",
+    gradient_checkpointing=True,
+    resolution=256,
+    entropy_weight=0.0,
+    targets="cross-attention",
+    rank=RankConfig.balanced(target_rank=1.0),
+    optimizer=OptimizerConfig("adamw8bit"),
+)
+
+
+def test_a_failed_allocation_of_the_cpu_is_known_and_read() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(10**15)
+    assert memory.is_out_of_memory(caught.value)
+    assert memory.needed_and_free(str(caught.value)) == (4 * 10**15, None)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux tells what is left")
+def test_a_limit_on_the_process_is_what_is_free() -> None:
+    resource = pytest.importorskip("resource")
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + 300 * 2**20
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    try:
+        torch.empty(50 * 2**20, dtype=torch.uint8)
+        with pytest.raises(RuntimeError) as caught:
+            torch.empty(400 * 2**20, dtype=torch.uint8)
+        free = memory.free_ram()
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    assert memory.is_out_of_memory(caught.value)
+    assert memory.needed_and_free(str(caught.value))[0] == 400 * 2**20
+    assert free is not None and 200 * 2**20 < free <= 300 * 2**20
+    unlimited = memory.free_ram()
+    assert unlimited is not None and unlimited > 0
+
+
+def test_messages_of_graphics_cards_are_read() -> None:
+    assert memory.needed_and_free(CUDA) == (20 * 2**30, int(5.03 * 2**30))
+    needed, free = memory.needed_and_free(MPS)
+    assert needed == 512 * 2**20
+    assert free == int(20.13 * 2**30) - int(1.5 * 2**30) - 384 * 2**10
+    assert memory.is_out_of_memory(torch.OutOfMemoryError(CUDA))
+    assert memory.is_out_of_memory(RuntimeError(MPS))
+    assert memory.is_out_of_memory(MemoryError())
+
+
+@pytest.mark.parametrize("error", [RuntimeError("mat1 and mat2"), ValueError(CUDA), KeyError("a")])
+def test_other_errors_are_none_of_its_business(error: Exception) -> None:
+    assert not memory.is_out_of_memory(error)
+
+
+configs = st.builds(
+    TrainConfig,
+    batch_size=st.sampled_from([1, 2, 8]),
+    resolution=st.sampled_from([64, 256, 512, 768, 1024, 2048]),
+    precision=st.sampled_from(["auto", "fp32", "bf16"]),
+    gradient_checkpointing=st.booleans(),
+    entropy_weight=st.sampled_from([0.0, 1e-4]),
+    targets=st.sampled_from(["attention", "attention+ff+conv", "cross-attention", "b-lora"]),
+    rank=st.sampled_from(
+        [
+            RankConfig.balanced(target_rank=64.0),
+            RankConfig.balanced(target_megabytes=50.0),
+            RankConfig.fixed(target_rank=1.0),
+            RankConfig.balanced(group_targets=(("self", 4.0),)),
+        ]
+    ),
+    optimizer=st.sampled_from([OptimizerConfig(n) for n in ("adamw", "adamw8bit", "prodigy")]),
+    text=st.sampled_from([TextConfig(), TextConfig(learning_rate=1e-5)]),
+    data=st.sampled_from([DataConfig(), DataConfig(class_prompt="a cat", class_images=3)]),
+)
+amounts = st.none() | st.integers(1, 2**42)
+
+
+@given(config=configs, needed=amounts, free=amounts, checkpointing=st.booleans())
+def test_advice_helps_and_is_new(
+    config: TrainConfig, needed: int | None, free: int | None, checkpointing: bool
+) -> None:
+    found = suggestions(config, needed, free, checkpointing)
+    assert len(found) <= 3
+    assert [a.saving for a in found] == sorted((a.saving for a in found), reverse=True)
+    assert all(0 < advice.saving < 1 for advice in found)
+    text = memory.message(config, 3, needed, free, checkpointing)
+    assert "\n" not in text and text.startswith("Out of memory in step 3")
+    assert ("None" not in text) and all(advice.text in text for advice in found)
+    if checkpointing or config.gradient_checkpointing:
+        assert "set gradient_checkpointing on" not in text
+    if config.batch_size == 1:
+        assert "batch_size" not in text
+    if config.optimizer.name == "adamw8bit":
+        assert "optimizer to" not in text
+
+
+def test_there_are_three_ways_out_of_usual_settings() -> None:
+    found = suggestions(TrainConfig(precision="bf16", batch_size=4))
+    assert [advice.text.split(" (")[0] for advice in found] == [
+        "set gradient_checkpointing on",
+        "set batch_size to 1 and accumulation to 4, which learns the same",
+        "lower resolution from 1024 to 768",
+    ]
+    assert len(suggestions(TrainConfig(precision="fp32"), checkpointing=True)) == 3
+
+
+def test_at_the_leanest_it_says_so() -> None:
+    assert suggestions(LEAN) == ()
+    assert "at its leanest" in memory.message(LEAN, 1, None, None, True)
+
+
+@given(
+    resolution=st.integers(2, 64).map(lambda n: 32 * n),
+    needed=st.integers(1, 2**40),
+    share=st.floats(0, 2),
+)
+def test_the_lower_resolution_fits_by_its_tokens(resolution: int, needed: int, share: float):
+    free = int(needed * share)
+    found = memory.lower_resolution(resolution, needed, free)
+    if found is None:
+        assert resolution <= 256
+        return
+    assert 256 <= found < resolution and found % 32 == 0
+    TrainConfig(resolution=found)
+    assert found == 256 or needed * (found / resolution) ** 2 <= free * 0.9 + 1 or share > 0.62
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"gradient_checkpointing": True},
+        {"batch_size": 1},
+        {"precision": "bf16"},
+        {"optimizer": OptimizerConfig("adamw8bit")},
+        {"resolution": 512},
+        {"rank": RankConfig.balanced(target_rank=4.0)},
+        {"data": DataConfig()},
+        {"text": TextConfig()},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_the_estimate_falls_with_whatever_saves_memory(changes: dict[str, Any]) -> None:
+    full = TrainConfig(
+        batch_size=2,
+        precision="fp32",
+        data=DataConfig(class_prompt="a cat", class_images=3),
+        text=TextConfig(learning_rate=1e-5),
+    )
+    leaner = dataclasses.replace(full, **changes)
+    assert memory.estimate(leaner) < memory.estimate(full)
