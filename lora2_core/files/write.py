@@ -21,7 +21,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 @contextmanager
 def writing(path: Path, nbytes: int) -> Iterator[BinaryIO]:
-    """As :func:`.atomic.replacing`; an OSError becomes a LoRAFileError that tells what is needed."""
+    """As :func:`.atomic.replacing`, but an OSError becomes a LoRAFileError: what is needed."""
     try:
         with replacing(path) as file:
             yield file
