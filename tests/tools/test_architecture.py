@@ -13,6 +13,20 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 50
+MAX_FILES = 15  # of a package, its __init__.py among them
+
+# The rooms of lora2_core from the ground up: each may import from those below it, never from its
+# neighbours on the same floor. nodes/ stands above all of them.
+FLOORS = (
+    {"adaptive_rank"},
+    {"config"},
+    {"files"},
+    {"adapters", "data", "resizing"},
+    {"training", "reports", "lora_file"},
+    {"jobs", "comfy_host", "tiny_sdxl"},
+    {"cli"},
+    {"__main__"},
+)
 
 SEAM = "lora2_core/comfy_host/"
 ROUTES = "nodes/screen/routes.py"
@@ -141,10 +155,121 @@ def test_the_pack_finds_itself_by_relative_imports(file: str) -> None:
     assert not absolute(file) & {"lora2_core", "lora2_pack", "tools"}
 
 
-@pytest.mark.parametrize("file", CORE)
-def test_the_core_knows_no_nodes(file: str) -> None:
-    depth = len(Path(file).parts) - 1
-    assert [name for level, name in imports(tree(file)) if level > depth] == []
+# --- rooms ----------------------------------------------------------------------------------------
+
+
+def arrows(file: str, text: str | None = None) -> Iterator[tuple[str, int]]:
+    """Yield each file of the pack that `file` imports from, wherever in it, and the line.
+
+    `text`: what to read in place of the file. Imports for types alone count as any other.
+    """
+    folder = Path(file).parent.parts
+    for node in ast.walk(tree(file) if text is None else ast.parse(text, file)):
+        if not isinstance(node, ast.ImportFrom) or not node.level:
+            continue
+        base = folder[: len(folder) - node.level + 1] + tuple((node.module or "").split("."))
+        for alias in node.names:
+            for parts in ((*base, alias.name), base):
+                path = "/".join(filter(None, parts))
+                found = {f"{path}.py", f"{path}/__init__.py"} & set(PACK)
+                if found:
+                    yield found.pop(), node.lineno
+                    break
+
+
+def room_of(file: str) -> str:
+    """Return the package, or the module beside the packages, of lora2_core that a file is in."""
+    return Path(file).parts[1].removesuffix(".py")
+
+
+def upward(file: str, text: str | None = None) -> list[str]:
+    """Return the imports of a file of the core that do not lead downwards, as texts."""
+    floor = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+    own = room_of(file)
+    return [
+        f"{file}:{line} imports {target}"
+        for target, line in arrows(file, text)
+        if target not in CORE or (room_of(target) != own and floor[room_of(target)] >= floor[own])
+    ]
+
+
+def circles(graph: dict[str, set[str]]) -> list[str]:
+    """Return what is left of a graph when all that is on no way from circle to circle is off."""
+    left = {name: set(targets) - {name} for name, targets in graph.items()}
+    while True:
+        reached = set().union(*left.values())
+        ends = [name for name in left if name not in reached or not left[name] & left.keys()]
+        if not ends:
+            return sorted(left)
+        for name in ends:
+            del left[name]
+
+
+def test_every_room_has_its_floor() -> None:
+    rooms = {room_of(file) for file in CORE} - {"__init__"}
+    assert rooms == set().union(*FLOORS)
+
+
+@pytest.mark.parametrize("file", [file for file in CORE if room_of(file) != "__init__"])
+def test_imports_lead_downwards(file: str) -> None:
+    assert upward(file) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("lora2_core/files/read.py", "from ..training.trainer import Trainer"),  # upwards
+        ("lora2_core/training/ema.py", "from ..reports import canvas"),  # sideways
+        ("lora2_core/jobs/job.py", "from .. import comfy_host"),
+        ("lora2_core/data/photos.py", "def f():\n    from ..training.ema import AveragedWeights"),
+        ("lora2_core/config/train.py", "if TYPE_CHECKING:\n    from ..cli import main"),
+        ("lora2_core/cli.py", "from ..nodes import train"),
+    ],
+)
+def test_an_import_that_is_turned_round_is_found(file: str, line: str) -> None:
+    assert upward(file, line) and not upward(file)
+
+
+def test_nothing_goes_in_circles() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set()}) == ["b", "c"]
+    graph = {file: {target for target, _ in arrows(file)} for file in PACK}
+    assert circles(graph) == []
+
+
+def test_packages_go_in_no_circle_either() -> None:
+    def package(file: str) -> str:
+        folder = Path(file).parent  # what lies beside the packages of the core stands for itself
+        return file if folder == Path("lora2_core") else str(folder)
+
+    graph: dict[str, set[str]] = {package(file): set() for file in PACK}
+    for file in PACK:
+        graph[package(file)] |= {package(target) for target, _ in arrows(file)}
+    assert circles(graph) == []
+
+
+def packages() -> dict[str, list[str]]:
+    """Return the modules of every folder that holds some, tests aside."""
+    found: dict[str, list[str]] = {}
+    for file in [*PACK, *files("tools", "bench")]:
+        found.setdefault(str(Path(file).parent), []).append(Path(file).stem)
+    return found
+
+
+@pytest.mark.parametrize(("package", "modules"), packages().items())
+def test_packages_are_small_and_say_their_name_once(package: str, modules: list[str]) -> None:
+    assert len(modules) <= MAX_FILES
+    name = Path(package).name
+    assert [module for module in modules if name and module.startswith(name)] == []
+
+
+def test_the_tests_of_the_core_stand_in_the_same_rooms() -> None:
+    rooms = {room_of(file) for file in CORE if len(Path(file).parts) > 2}
+    beside = {path.name for path in (ROOT / "tests" / "core").iterdir() if path.is_dir()}
+    elsewhere = {"comfy_host", "tiny_sdxl"}  # tests/host: they need ComfyUI
+    assert beside - {"__pycache__"} == rooms - elsewhere
+
+
+# --- what nobody may do ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("file", PACK)
