@@ -23,8 +23,8 @@ WIDTH, MARGIN, GUTTER = 1280, 36, 32
 HALF = (WIDTH - 2 * MARGIN - GUTTER) // 2  # px: each of two things that stand side by side
 PLOT_HEIGHT = 272
 LOW_ROW = 16  # px: of many blocks
-_NAME, _NUMBER, _MEAN = 62, 22, 44  # px: of a group, of a block in it, of a row's mean
-_BAND_GAP, _GROUP_GAP, _STAGE_GAP = 8, 4, 12
+_NAME, _NUMBER, _MEAN = 56, 20, 44  # px: of a group, of a block in it, of a row's mean
+_SPACE, _BAND_GAP, _GROUP_GAP, _STAGE_GAP = 8, 8, 4, 12
 _HEADING = 46
 # Most blocks beside each other, and how high their rows are; most cells of all strips, and how
 # wide and high each is.
@@ -135,8 +135,8 @@ def _lay_side(blocks: Blocks, bands: Sequence[int], at: Point, height: int) -> L
         for number in numbers:
             text = str(number)
             if len(numbers) > 1 and text_width(text, 11) <= _NUMBER:
-                at_number = left + _NAME + _NUMBER - 8
-                labels.append(Label(at_number, y + middle, text, 11, FAINT, "right"))
+                edge = left + _NAME + _NUMBER
+                labels.append(Label(edge, y + middle, text, 11, FAINT, "right"))
             found = blocks[group, number]
             mean = mean_text(list(found.values()))
             labels.append(Label(right, y + middle, mean, 12, MUTED, "right"))
@@ -150,9 +150,9 @@ def _lay_side(blocks: Blocks, bands: Sequence[int], at: Point, height: int) -> L
 
 def _column_lefts(bands: Sequence[int], left: float) -> tuple[dict[int, float], int]:
     """The left edge of every column, and their pitch; whole pixels keep the edges sharp."""
-    room = HALF - _NAME - _NUMBER - _MEAN - _BAND_GAP * (len(bands) - 1)
+    room = HALF - _NAME - _NUMBER - _SPACE - _MEAN - _BAND_GAP * (len(bands) - 1)
     pitch = room // (4 * len(bands))
-    start = left + _NAME + _NUMBER
+    start = left + _NAME + _NUMBER + _SPACE
     return {
         4 * band + n: start + (4 * place + n) * pitch + place * _BAND_GAP
         for place, band in enumerate(bands)
