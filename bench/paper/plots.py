@@ -190,7 +190,7 @@ def heat(found: Sequence[Result], method: str, file: Path, many: int = 5) -> boo
         scale = LogNorm(1, max(2, top))
         shown: Any = None
         for axis, (subject, grid) in zip(axes[0], grids.items(), strict=True):
-            shown = axis.imshow(grid, norm=scale, cmap="viridis", aspect="auto")
+            shown = axis.imshow(grid, norm=scale, cmap="cividis", aspect="auto")
             axis.axvline(3.5, color="white", lw=2)
             axis.set_title(subject, fontsize=10, color=_INK)
             axis.set_xticks(range(8), _COLUMNS, rotation=90, fontsize=8)

@@ -1,4 +1,8 @@
-"""Where a component stands in the network, told by its name: its block, its row, its kind."""
+"""Where a component stands in the rank map, told by its name; for the picture and for the panel.
+
+Rows are transformer blocks in the order the network runs them, columns are q, k, v and out of self-
+and of cross-attention. What is no attention has a kind in place of them.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,10 @@ from dataclasses import dataclass
 
 from .read import ComponentInfo
 
-ROWS = ("q", "k", "v", "out")
+PROJECTIONS = ("q", "k", "v", "out")
 BANDS = ("Self-attention", "Cross-attention")
 STAGES = ("down", "mid", "up")
-_MAX_COLUMNS = 120  # more blocks than this would make cells too narrow to see
+_MAX_BLOCKS = 120  # more rows than this are no map any more
 
 _BLOCK = re.compile(
     r"(input_blocks|down_blocks|middle_block|mid_block|output_blocks|up_blocks)_(?:(\d+)_)?"
@@ -34,15 +38,15 @@ _KINDS = tuple(
 )
 
 Group = tuple[int, int, int]  # stage, and the two indices of the attention module
-Column = tuple[Group, int]  # one transformer block of a group
+Block = tuple[Group, int]  # one transformer block of a group
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where an attention component belongs: its block, and its row (self q 0 … cross out 7)."""
+    """Where an attention component belongs: its block, its column (self q 0 … cross out 7)."""
 
-    column: Column
-    row: int
+    block: Block
+    column: int
 
 
 def parse_attention(key: str) -> Place | None:
@@ -50,9 +54,9 @@ def parse_attention(key: str) -> Place | None:
     match = None if key.startswith("lora_te") else _BLOCK.search(key.replace(".", "_"))
     if match is None:
         return None
-    stage, first, second, block, kind, row = match.groups()
+    stage, first, second, block, kind, projection = match.groups()
     group = (_STAGE_OF[stage.split("_")[0]], int(first or 0), int(second))
-    return Place((group, int(block)), 4 * (int(kind) - 1) + ROWS.index(row))
+    return Place((group, int(block)), 4 * (int(kind) - 1) + PROJECTIONS.index(projection))
 
 
 def kind_of(key: str) -> str:
@@ -68,24 +72,24 @@ def group_label(group: Group) -> str:
 
 def sort_components(
     components: Sequence[ComponentInfo],
-) -> tuple[dict[Column, dict[int, ComponentInfo]], dict[str, list[ComponentInfo]]]:
-    """Attention by column and row in forward order, and the rest by kind."""
-    grid: dict[Column, dict[int, ComponentInfo]] = {}
+) -> tuple[dict[Block, dict[int, ComponentInfo]], dict[str, list[ComponentInfo]]]:
+    """Attention by block, in forward order, and column; and the rest by kind."""
+    grid: dict[Block, dict[int, ComponentInfo]] = {}
     rest: list[tuple[str, ComponentInfo]] = []
     for component in components:
         place = parse_attention(component.key)
         # Two spellings of one place: the second keeps a cell of its own among the rest.
-        if place is None or place.row in grid.get(place.column, {}):
+        if place is None or place.column in grid.get(place.block, {}):
             rest.append((kind_of(component.key), component))
         else:
-            grid.setdefault(place.column, {})[place.row] = component
-    kept = sorted(grid)[:_MAX_COLUMNS]
-    for column in sorted(grid)[_MAX_COLUMNS:]:
-        rest += [("Other attention", c) for c in grid[column].values()]
-    columns = _with_gaps_filled(kept)
+            grid.setdefault(place.block, {})[place.column] = component
+    kept = sorted(grid)[:_MAX_BLOCKS]
+    for block in sorted(grid)[_MAX_BLOCKS:]:
+        rest += [("Other attention", c) for c in grid[block].values()]
+    blocks = _with_gaps_filled(kept)
     rest.sort(key=lambda item: _natural(item[1].key))
     kinds = {name: [c for kind, c in rest if kind == name] for name, _ in _KINDS}
-    return {c: grid.get(c, {}) for c in columns}, {k: found for k, found in kinds.items() if found}
+    return {b: grid.get(b, {}) for b in blocks}, {k: found for k, found in kinds.items() if found}
 
 
 def _natural(text: str) -> list[tuple[str, int]]:
@@ -93,11 +97,11 @@ def _natural(text: str) -> list[tuple[str, int]]:
     return [(name, int(number or 0)) for name, number in re.findall(r"([^0-9]*)([0-9]*)", text)]
 
 
-def _with_gaps_filled(columns: Sequence[Column]) -> list[Column]:
-    """``columns`` with the blocks that a file leaves out entirely, where they are few."""
+def _with_gaps_filled(blocks: Sequence[Block]) -> list[Block]:
+    """``blocks`` with those that a file leaves out entirely, where they are few."""
     last: dict[Group, int] = {}
-    for group, block in columns:
+    for group, block in blocks:
         last[group] = max(block, last.get(group, 0))
-    if sum(block + 1 for block in last.values()) > _MAX_COLUMNS:
-        return list(columns)
+    if sum(block + 1 for block in last.values()) > _MAX_BLOCKS:
+        return list(blocks)
     return [(group, block) for group in sorted(last) for block in range(last[group] + 1)]

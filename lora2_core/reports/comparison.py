@@ -10,7 +10,7 @@ from PIL import Image
 
 from ..files.read import ComponentInfo
 from .canvas import MUTED, Canvas, fitted, text_width
-from .rank_map import MARGIN, WIDTH, Layout, layout
+from .rank_map import LOW_ROW, MARGIN, WIDTH, Layout, layout
 from .report import Scale, draw_grid, draw_legend
 from .summary import summarize
 
@@ -36,7 +36,7 @@ def compare(files: Sequence[Shown]) -> Image.Image:
     plans: list[Layout] = []
     top = 118.0
     for file in files:
-        plans.append(layout(file.components, top + _TITLE))
+        plans.append(layout(file.components, top + _TITLE, LOW_ROW))
         top = plans[-1].bottom + _GAP
     canvas = Canvas(WIDTH, math.ceil(top - _GAP) + MARGIN)
     canvas.text((MARGIN, 54), f"{len(files)} LoRAs side by side", 26)

@@ -1,25 +1,38 @@
 """Where every component of a LoRA goes in the rank picture: pure functions, nothing drawn.
 
-Attention makes a grid as in the paper's rank figures: transformer blocks from left to right in
-the order the network runs them, one row for each of q, k, v, out of self- and of
-cross-attention. The rest stands in strips below, by kind. Every component has exactly one cell.
+Attention makes a grid as in the panel of a running training: transformer blocks from top to bottom
+in the order the network runs them, one column for each of q, k, v, out of self- and of
+cross-attention. As down and mid together have about as many blocks as up, they stand side by side:
+the way into the network on the left, the way out on the right. The rest stands in strips below, by
+kind. Every component has exactly one cell.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from ..files.places import BANDS, ROWS, STAGES, Column, group_label, sort_components
+from ..files.places import BANDS, PROJECTIONS, Block, group_label, sort_components
 from ..files.read import ComponentInfo
-from .canvas import FAINT, MUTED, Box, Colour, Point, text_width
+from .canvas import FAINT, MUTED, Box, Colour, Point, fitted, text_width
 
-WIDTH, MARGIN = 1280, 36
-_GRID_LEFT, _GRID_WIDTH = MARGIN + 34, WIDTH - 2 * MARGIN - 34 - 52
+WIDTH, MARGIN, GUTTER = 1280, 36, 32
+HALF = (WIDTH - 2 * MARGIN - GUTTER) // 2  # px: each of two things that stand side by side
 PLOT_HEIGHT = 272
+LOW_ROW = 16  # px: of many blocks
+_NAME, _NUMBER, _MEAN = 56, 20, 44  # px: of a group, of a block in it, of a row's mean
+_SPACE, _BAND_GAP, _GROUP_GAP, _STAGE_GAP = 8, 8, 4, 12
+_HEADING = 46
+# Most blocks beside each other, and how high their rows are; most cells of all strips, and how
+# wide and high each is.
+_ROW_HEIGHTS = ((12, 28), (40, 22), (math.inf, LOW_ROW))
+_STRIP_CELLS = ((800, 31, 22), (4000, 16, 16), (math.inf, 8, 8))
+_FEW = 200  # cells that half the width is enough for
+
+Blocks = dict[Block, dict[int, ComponentInfo]]
 
 
 @dataclass(frozen=True)
@@ -68,87 +81,116 @@ def short(value: float, unit: str = "") -> str:
     return (f"{value:.0f}" if value >= 99.95 else f"{value:.3g}") + unit
 
 
-def layout(components: Sequence[ComponentInfo], top: float) -> Layout:
-    """Where everything of the rank grid goes when it starts at ``top``; draws nothing."""
-    columns, kinds = sort_components(components)
+def layout(components: Sequence[ComponentInfo], top: float, row: int | None = None) -> Layout:
+    """Where everything of the rank grid goes when it starts at ``top``; draws nothing.
+
+    ``row``: height of a block's row, px; None: as high as the number of blocks allows.
+    """
+    blocks, kinds = sort_components(components)
     if not components:
         nothing = Label(MARGIN, top + 12, "No components.", 13, MUTED)
         return Layout((), (nothing,), (), top + 30)
-    grid = _lay_grid(columns, top) if columns else Layout((), (), (), top)
-    rest = _lay_rest(kinds, grid.bottom)
+    sides = [
+        {b: found for b, found in blocks.items() if (b[0][0] == 2) is up} for up in (False, True)
+    ]
+    sides = [side for side in sides if side]
+    row = row or _fitting(_ROW_HEIGHTS, max(map(len, sides), default=0))[0]
+    bands = [n for n in range(2) if any(c // 4 == n for found in blocks.values() for c in found)]
+    parts = [
+        _lay_side(side, bands, (MARGIN + n * (HALF + GUTTER), top), row)
+        for n, side in enumerate(sides)
+    ]
+    below = max((part.bottom for part in parts), default=top)
+    few = len(sides) < 2 and sum(map(len, kinds.values())) <= _FEW
+    parts.append(_lay_strips(kinds, HALF if few else WIDTH - 2 * MARGIN, below))
     return Layout(
-        grid.cells + rest.cells, grid.labels + rest.labels, grid.rules + rest.rules, rest.bottom
+        tuple(cell for part in parts for cell in part.cells),
+        tuple(label for part in parts for label in part.labels),
+        tuple(rule for part in parts for rule in part.rules),
+        parts[-1].bottom,
     )
 
 
-def _lay_grid(columns: dict[Column, dict[int, ComponentInfo]], top: float) -> Layout:
-    lefts, pitch = _column_lefts(list(columns))
-    space, height = (1, 22) if pitch < 40 else (2, 28)
-    right = max(lefts.values()) + pitch - space
-    labels, rules = _lay_headings(lefts, pitch - space, top)
-    # At the page's edge, unless a narrow grid would leave its means alone out there.
-    at_mean = WIDTH - MARGIN if right > _GRID_LEFT + 0.9 * _GRID_WIDTH else right + 52
-    labels.append(Label(at_mean, top + 36, "mean", 11, FAINT, "right"))
+def _fitting(sizes: Sequence[tuple[float, ...]], count: int) -> tuple[int, ...]:
+    """The sizes, px, for ``count`` of something: the first whose limit reaches it."""
+    return next(tuple(map(int, rest)) for limit, *rest in sizes if count <= limit)
+
+
+def _lay_side(blocks: Blocks, bands: Sequence[int], at: Point, height: int) -> Layout:
+    """One side of the grid, its upper left corner ``at``: a row a block, with means all round."""
+    left, y = at
+    columns, width = _column_lefts(bands, left)
+    labels, rules = _lay_headings(bands, columns, width, at)
+    right = left + HALF
     cells: list[Cell] = []
-    y = top + 46
-    for band, name in enumerate(BANDS):
-        rows = range(4 * band, 4 * band + 4)
-        if not any(row in found for found in columns.values() for row in rows):
-            continue
-        labels.append(Label(MARGIN, y + 12, name, 13, MUTED))
-        y += 20
-        for row in rows:
-            middle = y + (height - space) / 2 + 4
-            here = [found[row] for found in columns.values() if row in found]
-            labels.append(Label(_GRID_LEFT - 10, middle, ROWS[row % 4], 12, FAINT, "right"))
-            labels.append(Label(at_mean, middle, mean_text(here), 12, MUTED, "right"))
-            for column, left in lefts.items():
-                box = (left, y, left + pitch - space, y + height - space)
-                cells.append(Cell(box, columns[column].get(row)))
+    y += _HEADING
+    before = None
+    for group, members in groupby(blocks, key=lambda block: block[0]):
+        if before is not None:
+            y += _GROUP_GAP if before == group[0] else _STAGE_GAP
+        before = group[0]
+        middle = (height - 1) / 2 + 4
+        labels.append(Label(left, y + middle, fitted(group_label(group), 12, _NAME), 12, MUTED))
+        numbers = [number for _, number in members]
+        for number in numbers:
+            text = str(number)
+            if len(numbers) > 1 and text_width(text, 11) <= _NUMBER:
+                edge = left + _NAME + _NUMBER
+                labels.append(Label(edge, y + middle, text, 11, FAINT, "right"))
+            found = blocks[group, number]
+            mean = mean_text(list(found.values()))
+            labels.append(Label(right, y + middle, mean, 12, MUTED, "right"))
+            for column, edge in columns.items():
+                box = (edge, y, edge + width - 1, y + height - 1)
+                cells.append(Cell(box, found.get(column)))
             y += height
-        y += 14
-    return Layout(tuple(cells), tuple(labels), tuple(rules), y)
+    labels += _lay_means(blocks, columns, width, (left, y + 16))
+    return Layout(tuple(cells), tuple(labels), tuple(rules), y + 34)
 
 
-def _column_lefts(columns: Sequence[Column]) -> tuple[dict[Column, int], int]:
+def _column_lefts(bands: Sequence[int], left: float) -> tuple[dict[int, float], int]:
     """The left edge of every column, and their pitch; whole pixels keep the edges sharp."""
-    breaks = len({group for group, _ in columns}) - 1
-    pitch = min(140, (_GRID_WIDTH - (4 if breaks < 24 else 1) * breaks) // len(columns))
-    gap = min(10, (_GRID_WIDTH - pitch * len(columns)) // max(breaks, 1))
-    lefts, left = {}, _GRID_LEFT
-    for _, members in groupby(columns, key=lambda column: column[0]):
-        for column in members:
-            lefts[column] = left
-            left += pitch
-        left += gap
-    return lefts, pitch
+    room = HALF - _NAME - _NUMBER - _SPACE - _MEAN - _BAND_GAP * (len(bands) - 1)
+    pitch = room // (4 * len(bands))
+    start = left + _NAME + _NUMBER + _SPACE
+    return {
+        4 * band + n: start + (4 * place + n) * pitch + place * _BAND_GAP
+        for place, band in enumerate(bands)
+        for n in range(4)
+    }, pitch
 
 
 def _lay_headings(
-    lefts: dict[Column, int], width: int, top: float
+    bands: Sequence[int], columns: dict[int, float], width: int, at: Point
 ) -> tuple[list[Label], list[tuple[float, float, float]]]:
-    labels, rules = [], []
-
-    def name_above(columns: Iterable[Column], name: str, size: float, y: float) -> Point:
-        edges = [lefts[column] for column in columns]
-        left, right = edges[0], edges[-1] + width
-        if text_width(name, size) <= right - left:
-            colour = MUTED if size == 12 else FAINT
-            labels.append(Label((left + right) / 2, y, name, size, colour, "centre"))
-        return left, right
-
-    for stage, members in groupby(lefts, key=lambda column: column[0][0]):
-        rules.append((*name_above(members, STAGES[stage], 12, top + 12), top + 20))
-    for group, members in groupby(lefts, key=lambda column: column[0]):
-        # The line above already says "mid", and a network has one middle.
-        name = "" if group[0] == 1 else group_label(group).rpartition(" ")[2]
-        name_above(members, name, 11, top + 36)
+    """The names above the columns, and a rule under the name of each kind of attention."""
+    left, top = at
+    labels = [Label(left + HALF, top + 36, "mean", 11, FAINT, "right")]
+    rules = []
+    for band in bands:
+        start, end = columns[4 * band], columns[4 * band + 3] + width - 1
+        labels.append(Label((start + end) / 2, top + 12, BANDS[band], 12, MUTED, "centre"))
+        rules.append((start, end, top + 20))
+    for column, edge in columns.items():
+        centre = edge + (width - 1) / 2
+        labels.append(Label(centre, top + 36, PROJECTIONS[column % 4], 12, FAINT, "centre"))
     return labels, rules
 
 
-def _lay_rest(kinds: dict[str, list[ComponentInfo]], top: float) -> Layout:
-    pitch = 32 if sum(map(len, kinds.values())) <= 320 else 16
-    across = _GRID_WIDTH // pitch
+def _lay_means(blocks: Blocks, columns: dict[int, float], width: int, at: Point) -> list[Label]:
+    """The mean of every column, and of all of this side, on the baseline of ``at``."""
+    left, y = at
+    labels = [Label(left, y, "mean", 11, FAINT)]
+    for column, edge in columns.items():
+        mean = mean_text([found[column] for found in blocks.values() if column in found])
+        labels.append(Label(edge + (width - 1) / 2, y, mean, 12, MUTED, "centre"))
+    every = mean_text([c for found in blocks.values() for c in found.values()])
+    return [*labels, Label(left + HALF, y, every, 12, MUTED, "right")]
+
+
+def _lay_strips(kinds: dict[str, list[ComponentInfo]], width: int, top: float) -> Layout:
+    pitch, height = _fitting(_STRIP_CELLS, sum(map(len, kinds.values())))
+    across = (width + 1) // pitch
     cells: list[Cell] = []
     labels: list[Label] = []
     y = top
@@ -157,9 +199,9 @@ def _lay_rest(kinds: dict[str, list[ComponentInfo]], top: float) -> Layout:
         labels.append(Label(MARGIN, y + 12, text, 13, MUTED))
         y += 20
         for index, component in enumerate(members):
-            left, above = _GRID_LEFT + index % across * pitch, y + index // across * 22
-            cells.append(Cell((left, above, left + pitch - 1, above + 21), component))
-        y += math.ceil(len(members) / across) * 22 + 14
+            left, above = MARGIN + index % across * pitch, y + index // across * height
+            cells.append(Cell((left, above, left + pitch - 1, above + height - 1), component))
+        y += math.ceil(len(members) / across) * height + 14
     return Layout(tuple(cells), tuple(labels), (), y)
 
 

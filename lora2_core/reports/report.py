@@ -25,13 +25,13 @@ from .canvas import (
     Canvas,
     Colour,
     Curve,
+    cividis,
     draw_plot,
     fitted,
     ink_on,
     text_width,
-    viridis,
 )
-from .rank_map import MARGIN, PLOT_HEIGHT, WIDTH, Layout, grid_top, layout, short
+from .rank_map import GUTTER, HALF, MARGIN, PLOT_HEIGHT, WIDTH, Layout, grid_top, layout, short
 from .summary import RankSummary, histogram, summarize
 
 _LEGEND = 290  # px: the scale of colours
@@ -39,8 +39,8 @@ _RAW, _SMOOTH, _PROBE, _RANK = (
     (0x3A, 0x4E, 0x62),
     (0x6C, 0xB6, 0xFF),
     (0xFF, 0xB4, 0x54),
-    (0x5E, 0xC9, 0x62),
-)
+    (0xF0, 0xC1, 0x4B),
+)  # of the loss and of the mean rank those of the panel; see web/lib/curve.mjs
 
 
 @dataclass(frozen=True)
@@ -75,11 +75,11 @@ class Scale:
 
     def position(self, rank: int) -> float:
         """Where ``rank`` stands on the scale, 0 to 1."""
-        return 0.45 if self.uniform else math.log(max(rank, 1)) / math.log(self.highest)
+        return 0.2 if self.uniform else math.log(max(rank, 1)) / math.log(self.highest)
 
     def colour(self, rank: int) -> Colour:
         """The colour of ``rank``."""
-        return viridis(self.position(rank))
+        return cividis(self.position(rank))
 
 
 def scale_ticks(largest: int) -> list[int]:
@@ -133,12 +133,16 @@ def _picture(
 
 def _foot_boxes(plan: Layout, top: float) -> tuple[Box, Box]:
     """The panels of the histogram and the key figures: below the grid, or beside a narrow one."""
-    left, middle, right, height = MARGIN, WIDTH // 2, WIDTH - MARGIN, 152
-    if max((cell.box[2] for cell in plan.cells), default=0) < middle - 100:
-        below = top + height + 24
-        return (middle + 12, top, right, top + height), (middle + 12, below, right, below + height)
+    left, right, height = MARGIN, MARGIN + HALF + GUTTER, 152
+    if max((cell.box[2] for cell in plan.cells), default=0) <= left + HALF:
+        below = top + height + GUTTER
+        return _half(right, top, height), _half(right, below, height)
     top = plan.bottom + 8
-    return (left, top, middle - 12, top + height), (middle + 12, top, right, top + height)
+    return _half(left, top, height), _half(right, top, height)
+
+
+def _half(left: float, top: float, height: float) -> Box:
+    return left, top, left + HALF, top + height
 
 
 def draw_legend(canvas: Canvas, plan: Layout, scale: Scale, baseline: float) -> None:
@@ -156,7 +160,7 @@ def draw_legend(canvas: Canvas, plan: Layout, scale: Scale, baseline: float) -> 
     else:
         for x in range(left, right):
             share = (x - left) / (right - left)
-            canvas.box((x, baseline - 18, x + 1, baseline - 6), viridis(share))
+            canvas.box((x, baseline - 18, x + 1, baseline - 6), cividis(share))
         for tick in scale_ticks(scale.highest):
             x = left + scale.position(tick) * (right - left)
             canvas.text((x, baseline + 8), short(tick), 11, FAINT, "centre")
@@ -176,13 +180,13 @@ def draw_grid(canvas: Canvas, plan: Layout, scale: Scale) -> None:
     longest = "8" * len(short(scale.highest))
     for cell in plan.cells:
         left, top, right, bottom = cell.box
-        radius = 2 if right - left < 40 else 3
+        radius = min(3, (right - left) // 8)
         if cell.component is None or not cell.component.rank:
             canvas.box(cell.box, None, OUTLINE, radius)
             continue
         fill = scale.colour(cell.component.rank)
         canvas.box(cell.box, fill, radius=radius)
-        size = min(12.0, 10 * (right - left - 2) / text_width(longest, 10))
+        size = min(12.0, bottom - top - 4, 10 * (right - left - 2) / text_width(longest, 10))
         if size >= 8:
             at = ((left + right) / 2, (top + bottom) / 2 + size * 0.35)
             canvas.text(at, short(cell.component.rank), size, ink_on(fill), "centre")
@@ -258,7 +262,6 @@ def _draw_curves(canvas: Canvas, history: TrainingHistory, top: float) -> None:
         points = tuple((raw.points[index][0], value) for index, value in medians)
         curves.insert(1, Curve("median", points, _SMOOTH, width=2))
     ranks = Curve.of("mean", history.steps, history.mean_ranks, colour=_RANK, width=2)
-    middle = WIDTH // 2
-    draw_plot(canvas, (MARGIN, top, middle - 12, top + PLOT_HEIGHT), "Loss", curves)
-    right = (middle + 12, top, WIDTH - MARGIN, top + PLOT_HEIGHT)
-    draw_plot(canvas, right, "Mean rank", [ranks], history.target_rank)
+    right = MARGIN + HALF + GUTTER
+    draw_plot(canvas, _half(MARGIN, top, PLOT_HEIGHT), "Loss", curves)
+    draw_plot(canvas, _half(right, top, PLOT_HEIGHT), "Mean rank", [ranks], history.target_rank)

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..files.places import BANDS, ROWS, group_label, sort_components
+from ..files.places import BANDS, PROJECTIONS, group_label, sort_components
 from ..files.read import ComponentInfo
 from .rank_map import mean_text, short
 
@@ -64,11 +64,11 @@ def rank_table(components: Sequence[ComponentInfo]) -> str:
         f"Parameters   {figures.parameters:,}",
         f"Size         {figures.nbytes / 1e6:,.2f} MB",
     ]
-    columns, kinds = sort_components(components)
+    blocks, kinds = sort_components(components)
     found = [
-        (group_label(group), row, c)
-        for (group, _), by_row in columns.items()
-        for row, c in by_row.items()
+        (group_label(group), column, c)
+        for (group, _), by_column in blocks.items()
+        for column, c in by_column.items()
     ]
     if found:
         lines += ["", "Mean rank", *_attention_lines(found)]
@@ -79,11 +79,11 @@ def rank_table(components: Sequence[ComponentInfo]) -> str:
 
 
 def _attention_lines(found: Sequence[tuple[str, int, ComponentInfo]]) -> list[str]:
-    head = "".join(f"{row:>8}" for row in ROWS)
+    head = "".join(f"{name:>8}" for name in PROJECTIONS)
     lines = [f"{'':12}{BANDS[0]:^34}{BANDS[1]:^34}", f"{'block':<12}{head}  {head}"]
     for name in [*dict.fromkeys(name for name, *_ in found), "all"]:
         named = [(at, c) for group, at, c in found if name in (group, "all")]
-        cells = [f"{mean_text([c for at, c in named if at == row]):>8}" for row in range(8)]
+        cells = [f"{mean_text([c for at, c in named if at == column]):>8}" for column in range(8)]
         lines.append(f"{fit_middle(name, 12):<12}{''.join(cells[:4])}  {''.join(cells[4:])}")
     return lines
 

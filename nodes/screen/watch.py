@@ -21,14 +21,14 @@ from ...lora2_core.adapters.budget import file_bytes
 from ...lora2_core.adapters.network import AdaptiveRankNetwork
 from ...lora2_core.adapters.targets import Target
 from ...lora2_core.files.encode import kohya_key
-from ...lora2_core.files.places import ROWS, group_label, sort_components
+from ...lora2_core.files.places import PROJECTIONS, group_label, sort_components
 from ...lora2_core.files.read import ComponentInfo
 from ...lora2_core.jobs.job import TrainingJob
 from ...lora2_core.jobs.progress import ENDED
 from ...lora2_core.training.trainer import StepEvent
 from .curves import Smoother, decay_for, keep_peaks
 
-COLUMNS = tuple(f"attn{kind}.{row}" for kind in (1, 2) for row in ROWS)
+COLUMNS = tuple(f"attn{kind}.{name}" for kind in (1, 2) for name in PROJECTIONS)
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ def map_cells(components: Sequence[ComponentInfo]) -> list[MapCell]:
     """Every component once, rows in forward order."""
     grid, kinds = sort_components(components)
     found: list[MapCell] = []
-    for (group, block), by_row in grid.items():
+    for (group, block), by_column in grid.items():
         row = f"{group_label(group)} · {block}"
-        found += [_place(by_row[n], row, COLUMNS[n]) for n in sorted(by_row)]
+        found += [_place(by_column[n], row, COLUMNS[n]) for n in sorted(by_column)]
     for kind, members in kinds.items():
         found += [_place(component, kind, str(n)) for n, component in enumerate(members)]
     return found

@@ -1,6 +1,7 @@
 // The ranks of a LoRA as a heat map: blocks from top to bottom in the order the network runs
 // them, q, k, v and out of self- and of cross-attention from left to right, all else in strips
-// below. Colour is the rank's logarithm.
+// below. Colour is the rank's logarithm, and the same as in the report's picture.
+import { gradient, NOWHERE } from "./colours.mjs";
 import { Surface, theme } from "./surface.mjs";
 import { Tip } from "./tip.mjs";
 import { bytes, number, t } from "./text.mjs";
@@ -12,21 +13,6 @@ const FONT = "system-ui, -apple-system, 'Segoe UI', sans-serif";
 const [LEFT, HEADING, LEGEND, BAND_GAP, GROUP_GAP] = [58, 32, 22, 8, 3];
 const [GRID_HEIGHT, LEAST_ROW, MOST_ROW] = [300, 4, 14]; // of all rows; of one
 const [STRIP_LABEL, STRIP_CELL] = [18, 12];
-// Cividis at equal steps: even to the eye, and the same for nearly every kind of colour vision.
-const CIVIDIS = [
-  [0, 34, 78], [18, 53, 112], [59, 73, 108], [87, 93, 109], [112, 113, 115],
-  [138, 134, 120], [165, 156, 116], [195, 179, 105], [225, 204, 85], [254, 232, 56],
-]; // prettier-ignore
-const SHADES = Array.from({ length: 256 }, (_, index) => shade(index / 255));
-
-/** The colour of a share of the scale, 0 to 1. */
-function shade(share) {
-  const place = share * (CIVIDIS.length - 1);
-  const low = Math.min(Math.floor(place), CIVIDIS.length - 2);
-  const mixed = CIVIDIS[low].map((v, i) => v + (CIVIDIS[low + 1][i] - v) * (place - low));
-  return `rgb(${mixed.map(Math.round).join(" ")})`;
-}
-
 export class HeatMap {
   constructor(host, { label, testid = "lora2-heatmap" }) {
     this.label = label;
@@ -52,7 +38,7 @@ export class HeatMap {
     this.components = components.map((component) => ({ ...component }));
     if (same) {
       // News of the same layers: whoever reads one of them goes on reading.
-      this.range = null;
+      this.scale = NOWHERE;
       this.widen();
       if (this.tip.shown) this.tell(false);
       this.surface.request();
@@ -60,7 +46,7 @@ export class HeatMap {
     }
     this.chosen = -1;
     this.tip.hide();
-    this.range = null;
+    this.scale = NOWHERE;
     this.cells = []; // of other components; laid out anew when it is drawn
     this.plan = plan(this.components);
     this.widen();
@@ -85,16 +71,7 @@ export class HeatMap {
 
   /** Let the scale reach every rank; it never shrinks, or colours would change their meaning. */
   widen() {
-    let [low, high] = this.range ?? [Infinity, 0];
-    for (const { rank } of this.components) {
-      low = Math.min(low, Math.max(rank, 1));
-      high = Math.max(high, rank);
-    }
-    if (high < 1) return;
-    low = 2 ** Math.floor(Math.log2(low));
-    high = 2 ** Math.ceil(Math.log2(high));
-    // Ranks that are all alike, as at the beginning, are in the middle.
-    this.range = high >= low * 4 ? [low, high] : [Math.max(1, low / 2), Math.max(4, high * 2)];
+    this.scale = this.scale.reaching(this.components.map(({ rank }) => rank));
   }
 
   destroy() {
@@ -117,12 +94,9 @@ export class HeatMap {
       return;
     }
     const snap = (value) => Math.round(value * scale) / scale;
-    const [low, high] = this.range;
-    const steps = 255 / Math.log(high / low);
     for (const cell of this.cells) {
       const rank = this.components[cell.index].rank;
-      const share = rank < 1 ? 0 : Math.min(255, Math.max(0, Math.log(rank / low) * steps));
-      context.fillStyle = rank < 1 ? colours.line : SHADES[share | 0];
+      context.fillStyle = rank < 1 ? colours.line : this.scale.colour(rank);
       const [left, top] = [snap(cell.x), snap(cell.y)];
       context.fillRect(left, top, snap(cell.x + cell.w) - left, snap(cell.y + cell.h) - top);
     }
@@ -139,19 +113,22 @@ export class HeatMap {
   }
 
   drawLegend(context, width, colours) {
-    const [low, high] = this.range;
-    const [bar, y] = [96, this.height - 12];
-    const gradient = (this.gradient ??= makeGradient(context, bar));
+    const { highest, uniform } = this.scale;
+    if (!highest) return; // nothing has a rank
+    const [bar, y] = [uniform ? 12 : 96, this.height - 12];
+    const end = uniform ? t("rank", { rank: highest }) : String(highest);
     context.font = `10px ${FONT}`;
-    const ends = context.measureText(String(high)).width;
-    const left = width - ends - 6 - bar;
-    write(context, String(high), width, y + 8, 10, colours.faint, "right");
-    write(context, String(low), left - 6, y + 8, 10, colours.faint, "right");
-    const before = left - 6 - context.measureText(String(low)).width - 6;
-    write(context, t("rank_scale"), before, y + 8, 10, colours.faint, "right");
+    const left = width - context.measureText(end).width - 6 - bar;
+    write(context, end, width, y + 8, 10, colours.faint, "right");
+    if (!uniform) {
+      write(context, "1", left - 6, y + 8, 10, colours.faint, "right");
+      const before = left - 12 - context.measureText("1").width;
+      write(context, t("rank_scale"), before, y + 8, 10, colours.faint, "right");
+    }
     context.save();
     context.translate(left, 0);
-    context.fillStyle = gradient;
+    if (uniform) context.fillStyle = this.scale.colour(highest);
+    else context.fillStyle = this.bar ??= gradient(context, bar);
     context.fillRect(0, y, bar, 8);
     context.restore();
   }
@@ -255,11 +232,12 @@ function layGrid(map, width) {
     return LEFT + band * (4 * across + BAND_GAP) + (column % 4) * across;
   };
   for (const band of used) {
+    const middle = (from, columns) => left(from) + (columns * across - 1) / 2;
     const name = t(band ? "cross_attention" : "self_attention");
-    map.labels.push({ text: name, x: left(band), y: 11, size: 11, strong: true });
+    map.labels.push({ text: name, x: middle(band, 4), y: 11, size: 11, align: "center", strong: true });
     for (let layer = 0; layer < 4; layer += 1) {
       const text = COLUMNS[layer].split(".")[1];
-      map.labels.push({ text, x: left(band + layer), y: 26, size: 10 });
+      map.labels.push({ text, x: middle(band + layer, 1), y: 26, size: 10, align: "center" });
     }
   }
   let [y, group] = [HEADING, null];
@@ -312,15 +290,6 @@ function outline(context, cell, colours) {
   context.lineWidth = 1.5;
   context.strokeStyle = colours.text;
   context.strokeRect(cell.x - 0.5, cell.y - 0.5, cell.w + 1, cell.h + 1);
-}
-
-function makeGradient(context, width) {
-  const gradient = context.createLinearGradient(0, 0, width, 0);
-  CIVIDIS.forEach((_, i) => {
-    const share = i / (CIVIDIS.length - 1);
-    gradient.addColorStop(share, shade(share));
-  });
-  return gradient;
 }
 
 function prepare(map) {

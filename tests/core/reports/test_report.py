@@ -10,8 +10,6 @@ from collections.abc import Callable
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lora2_pack.lora2_core.files.places import Place, group_label, kind_of, parse_attention
-from lora2_pack.lora2_core.lora_file import ComponentInfo
 from lora2_pack.lora2_core.reports import canvas
 from lora2_pack.lora2_core.reports.rank_map import WIDTH, grid_top, layout
 from lora2_pack.lora2_core.reports.report import (
@@ -23,30 +21,8 @@ from lora2_pack.lora2_core.reports.report import (
     training_picture,
 )
 from lora2_pack.lora2_core.reports.summary import RankSummary, histogram, rank_table, summarize
-
-SDXL = (
-    *(("input_blocks_4_1", 2), ("input_blocks_5_1", 2)),
-    *(("input_blocks_7_1", 10), ("input_blocks_8_1", 10), ("middle_block_1", 10)),
-    *(("output_blocks_0_1", 10), ("output_blocks_1_1", 10), ("output_blocks_2_1", 10)),
-    *(("output_blocks_3_1", 2), ("output_blocks_4_1", 2), ("output_blocks_5_1", 2)),
-)
-ROWS = ("to_q", "to_k", "to_v", "to_out_0")
-
-
-def component(key: str, rank: int = 8) -> ComponentInfo:
-    return ComponentInfo(key, rank, 640, 320, 0.1, 2 * rank * 960)
-
-
-def network(blocks, rank: Callable[[int], int] = lambda index: 8) -> list[ComponentInfo]:
-    """Attention components in ComfyUI's naming; ``rank`` maps the running index to a rank."""
-    keys = [
-        f"lora_unet_{name}_transformer_blocks_{block}_attn{kind}_{row}"
-        for name, depth in blocks
-        for block in range(depth)
-        for kind in (1, 2)
-        for row in ROWS
-    ]
-    return [component(key, rank(index)) for index, key in enumerate(keys)]
+from lora2_pack.tests.core.reports.components import SDXL, anything, component, network
+from matplotlib import colormaps
 
 
 def history(count: int, value: Callable[[int], float] = lambda step: 0.1):
@@ -71,164 +47,7 @@ def near(first, second, tolerance: int = 6) -> bool:
     return all(abs(a - b) <= tolerance for a, b in zip(first, second, strict=True))
 
 
-def overlap(first, second) -> bool:
-    return (
-        first[0] < second[2]
-        and second[0] < first[2]
-        and first[1] < second[3]
-        and second[1] < first[3]
-    )
-
-
-def shown(plan) -> list[ComponentInfo]:
-    return [cell.component for cell in plan.cells if cell.component is not None]
-
-
-# --- keys ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("key", "group", "block", "row", "label"),
-    [
-        ("lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q", (0, 4, 1), 0, 0, "down 4.1"),
-        ("lora_unet_middle_block_1_transformer_blocks_9_attn2_to_v", (1, 0, 1), 9, 6, "mid"),
-        (
-            "lora_unet_output_blocks_0_1_transformer_blocks_3_attn2_to_out_0",
-            (2, 0, 1),
-            3,
-            7,
-            "up 0.1",
-        ),
-        (
-            "lora_unet_down_blocks_1_attentions_0_transformer_blocks_1_attn1_to_k",
-            *((0, 1, 0), 1, 1, "down 1.0"),
-        ),
-        (
-            "lora_unet_mid_block_attentions_0_transformer_blocks_2_attn1_to_out_0",
-            (1, 0, 0),
-            2,
-            3,
-            "mid",
-        ),
-        (
-            "unet.up_blocks.0.attentions.2.transformer_blocks.5.attn2.to_q",
-            (2, 0, 2),
-            5,
-            4,
-            "up 0.2",
-        ),
-    ],
-)
-def test_attention_keys_in_both_namings_have_a_place(key, group, block, row, label):
-    assert parse_attention(key) == Place((group, block), row)
-    assert group_label(group) == label
-
-
-@pytest.mark.parametrize(
-    ("key", "kind"),
-    [
-        ("lora_te1_text_model_encoder_layers_0_self_attn_q_proj", "Text encoder 1"),
-        ("lora_te_text_model_encoder_layers_0_mlp_fc1", "Text encoder 1"),
-        ("lora_te2_text_model_encoder_layers_31_mlp_fc2", "Text encoder 2"),
-        ("lora_unet_input_blocks_4_1_transformer_blocks_0_ff_net_0_proj", "Feed-forward"),
-        ("lora_unet_input_blocks_4_1_proj_in", "Projections"),
-        ("lora_unet_input_blocks_4_0_in_layers_2", "Convolutions"),
-        ("lora_unet_down_blocks_0_resnets_1_conv1", "Convolutions"),
-        ("lora_unet_down_blocks_0_resnets_1_time_emb_proj", "Embeddings"),
-        ("lora_unet_double_blocks_0_img_attn_qkv", "Other attention"),
-        ("something else", "Other"),
-    ],
-)
-def test_what_is_not_in_the_grid_has_a_kind(key, kind):
-    assert parse_attention(key) is None
-    assert kind_of(key) == kind
-
-
-# --- layout --------------------------------------------------------------------------------
-
-
-def test_sdxl_has_seventy_columns_in_forward_order():
-    components = network(SDXL)
-    plan = layout(components[::-1], 100)  # the order of the input does not matter
-    first_row = sorted(
-        (c.box[0], c.component.key) for c in plan.cells if c.component.key.endswith("attn1_to_q")
-    )
-    assert [key for _, key in first_row] == [c.key for c in components[::8]]
-    assert len(first_row) == 70
-    assert len({cell.box[1] for cell in plan.cells}) == 8
-
-
-def test_a_block_that_the_file_leaves_out_keeps_its_column():
-    components = [c for c in network([("middle_block_1", 4)]) if "blocks_2_" not in c.key]
-    plan = layout(components, 0)
-    assert len(plan.cells) == 32
-    assert sum(cell.component is None for cell in plan.cells) == 8
-
-
-def test_two_spellings_of_one_place_both_appear():
-    key = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_out"
-    components = [component(key, 3), component(key + "_0", 5)]
-    assert sorted(c.rank for c in shown(layout(components, 0))) == [3, 5]
-
-
-def test_more_blocks_than_fit_go_to_a_strip():
-    components = network([("input_blocks_4_1", 300)])
-    plan = layout(components, 0)
-    assert {c.key for c in shown(plan)} == {c.key for c in components}
-    assert any(label.text.startswith("Other attention") for label in plan.labels)
-
-
-_numbers = st.integers(0, 12)
-_attention = st.builds(
-    lambda stage, a, b, block, kind, row: (
-        f"lora_unet_{stage}_{a}_{b}_transformer_blocks_{block}_attn{kind}_{row}"
-    ),
-    st.sampled_from(["input_blocks", "output_blocks", "middle_block"]),
-    *(_numbers, _numbers, st.integers(0, 200), st.integers(1, 2), st.sampled_from(ROWS)),
-)
-_diffusers = st.builds(
-    lambda stage, a, b, block, row: (
-        f"lora_unet_{stage}_{a}_attentions_{b}_transformer_blocks_{block}_attn1_{row}"
-    ),
-    st.sampled_from(["down_blocks", "up_blocks"]),
-    *(_numbers, _numbers, _numbers, st.sampled_from(ROWS)),
-)
-_others = st.builds(
-    lambda prefix, index, tail: f"{prefix}_{index}_{tail}",
-    st.sampled_from(["lora_te1_layers", "lora_te2_layers", "lora_unet_input_blocks"]),
-    _numbers,
-    st.sampled_from(["mlp_fc1", "ff_net_0_proj", "proj_in", "conv1", "time_emb_proj", "x"]),
-)
-_components = st.lists(
-    st.builds(
-        component,
-        _attention | _diffusers | _others | st.text(max_size=90),
-        st.integers(0, 40) | st.integers(0, 10**6),
-    ),
-    max_size=60,
-)
-
-
-@given(_components)
-@settings(max_examples=60, deadline=None)
-def test_every_component_has_one_cell_and_nothing_overlaps(components):
-    plan = layout(components, 50)
-    assert sorted(map(repr, shown(plan))) == sorted(map(repr, components))
-    boxes = [cell.box for cell in plan.cells]
-    for label in plan.labels:
-        width = canvas.text_width(label.text, label.size)
-        left = label.x - {"left": 0, "centre": 0.5, "right": 1}[label.align] * width
-        if label.text:
-            boxes.append((left, label.y - 0.7 * label.size, left + width, label.y))
-    assert all(b[0] >= 0 and b[2] <= WIDTH and b[3] <= plan.bottom for b in boxes)
-    assert all(b[2] > b[0] and b[3] > b[1] for b in boxes)
-    by_height = sorted(boxes, key=lambda b: b[1])
-    for index, box in enumerate(by_height):
-        below = itertools.takewhile(lambda b, end=box[3]: b[1] < end, by_height[index + 1 :])
-        assert not any(overlap(box, other) for other in below)
-
-
-@given(_components, st.text(max_size=200), st.text(max_size=200))
+@given(anything, st.text(max_size=200), st.text(max_size=200))
 @settings(max_examples=25, deadline=None)
 def test_any_components_make_a_picture_and_a_table(components, title, subtitle):
     image = rank_picture(components, title, subtitle)
@@ -282,6 +101,19 @@ def test_brightness_rises_with_rank():
     values = [lightness(rank) for rank in range(1, 513)]
     # Half a level of slack, because colours are whole numbers.
     assert all(b >= a - 0.5 for a, b in itertools.pairwise(values))
+
+
+def test_the_colours_are_those_of_matplotlib():
+    cividis = [tuple(round(255 * c) for c in colour) for colour in colormaps["cividis"].colors]
+    assert list(canvas.CIVIDIS) == cividis[31::28]
+    assert all(near(canvas.cividis(n / 224), one, 8) for n, one in enumerate(cividis[31:]))
+
+
+def test_ranks_can_be_read_on_every_colour_and_every_cell_on_the_page():
+    for step in range(201):
+        fill = canvas.cividis(step / 200)
+        assert canvas.contrast(canvas.ink_on(fill), fill) >= 4.5
+        assert canvas.contrast(fill, canvas.BACKGROUND) >= 1.4
 
 
 @pytest.mark.parametrize("largest", [1, 2, 3, 5, 64, 99, 128, 500, 512, 10**6])
