@@ -200,10 +200,8 @@ def _ours(model: Any, path: Path) -> Any:
     from lora2_pack.lora2_core.config.load import Limits
     from lora2_pack.lora2_core.resizing.recent import LoRACache
 
-    opened = LoRACache().open(path, Limits())
-    return comfy_host.apply_lora(
-        model, None, opened.state, 1.0, 1.0, path.name, metadata=opened.metadata
-    ).model
+    file = LoRACache().open(path, Limits())
+    return comfy_host.apply_lora(model, None, file, 1.0, 1.0, path.name).model
 
 
 def _stock(model: Any, path: Path) -> Any:

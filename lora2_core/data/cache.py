@@ -14,12 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ..files.header import LoRAFileError
-from ..files.write import write_atomically
+from ..files.atomic import replacing
+from ..files.encode import bytes_of, shapes_of
+from ..files.header import encode_header, in_file_order, tensor_bytes, tensor_entries
 
 _KEY, _CONTENT = "lora2.cache.key", "lora2.cache.content"  # in the header of a file
 
@@ -58,11 +58,22 @@ class TensorCache:
         return tensors
 
     def _write(self, path: Path, key: str, tensors: dict[str, Tensor]) -> None:
-        header = {_KEY: key, _CONTENT: _digest(tensors)}
+        shapes = in_file_order(shapes_of(tensors))
+        header = encode_header(tensor_entries(shapes), {_KEY: key, _CONTENT: _digest(tensors)})
         try:
-            write_atomically(path, safetensors.torch.save(tensors, header))
-        except LoRAFileError as error:
-            logging.warning("LoRA²: the cache is switched off for this run: %s", error)
+            with replacing(path) as file:
+                file.write(header)
+                for name in shapes:
+                    file.write(bytes_of(tensors[name]))
+        except OSError as error:
+            size = len(header) + sum(map(tensor_bytes, shapes.values()))
+            logging.warning(
+                "LoRA²: the cache is switched off for this run: %s could not be written (%s); it "
+                "needs %.1f MB. Free some space or choose another output folder.",
+                path,
+                error.strerror or error,
+                size / 1e6,
+            )
             self.folder = None
 
 
@@ -83,8 +94,7 @@ def content_key(*parts: str | bytes | Tensor | int | float) -> str:
 
 def _encoded(part: object) -> tuple[str, bytes | memoryview]:
     if isinstance(part, Tensor):
-        flat = part.detach().cpu().contiguous().reshape(-1)
-        return f"tensor {part.dtype} {tuple(part.shape)}", flat.view(torch.uint8).numpy().data
+        return f"tensor {part.dtype} {tuple(part.shape)}", bytes_of(part)
     if isinstance(part, str):
         return "str", part.encode("utf-8", "surrogatepass")
     if isinstance(part, bytes):

@@ -20,7 +20,6 @@ from torch import Tensor
 from ..files.component import Component, column_energies
 from ..files.encode import (
     STORED_ALPHA,
-    TensorShape,
     component_shapes,
     encoded_bytes,
     fits_half,
@@ -28,9 +27,8 @@ from ..files.encode import (
     kohya_key,
     shapes_of,
     sizes_and_errors,
-    tensor_bytes,
 )
-from ..files.header import LoRAFileError
+from ..files.header import LoRAFileError, TensorShape, tensor_bytes
 
 # Of fp16: half a step between neighbours of 1, and of the smallest numbers; the largest number.
 _HALF_STEP, _SMALLEST_STEP, _LARGEST_HALF = 2.0**-11, 2.0**-25, 6e4
@@ -45,9 +43,8 @@ class Outline:
     kernel: tuple[int, ...]  # (in,) of a linear layer, (in, height, width) of a convolution
     out_features: int
     nu: float | None = None
-    beside: tuple[
-        tuple[str, TensorShape], ...
-    ] = ()  # of the factors, by ending: (".dora_scale", …)
+    # What goes with the factors, by ending: (".dora_scale", …)
+    beside: tuple[tuple[str, TensorShape], ...] = ()
 
     @classmethod
     def of(cls, component: Component, beside: Mapping[str, Tensor] | None = None) -> Outline:
@@ -63,8 +60,10 @@ class Outline:
 
     def shapes(self, rank: int, half: bool = True) -> dict[str, TensorShape]:
         """What a file holds of the component at a rank; nothing at rank 0."""
-        found = component_shapes(self.key, rank, self.kernel, self.out_features, half)
-        return found | {self.key + end: shape for end, shape in self.beside} if rank else found
+        if not rank:
+            return {}
+        factors = component_shapes(self.key, rank, self.kernel, self.out_features, half)
+        return factors | {self.key + end: shape for end, shape in self.beside}
 
 
 @dataclass(frozen=True)
@@ -136,8 +135,9 @@ def part_of(
     _, errors = sizes_and_errors(*fold(component))
     half = tuple(fits_half(errors).tolist())
     squares = component.importance.double().square()
-    found = squares if decomposed else column_energies(component)
-    return Part(outline, tuple(found.tolist()), half, _header_bytes(outline, component.rank, place))
+    energies = squares if decomposed else column_energies(component)
+    header = _header_bytes(outline, component.rank, place)
+    return Part(outline, tuple(energies.tolist()), half, header)
 
 
 def _header_bytes(outline: Outline, rank: int, place: int) -> int:
@@ -277,7 +277,7 @@ def _fill(parts: Sequence[Part], ranks: list[int], left: int) -> None:
         cost = part.costs[rank + 1] - part.costs[rank]
         return -part.energies[rank] / max(cost, 1), index, cost
 
-    waiting = [found for index in range(len(parts)) if (found := step(index))]
+    waiting = [first for index in range(len(parts)) if (first := step(index))]
     heapq.heapify(waiting)
     while waiting:
         _, index, cost = heapq.heappop(waiting)

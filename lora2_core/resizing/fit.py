@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from ..files.component import Component, decompose
-from ..files.encode import complete_metadata, encoded_bytes, shapes_of, stored_ranks, to_state
+from ..files.encode import encoded_bytes, shapes_of, stored_ranks, to_state
+from ..files.metadata import complete_metadata
 from .choice import Part, choose_exactly, kept_energy, part_of
 
 

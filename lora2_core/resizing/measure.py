@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..files.component import decompose
-from ..files.encode import TensorShape, encoded_bytes
+from ..files.encode import encoded_bytes
+from ..files.header import TensorShape
 from .choice import Part, kept_energy, part_of, ranks_for_energy
 from .source import LoRASource
 

@@ -19,22 +19,14 @@ from torch import Tensor
 from ..config.load import Limits
 from ..files.component import Component, decompose_quickly, singular_values, within_bounds
 from ..files.decode import factor_tensors
-from ..files.encode import (
-    STORED_ALPHA,
-    TensorShape,
-    encoded_bytes,
-    listing_entry,
-    understood_metadata,
-    with_listing,
-)
-from ..files.header import LoRAFileError, shown_key
+from ..files.encode import STORED_ALPHA, encoded_bytes
+from ..files.header import LoRAFileError, TensorShape, shown_key
+from ..files.metadata import VERSION, listing_entry, understood_metadata, with_listing
 from ..files.write import writing
 from .choice import Outline, Part, choose_exactly, kept_energy, part_of, part_of_values
 from .shrink import ranks_within
 from .source import Addend, LoRASource, Source, Sum
 from .stream import Planned, write_stream
-
-_OWN = "lora2.format_version"
 
 
 @dataclass(frozen=True)
@@ -97,7 +89,7 @@ def merge_files(sources: Sequence[tuple[Path, float]], target: Path, limits: Lim
     """Write the sum of LoRAs, each times its weight, to ``target``; then within ``limits``.
 
     Without limits the patch of the file is the sum of the patches to 1e-5: ranks add up, and all
-    is stored in fp32. Raises LoRAFileError as :func:`resize` does.
+    is stored in fp32. Raises LoRAFileError as :func:`resize_file` does.
     """
     with ExitStack() as stack:
         opened = [stack.enter_context(LoRASource(path)) for path, _ in sources]
@@ -147,7 +139,7 @@ class _Work:
         """Whether the file is ours, is within the limits, and loses no column that holds anything:
         then it stays as it is."""
         source, megabytes = self._source, self._limits.megabytes
-        if not isinstance(source, LoRASource) or _OWN not in source.metadata:
+        if not isinstance(source, LoRASource) or VERSION not in source.metadata:
             return False
         if megabytes is not None and source.nbytes > int(megabytes * 1e6):
             return False
@@ -206,10 +198,10 @@ class _Work:
         component = within_bounds(self._source.component(planned.outline.key))
         if self._svd:
             component = decompose_quickly(component)
-        found = factor_tensors(component.first(planned.rank), planned.half)
-        if found is None:
+        factors = factor_tensors(component.first(planned.rank), planned.half)
+        if factors is None:
             raise RuntimeError(f"{planned.outline.key} has changed while it was read")
-        return found
+        return factors
 
     def _describe(self, ranks: Sequence[int]) -> dict[str, str]:
         """The metadata of a file of these ranks; its length does not depend on what is kept."""

@@ -232,7 +232,7 @@ def inspected(name: str, path: Path) -> dict[str, Any]:
         "mean_rank": _mean(found.components),
         "trigger": found.trigger[:_LINE],
         # Not the base's file name, which may hold a folder of its maker's machine.
-        "base": found.made.text,
+        "base": found.family.text,
         "kinds": found.kinds,
         "hashes": found.hashes,
         "components": file_components(found.components),

@@ -21,6 +21,7 @@ from lora2_pack.lora2_core.comfy_host.fitting import _base_hashes, layer_names, 
 from lora2_pack.lora2_core.config.checks import ConfigError
 from lora2_pack.lora2_core.config.load import Limits, Strengths
 from lora2_pack.lora2_core.files.component import Component
+from lora2_pack.lora2_core.lora_file import LoRAFile
 from lora2_pack.lora2_core.resizing import recent
 from lora2_pack.lora2_core.resizing.recent import LoRACache
 from lora2_pack.tests.host import demo
@@ -53,7 +54,8 @@ def _predicted(patcher: Any) -> Tensor:
 
 def _apply(model: Any, state: dict[str, Tensor], **options: Any) -> Any:
     strength = options.pop("strength", 1.0)
-    return comfy_host.apply_lora(model, None, state, strength, 1.0, "x", **options).model
+    file = LoRAFile(state, {})
+    return comfy_host.apply_lora(model, None, file, strength, 1.0, "x", **options).model
 
 
 def _off(got: Tensor, wanted: Tensor) -> float:
@@ -233,7 +235,7 @@ def test_unknown_components_are_told_and_the_rest_works(model: Any, caplog: Any)
         state[f"lora_unet_{name}.lora_up.weight"] = torch.ones(4, 1)
     state["lora_te1_x.lora_down.weight"] = torch.ones(1, 4)
     state["lora_te1_x.lora_up.weight"] = torch.ones(4, 1)
-    applied = comfy_host.apply_lora(model, None, state, 1.0, 1.0, "cat")
+    applied = comfy_host.apply_lora(model, None, LoRAFile(state, {}), 1.0, 1.0, "cat")
     assert applied.note == (f"cat: 2 of {count + 3} components unknown: lora_unet_a, lora_unet_b.")
     assert applied.note in caplog.text and len(applied.model.patches) == count
 
@@ -241,15 +243,16 @@ def test_unknown_components_are_told_and_the_rest_works(model: Any, caplog: Any)
 def test_another_base_is_told(model: Any):
     state = _lora(model)
     metadata = {"lora2.base_model_hash": "b" * 64, "lora2.config": '{"precision": "fp32"}'}
-    assert comfy_host.apply_lora(model, None, state, 1, 1, "x", metadata=metadata).note == ""
+    file = LoRAFile(state, metadata)
+    assert comfy_host.apply_lora(model, None, file, 1, 1, "x").note == ""
     remember_base_hash(model, "fp32", "a" * 64)
     try:
-        note = comfy_host.apply_lora(model, None, state, 1, 1, "x", metadata=metadata).note
+        note = comfy_host.apply_lora(model, None, file, 1, 1, "x").note
         assert "another base model (hash bbbbbbbbbb, this one is aaaaaaaaaa)" in note
         metadata["lora2.base_model_hash"] = "a" * 64
-        assert comfy_host.apply_lora(model, None, state, 1, 1, "x", metadata=metadata).note == ""
+        assert comfy_host.apply_lora(model, None, file, 1, 1, "x").note == ""
         metadata["lora2.config"] = "[" * 9999
-        assert comfy_host.apply_lora(model, None, state, 1, 1, "x", metadata=metadata).note == ""
+        assert comfy_host.apply_lora(model, None, file, 1, 1, "x").note == ""
     finally:
         _base_hashes.clear()
 
@@ -287,7 +290,7 @@ def test_another_strength_reads_no_disk(model: Any, tmp_path: Path, monkeypatch:
 
     with monkeypatch.context() as patch:
         patch.setattr(recent, "load", refuse)
-        patch.setattr(recent, "shrink_state", refuse)
+        patch.setattr(recent, "shrink", refuse)
         patch.setattr("builtins.open", refuse)
         patch.setattr(Path, "open", refuse)
         assert cache.open(path, limits) is first and cache.open(path, Limits()) is whole
@@ -331,4 +334,7 @@ def test_a_copy_of_a_file_is_read_by_itself(model: Any, tmp_path: Path):
     safetensors.torch.save_file(_lora(model), a)
     shutil.copy(a, b)
     cache = LoRACache()
-    assert cache.open(a, Limits()).path == a and cache.open(b, Limits()).path == b
+    assert cache.open(a, Limits()) is not cache.open(b, Limits())
+    b.unlink()
+    with pytest.raises(lora_file.LoRAFileError, match=r"b\.safetensors does not exist"):
+        cache.open(b, Limits())

@@ -6,7 +6,7 @@ import time
 
 import pytest
 from lora2_pack.lora2_core.files.model_family import (
-    Architecture,
+    Family,
     guess_family,
     misfit,
     unknown_components,
@@ -128,30 +128,30 @@ def test_a_stranger_s_names_take_no_time():
 
 # --- the sentences ----------------------------------------------------------------------------
 
-SDXL = Architecture("SDXL", 2048)
+SDXL = Family("SDXL", 2048)
 
 
 @pytest.mark.parametrize(
     ("made", "model", "why"),
     [
-        (Architecture("SD 1.5", 768), SDXL,
+        (Family("SD 1.5", 768), SDXL,
          "was made for SD 1.5 (context 768), this model is SDXL (context 2048)"),
-        (Architecture("Flux"), SDXL, "was made for Flux, this model is SDXL (context 2048)"),
-        (SDXL, Architecture("SDXL", 192),
+        (Family("Flux"), SDXL, "was made for Flux, this model is SDXL (context 2048)"),
+        (SDXL, Family("SDXL", 192),
          "was made for SDXL (context 2048), this model is SDXL (context 192)"),
-        (Architecture("SDXL"), SDXL,
+        (Family("SDXL"), SDXL,
          "was made for another architecture than this model, SDXL (context 2048)"),
         (SDXL, SDXL, "was made for another architecture than this model, SDXL (context 2048)"),
-        (Architecture("Wan"), Architecture("Wan"),
+        (Family("Wan"), Family("Wan"),
          "was made for another architecture than this model, Wan"),
-        (Architecture("", 999), SDXL,
+        (Family("", 999), SDXL,
          "was made for a text of width 999, this model is SDXL (context 2048)"),
-        (Architecture(), SDXL,
+        (Family(), SDXL,
          "was made for another architecture than this model, SDXL (context 2048)"),
-        (Architecture("Flux"), Architecture(), "was made for Flux, this model is an unknown model"),
+        (Family("Flux"), Family(), "was made for Flux, this model is an unknown model"),
     ],
 )  # fmt: skip
-def test_why_it_does_not_fit(made: Architecture, model: Architecture, why: str):
+def test_why_it_does_not_fit(made: Family, model: Family, why: str):
     assert misfit("x.safetensors", made, model) == (
         f"x.safetensors {why}; choose a LoRA for this model."
     )

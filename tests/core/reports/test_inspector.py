@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from lora2_pack.lora2_core import cli, lora_file
 from lora2_pack.lora2_core.files.model_family import (
-    Architecture,
+    Family,
     guess_family,
     misfit,
     unknown_components,
@@ -158,13 +158,13 @@ def test_what_a_file_was_made_for(inputs, metadata, text):
 
 
 def test_why_it_does_not_fit():
-    sdxl = Architecture("SDXL", 2048)
-    assert misfit("x", Architecture("SD 1.5", 768), sdxl) == (
+    sdxl = Family("SDXL", 2048)
+    assert misfit("x", Family("SD 1.5", 768), sdxl) == (
         "x was made for SD 1.5 (context 768), this model is SDXL (context 2048); choose a LoRA for "
         "this model."
     )
-    assert "x was made for Flux, this model is SDXL" in misfit("x", Architecture("Flux"), sdxl)
-    assert "text of width 192" in misfit("x", Architecture("", 192), sdxl)
+    assert "x was made for Flux, this model is SDXL" in misfit("x", Family("Flux"), sdxl)
+    assert "text of width 192" in misfit("x", Family("", 192), sdxl)
     assert "another architecture" in misfit("x", sdxl, sdxl)
     assert unknown_components("x", ["d", "a", "b", "c"], 560) == (
         "x: 4 of 560 components unknown: a, b, c, …."
