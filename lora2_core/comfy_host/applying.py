@@ -78,12 +78,12 @@ def apply_lora(
     names = _asked_for(every, parsed)
     patches = comfy.lora.load_lora(fitting.without_empty(file), names, False)
     if not patches:
-        raise HostError(_misfit(file, model, source))
+        raise HostError(_made_for_another(file, model, source))
     exact = set[Any]()  # weights that merging would not round
     for key, patch in patches.items():
         shape, dtype = _weight_of(model, clip, key)
-        if shape is not None and (why := fitting.misfit(patch, shape)):
-            raise HostError(f"{_misfit(file, model, source)} ({key} {why}.)")
+        if shape is not None and (why := fitting.shape_misfit(patch, shape)):
+            raise HostError(f"{_made_for_another(file, model, source)} ({key} {why}.)")
         if not bypass.is_fp8(dtype or model.model_dtype()):
             exact.add(key)
     notes = (
@@ -137,7 +137,7 @@ def _asked_for(names: dict[str, Any], parsed: ParsedKeys) -> dict[str, Any]:
     return {name: names[name] for name in parsed.names if name in names}
 
 
-def _misfit(file: LoRAFile, model: ModelPatcher, source: str) -> str:
+def _made_for_another(file: LoRAFile, model: ModelPatcher, source: str) -> str:
     state, pairs = file.state, file.parsed.pairs
     inputs = {p.name: state[p.down].shape[1:].numel() for p in pairs if state[p.down].dim()}
     for name in file.parsed.others.get("loha", {}):

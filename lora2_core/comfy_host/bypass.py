@@ -112,7 +112,7 @@ def add_branches(model: ModelPatcher, patches: Mapping[str, Any], strength: Mapp
 
 def branches_of(model: ModelPatcher) -> dict[str, tuple[Branch, ...]]:
     """What works beside the layers of ``model``, by the key of the layer's weight."""
-    return {key: found for one in _ours(model) for key, found in one.branches.items()}
+    return {key: some for one in _ours(model) for key, some in one.branches.items()}
 
 
 def _ours(model: ModelPatcher) -> list[_Injection]:

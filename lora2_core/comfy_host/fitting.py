@@ -47,10 +47,10 @@ _base_hashes: WeakKeyDictionary[Any, dict[str, str]] = WeakKeyDictionary()
 
 def layer_names(model: ModelPatcher, clip: Any | None) -> dict[str, Any]:
     """Every name that a LoRA may have for a layer → the key of the layer's weight."""
-    names = _of(model.model, comfy.lora.model_lora_keys_unet)
+    names = _names_of(model.model, comfy.lora.model_lora_keys_unet)
     if clip is None:
         return names
-    return names | _of(clip.cond_stage_model, comfy.lora.model_lora_keys_clip)
+    return names | _names_of(clip.cond_stage_model, comfy.lora.model_lora_keys_clip)
 
 
 def in_known_names(file: LoRAFile, names: Mapping[str, Any]) -> LoRAFile:
@@ -91,7 +91,7 @@ def family_of(model: ModelPatcher) -> Family:
     return Family(name, context if isinstance(context, int) else None)
 
 
-def misfit(patch: Any, shape: torch.Size) -> str:
+def shape_misfit(patch: Any, shape: torch.Size) -> str:
     """Why ``patch`` cannot change a weight of ``shape``; empty when it can.
 
     Of kinds whose result ComfyUI alone can tell nothing is said.
@@ -141,7 +141,7 @@ def known_base_hash(model: ModelPatcher, precision: str) -> str:
     return _base_hashes.get(model.model, {}).get(precision, "")
 
 
-def _of(module: Any, find: Any) -> dict[str, Any]:
+def _names_of(module: Any, find: Any) -> dict[str, Any]:
     if module not in _names:
         _names[module] = find(module, {})
     return _names[module]

@@ -7,11 +7,8 @@ Pure functions: nothing here touches a disk. What the file looks like stands in
 from __future__ import annotations
 
 import hashlib
-import json
-import struct
 from collections.abc import Iterable, Mapping, Sequence
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -139,18 +136,18 @@ def stored_ranks(state: Mapping[str, Tensor], components: Iterable[Component]) -
 def encode(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     """The bytes of a safetensors file, its metadata in sorted order and with its hashes.
 
-    The library writes metadata in the random order of its hash map; the header is rewritten
-    so that equal runs give equal files. ``sshs_model_hash`` is the SHA-256 of what follows the
-    header. ``sshs_legacy_hash`` is, as kohya takes it, the first 8 digits of the SHA-256 of 64 KiB
-    from byte 1,048,576 of the file with its ``ss_*`` metadata alone.
+    So equal runs give equal files: the library would write metadata in the random order of its
+    hash map. ``sshs_model_hash`` is the SHA-256 of what follows the header. ``sshs_legacy_hash``
+    is, as kohya takes it, the first 8 digits of the SHA-256 of 64 KiB from byte 1,048,576 of the
+    library's own file with the ``ss_*`` metadata alone.
     """
-    raw = safetensors.torch.save(dict(state), _of_kohya(metadata))
-    (length,) = struct.unpack("<Q", raw[:8])
-    head, data = raw[8 : 8 + length], raw[8 + length :]
-    entries = {key: entry for key, entry in json.loads(head).items() if key != "__metadata__"}
+    shapes = in_file_order(shapes_of(state))
+    data = b"".join(bytes_of(state[key]) for key in shapes)
+    before = library_header_bytes(shapes, metadata)
+    start, end = (max(edge - before, 0) for edge in KOHYA_WINDOW)
     digest = hashlib.sha256(data).hexdigest()
-    legacy = hashlib.sha256(raw[slice(*KOHYA_WINDOW)]).hexdigest()[:8]
-    return hashed_header(entries, metadata, digest, legacy) + data
+    legacy = hashlib.sha256(data[start:end]).hexdigest()[:8]
+    return hashed_header(tensor_entries(shapes), metadata, digest, legacy) + data
 
 
 def encoded_bytes(shapes: Mapping[str, TensorShape], metadata: Mapping[str, str]) -> int:
@@ -173,10 +170,10 @@ def hashed_header(
     return encode_header(entries, dict(sorted(full.items())))
 
 
-def kohya_header_bytes(shapes: Mapping[str, TensorShape], metadata: Mapping[str, str]) -> int:
+def library_header_bytes(shapes: Mapping[str, TensorShape], metadata: Mapping[str, str]) -> int:
     """Where the data would start in the library's own file with the ``ss_*`` metadata alone."""
-    entries = tensor_entries(in_file_order(shapes))
-    return len(encode_header(entries, _of_kohya(metadata), compact=True))
+    kohya = {name: text for name, text in metadata.items() if name.startswith("ss_")}
+    return len(encode_header(tensor_entries(in_file_order(shapes)), kohya, compact=True))
 
 
 def shapes_of(state: Mapping[str, Tensor]) -> dict[str, TensorShape]:
@@ -202,7 +199,3 @@ def component_shapes(
     name = "F16" if half else "F32"
     up = (out_features, rank, *(1 for _ in kernel[1:]))
     return {key + DOWN: (name, (rank, *kernel)), key + UP: (name, up), key + ALPHA: ("F32", ())}
-
-
-def _of_kohya(metadata: Mapping[str, str]) -> dict[str, str]:
-    return {name: text for name, text in metadata.items() if name.startswith("ss_")}

@@ -85,7 +85,7 @@ def sort_components(
     columns = _with_gaps_filled(kept)
     rest.sort(key=lambda item: _natural(item[1].key))
     kinds = {name: [c for kind, c in rest if kind == name] for name, _ in _KINDS}
-    return {c: grid.get(c, {}) for c in columns}, {k: found for k, found in kinds.items() if found}
+    return {c: grid.get(c, {}) for c in columns}, {k: some for k, some in kinds.items() if some}
 
 
 def _natural(text: str) -> list[tuple[str, int]]:

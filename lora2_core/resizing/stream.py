@@ -19,7 +19,7 @@ from ..files.encode import (
     bytes_of,
     encoded_bytes,
     hashed_header,
-    kohya_header_bytes,
+    library_header_bytes,
 )
 from ..files.header import TensorShape, in_file_order, tensor_bytes, tensor_entries
 from ..files.keys import DOWN, UP
@@ -57,7 +57,7 @@ def write_stream(
     whole, window = hashlib.sha256(), hashlib.sha256()
     with writing(path, size) as file:
         file.write(bytes(length))
-        position = kohya_header_bytes(shapes, metadata)
+        position = library_header_bytes(shapes, metadata)
         for data in _data(list(shapes), owners, tensors_of):
             file.write(data)
             whole.update(data)
