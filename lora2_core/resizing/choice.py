@@ -97,7 +97,7 @@ class Part:
         return replace(self, energies=self.energies[:rank], half=self.half[:rank])
 
 
-def part_of_values(outline: Outline, values: Tensor, place: int) -> Part:
+def part_of_values(outline: Outline, values: Tensor, file_end: int) -> Part:
     """:func:`part_of` a decomposition whose vectors nobody has computed; ``values``: (rank,).
 
     Whether fp16 will do is said from the size of the numbers: their rounding is relative, but of
@@ -113,19 +113,19 @@ def part_of_values(outline: Outline, values: Tensor, place: int) -> Part:
     energies = values.square()
     errors = ((energies * off).cumsum(0) / energies.cumsum(0)).sqrt()
     fits = fits_half(errors) & (columns[0] < _LARGEST_HALF)
-    header = _header_bytes(outline, values.numel(), place)
+    header = _header_bytes(outline, values.numel(), file_end)
     return Part(outline, tuple(energies.tolist()), tuple(fits.tolist()), header)
 
 
 def part_of(
     component: Component,
-    place: int,
+    file_end: int,
     decomposed: bool = False,
     beside: Mapping[str, Tensor] | None = None,
 ) -> Part:
     """What the columns of ``component`` hold and cost, in the order they have.
 
-    ``place``: no tensor of the file lies beyond this byte; it decides how long an entry of the
+    ``file_end``: no tensor of the file lies beyond this byte; it decides how long an entry of the
     header can get. ``decomposed``: its importance is its singular values. ``beside``: what goes
     with the factors, by ending.
     """
@@ -136,14 +136,14 @@ def part_of(
     half = tuple(fits_half(errors).tolist())
     squares = component.importance.double().square()
     energies = squares if decomposed else column_energies(component)
-    header = _header_bytes(outline, component.rank, place)
+    header = _header_bytes(outline, component.rank, file_end)
     return Part(outline, tuple(energies.tolist()), half, header)
 
 
-def _header_bytes(outline: Outline, rank: int, place: int) -> int:
+def _header_bytes(outline: Outline, rank: int, file_end: int) -> int:
     """As long as a component's entries can get."""
     entries = {
-        name: {"dtype": dtype, "shape": shape, "data_offsets": [place, place]}
+        name: {"dtype": dtype, "shape": shape, "data_offsets": [file_end, file_end]}
         for name, (dtype, shape) in outline.shapes(rank).items()
     }
     return len(json.dumps(entries))
@@ -201,7 +201,7 @@ def ranks_for_energy(parts: Sequence[Part], share: float) -> list[int]:
 
 def choose_exactly(
     parts: Sequence[Part],
-    describe: Callable[[Sequence[int]], Mapping[str, str]],
+    metadata_at: Callable[[Sequence[int]], Mapping[str, str]],
     allowed: int,
     limit: int,
     min_rank: int = 1,
@@ -209,7 +209,7 @@ def choose_exactly(
 ) -> list[int]:
     """Ranks whose file takes at most ``allowed`` bytes, as close to it as they come.
 
-    ``describe``: the metadata of a file of given ranks; ``limit``: what a person asked for, and
+    ``metadata_at``: the metadata of a file of given ranks; ``limit``: what a person asked for, and
     ``option`` what that is called. Raises LoRAFileError when not even one rank of one component
     fits.
     """
@@ -218,11 +218,11 @@ def choose_exactly(
         shapes: dict[str, TensorShape] = {}
         for part, rank in zip(parts, ranks, strict=True):
             shapes |= part.shapes(rank)
-        return encoded_bytes(shapes, describe(ranks))
+        return encoded_bytes(shapes, metadata_at(ranks))
 
     # The bytes beside the components, as many as they can get.
     largest = [part.rank for part in parts]
-    frame = encoded_bytes({}, describe(largest)) + 16
+    frame = encoded_bytes({}, metadata_at(largest)) + 16
     available, best = allowed - frame, None
     for _ in range(_ROUNDS):
         ranks = choose_ranks(parts, available, min_rank)

@@ -164,14 +164,14 @@ class _Work:
             for part, rank in zip(self._parts, self.ranks, strict=True)
             if rank
         ]
-        return write_stream(target, planned, self._describe(self.ranks), self._tensors)
+        return write_stream(target, planned, self._metadata_at(self.ranks), self._tensors)
 
     def _part(self, component: Component) -> Part:
-        place, beside = self._source.nbytes + 10**6, self._source.extra(component.name)
+        file_end, beside = self._source.nbytes + 10**6, self._source.extra(component.name)
         if self._svd:
             values = singular_values(component)
-            return part_of_values(Outline.of(component, beside), values, place)
-        part = part_of(component, place, beside=beside)
+            return part_of_values(Outline.of(component, beside), values, file_end)
+        part = part_of(component, file_end, beside=beside)
         return replace(part, half=(False,) * part.rank) if self._exact else part
 
     def _choose(self) -> list[int]:
@@ -186,13 +186,13 @@ class _Work:
         if self.copies(ranks) or self._bytes(ranks) <= limit:
             return ranks
         kept = [part.first(rank) for part, rank in zip(self._parts, ranks, strict=True)]
-        return choose_exactly(kept, self._describe, limit, limit, option="megabytes")
+        return choose_exactly(kept, self._metadata_at, limit, limit, option="megabytes")
 
     def _bytes(self, ranks: Sequence[int]) -> int:
         shapes: dict[str, TensorShape] = {}
         for part, rank in zip(self._parts, ranks, strict=True):
             shapes |= part.shapes(rank)
-        return encoded_bytes(shapes, self._describe(ranks))
+        return encoded_bytes(shapes, self._metadata_at(ranks))
 
     def _tensors(self, planned: Planned) -> tuple[Tensor, Tensor]:
         component = within_bounds(self._source.component(planned.outline.key))
@@ -203,7 +203,7 @@ class _Work:
             raise RuntimeError(f"{planned.outline.key} has changed while it was read")
         return factors
 
-    def _describe(self, ranks: Sequence[int]) -> dict[str, str]:
+    def _metadata_at(self, ranks: Sequence[int]) -> dict[str, str]:
         """The metadata of a file of these ranks; its length does not depend on what is kept."""
         limits = self._limits
         about = dict(self._about)

@@ -34,8 +34,8 @@ def shrink(file: LoRAFile, limits: Limits) -> LoRAFile:
     svd = limits.order == "svd"
     if svd:
         components = [decompose_quickly(component) for component in components]
-    place = sum(tensor.nbytes for tensor in state.values())
-    parts = [part_of(component, place, decomposed=svd) for component in components]
+    file_end = sum(tensor.nbytes for tensor in state.values())
+    parts = [part_of(component, file_end, decomposed=svd) for component in components]
     ranks = ranks_within(parts, limits)
     kept = [part.first(rank) for part, rank in zip(parts, ranks, strict=True)]
     if limits.megabytes is not None:
@@ -79,14 +79,14 @@ def _within_bytes(parts: Sequence[Part], megabytes: float, beside: int) -> list[
 def _bytes_beside(state: Mapping[str, Tensor], pairs: Sequence[Pair]) -> int:
     """Of all that stays as it is, with its entries in a header."""
     factors_of = {key for p in pairs for key in (p.down, p.up, p.mid, p.alpha)}
-    place = sum(tensor.nbytes for tensor in state.values())
+    file_end = sum(tensor.nbytes for tensor in state.values())
     return sum(
-        tensor.nbytes + len(json.dumps({key: _entry(tensor, place)}))
+        tensor.nbytes + len(json.dumps({key: _entry(tensor, file_end)}))
         for key, tensor in state.items()
         if key not in factors_of
     )
 
 
-def _entry(tensor: Tensor, place: int) -> dict[str, object]:
+def _entry(tensor: Tensor, file_end: int) -> dict[str, object]:
     """Of a header, as long as it can get."""
-    return {"dtype": "F8_E4M3", "shape": list(tensor.shape), "data_offsets": [place, place]}
+    return {"dtype": "F8_E4M3", "shape": list(tensor.shape), "data_offsets": [file_end, file_end]}
