@@ -51,7 +51,7 @@ class TensorCache:
         self.misses += 1
         made = make()
         with torch.inference_mode(False):
-            # A clone, since tensors of inference mode stay such and safetensors takes no views.
+            # A clone, since tensors of inference mode stay such, and views hold what they are of.
             tensors = {n: t.detach().cpu().clone().contiguous() for n, t in made.items()}
             if path is not None:
                 self._write(path, key, tensors)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .. import adaptive_rank
 from .component import Component, component_from_tensors
-from .encode import STORED_ALPHA, fits_half, fold, sizes_and_errors
+from .encode import STORED_ALPHA, fits_half, fold, norms_and_half_errors
 from .keys import ALPHA, Pair
 from .read import LoRAFile
 
@@ -79,7 +79,7 @@ def factor_tensors(component: Component, half: bool | None = None) -> tuple[Tens
         return None
     down, up = fold(component)
     if half is None:
-        half = bool(fits_half(sizes_and_errors(down, up)[1][-1]))
+        half = bool(fits_half(norms_and_half_errors(down, up)[1][-1]))
     if half:
         down, up = down.half(), up.half()
     return down.contiguous(), up.contiguous()

@@ -72,7 +72,7 @@ def fold(component: Component) -> tuple[Tensor, Tensor]:
     return down.view_as(component.lora_down), up.view_as(component.lora_up)
 
 
-def sizes_and_errors(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+def norms_and_half_errors(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """Norm of up · down, and relative error of its fp16 version, of the first 1, 2, … columns.
 
     ``down``: (rank, in, …), ``up``: (out, rank, …), as :func:`fold` gives them. Returns fp64
@@ -111,7 +111,7 @@ def to_state(components: Sequence[Component]) -> dict[str, Tensor]:
         if not component.rank:
             continue
         down, up = fold(component)
-        norms, errors = sizes_and_errors(down, up)
+        norms, errors = norms_and_half_errors(down, up)
         if not norms[-1] <= _LARGEST:  # nor where it is not a number
             raise LoRAFileError(
                 f"{component.name} holds values that are not finite, so nothing was written; "

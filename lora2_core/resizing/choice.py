@@ -25,8 +25,8 @@ from ..files.encode import (
     fits_half,
     fold,
     kohya_key,
+    norms_and_half_errors,
     shapes_of,
-    sizes_and_errors,
 )
 from ..files.header import LoRAFileError, TensorShape, tensor_bytes
 
@@ -132,7 +132,7 @@ def part_of(
     outline = Outline.of(component, beside)
     if not component.rank:
         return Part(outline, (), (), 0)
-    _, errors = sizes_and_errors(*fold(component))
+    _, errors = norms_and_half_errors(*fold(component))
     half = tuple(fits_half(errors).tolist())
     squares = component.importance.double().square()
     energies = squares if decomposed else column_energies(component)

@@ -23,7 +23,7 @@ from lora2_pack.lora2_core.files.encode import (
     encode,
     fold,
     kohya_key,
-    sizes_and_errors,
+    norms_and_half_errors,
     to_state,
 )
 from lora2_pack.lora2_core.lora_file import LoRAFileError
@@ -404,6 +404,6 @@ def test_fp16_is_only_foretold_where_it_will_do(rank, scale):
     part = part_of_values(outline, component.importance.double(), 10**6)
     for kept, half in enumerate(part.half, 1):
         down, up = fold(component.first(kept))
-        error = sizes_and_errors(down, up)[1][-1]
+        error = norms_and_half_errors(down, up)[1][-1]
         assert not half or error <= 5e-4
     assert scale not in (1e-3, 1.0) or all(part.half)
