@@ -51,10 +51,6 @@ def leaves(name: str) -> bool:
     return plain.startswith("/") or PureWindowsPath(name).drive != "" or ".." in plain.split("/")
 
 
-def _shown(name: str) -> str:
-    return repr(name if len(name) <= 120 else name[:119] + "…")
-
-
 def lora_fingerprint(name: str) -> str:
     """Changes when the file does, so that ComfyUI reads it again; empty when it is not there."""
     path = folder_paths.get_full_path("loras", name)
@@ -104,10 +100,6 @@ def jobs_folder() -> Path:
     return _own_folder() / "jobs"
 
 
-def _own_folder() -> Path:
-    return Path(folder_paths.get_user_directory()).resolve() / "lora2"
-
-
 def dataset_folders() -> list[str]:
     """Subfolders of ComfyUI's input folder, for a list to choose from."""
     return sorted(folder_paths.get_input_subfolders())
@@ -132,3 +124,11 @@ def dataset_folder(name: str) -> Path:
     if not path.is_dir():
         raise HostError(f"folder {name!r} does not exist under {root}; check the name.")
     return path
+
+
+def _shown(name: str) -> str:
+    return repr(name if len(name) <= 120 else name[:119] + "…")
+
+
+def _own_folder() -> Path:
+    return Path(folder_paths.get_user_directory()).resolve() / "lora2"

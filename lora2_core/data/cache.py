@@ -92,6 +92,20 @@ def content_key(*parts: str | bytes | Tensor | int | float) -> str:
     return digest.hexdigest()
 
 
+def weights_hash(module: nn.Module) -> str:
+    """SHA-256 over names, shapes and a sample of every weight.
+
+    A thousand values a tensor, so that SDXL takes well under a second. Not a file's hash, which a
+    MODEL no longer knows, and another one for the same model in another precision.
+    """
+    digest = hashlib.sha256()
+    for name, weight in module.state_dict().items():
+        digest.update(f"{name}{tuple(weight.shape)}".encode())
+        flat = weight.detach().flatten()
+        digest.update(flat[:: max(1, flat.numel() // 1000)].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def _encoded(part: object) -> tuple[str, bytes | memoryview]:
     if isinstance(part, Tensor):
         return f"tensor {part.dtype} {tuple(part.shape)}", bytes_of(part)
@@ -129,17 +143,3 @@ def _read(path: Path, key: str) -> dict[str, Tensor] | None:
         reason = "it holds something else"
     logging.warning("LoRA²: %s in the cache is made anew: %s.", path, reason)
     return None
-
-
-def weights_hash(module: nn.Module) -> str:
-    """SHA-256 over names, shapes and a sample of every weight.
-
-    A thousand values a tensor, so that SDXL takes well under a second. Not a file's hash, which a
-    MODEL no longer knows, and another one for the same model in another precision.
-    """
-    digest = hashlib.sha256()
-    for name, weight in module.state_dict().items():
-        digest.update(f"{name}{tuple(weight.shape)}".encode())
-        flat = weight.detach().flatten()
-        digest.update(flat[:: max(1, flat.numel() // 1000)].float().cpu().numpy().tobytes())
-    return digest.hexdigest()

@@ -144,6 +144,17 @@ def encode_header(
     return struct.pack("<Q", len(text)) + text
 
 
+def shown_key(text: str) -> str:
+    """A stranger's words in a message: one line, and not too long."""
+    line = one_line(text[:81])
+    return line if len(line) <= 80 else line[:79] + "…"
+
+
+def one_line(text: str) -> str:
+    """``text`` with a question mark for all that cannot be printed, or moves a cursor."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
+
+
 def _read(path: Path, file: BinaryIO) -> Header:
     size = os.fstat(file.fileno()).st_size
     start = file.read(9)
@@ -270,17 +281,6 @@ def _no_safetensors(path: Path, reason: str) -> LoRAFileError:
         f"{path} is not a safetensors file ({reason}); only .safetensors LoRAs are read (pickled "
         ".pt and .ckpt files can run code)."
     )
-
-
-def shown_key(text: str) -> str:
-    """A stranger's words in a message: one line, and not too long."""
-    line = one_line(text[:81])
-    return line if len(line) <= 80 else line[:79] + "…"
-
-
-def one_line(text: str) -> str:
-    """``text`` with a question mark for all that cannot be printed, or moves a cursor."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
 
 
 def _of_total(size: int, total: int) -> str:

@@ -103,15 +103,6 @@ def guess_family(inputs: Mapping[str, int], metadata: Mapping[str, str]) -> Fami
     return Family(claimed)
 
 
-def _claimed(metadata: Mapping[str, str]) -> str:
-    """The family that the metadata names; empty when it names none."""
-    words = " ".join(metadata.get(name, "")[:_LONGEST] for name in _NAMES_OF_METADATA).lower()
-    for pattern, family in _BY_METADATA:
-        if re.search(pattern, words):
-            return family
-    return "SD 2" if metadata.get("ss_v2") == "True" else ""
-
-
 def misfit(source: str, made_for: Family, model: Family) -> str:
     """One sentence for a LoRA that fits no layer of a model, or layers of another shape."""
     other_text = made_for.context and model.context and made_for.context != model.context
@@ -133,3 +124,12 @@ def unknown_components(source: str, names: Iterable[str], count: int) -> str:
     first = ", ".join(one_line(name[:60]) for name in unknown[:3])
     more = ", …" if len(unknown) > 3 else ""
     return f"{source}: {len(unknown)} of {count} components unknown: {first}{more}."
+
+
+def _claimed(metadata: Mapping[str, str]) -> str:
+    """The family that the metadata names; empty when it names none."""
+    words = " ".join(metadata.get(name, "")[:_LONGEST] for name in _NAMES_OF_METADATA).lower()
+    for pattern, family in _BY_METADATA:
+        if re.search(pattern, words):
+            return family
+    return "SD 2" if metadata.get("ss_v2") == "True" else ""

@@ -140,15 +140,6 @@ def part_of(
     return Part(outline, tuple(energies.tolist()), half, header)
 
 
-def _header_bytes(outline: Outline, rank: int, file_end: int) -> int:
-    """As long as a component's entries can get."""
-    entries = {
-        name: {"dtype": dtype, "shape": shape, "data_offsets": [file_end, file_end]}
-        for name, (dtype, shape) in outline.shapes(rank).items()
-    }
-    return len(json.dumps(entries))
-
-
 def kept_energy(parts: Sequence[Part], ranks: Sequence[int]) -> float:
     """The share of Σ ‖ΔW‖² that the first columns hold; 1 when there is nothing to keep."""
     total = sum(sum(part.energies) for part in parts)
@@ -242,6 +233,15 @@ def choose_exactly(
             f"{option} of at least {(limit - allowed + least) / 1e6:.4g}."
         )
     return best[1]
+
+
+def _header_bytes(outline: Outline, rank: int, file_end: int) -> int:
+    """As long as a component's entries can get."""
+    entries = {
+        name: {"dtype": dtype, "shape": shape, "data_offsets": [file_end, file_end]}
+        for name, (dtype, shape) in outline.shapes(rank).items()
+    }
+    return len(json.dumps(entries))
 
 
 def _floor(parts: Sequence[Part], available: int, min_rank: int) -> list[int]:

@@ -77,6 +77,11 @@ def measure_file(path: Path) -> Measured:
     )
 
 
+def strongest(components: Sequence[Strength], count: int = 10) -> list[Strength]:
+    """Those that change most."""
+    return sorted(components, key=lambda one: -one.norm)[:count]
+
+
 def _strength(part: Part, stored: int, total: float) -> Strength:
     energy = sum(part.energies)
     return Strength(
@@ -93,8 +98,3 @@ def _columns_for(part: Part, share: float) -> int:
         if kept_energy([part], [rank]) >= share:
             return rank
     return part.rank
-
-
-def strongest(components: Sequence[Strength], count: int = 10) -> list[Strength]:
-    """Those that change most."""
-    return sorted(components, key=lambda one: -one.norm)[:count]
