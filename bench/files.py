@@ -16,7 +16,6 @@ import json
 import os
 import random
 import statistics
-import struct
 import subprocess
 import sys
 import tempfile
@@ -104,29 +103,26 @@ def _timed(work: Callable[[], Any]) -> float:
 
 def _sparse(path: Path) -> float:
     """560 components of mixed ranks, 2.8 GB of them in all, none of which is on the disk."""
+    from lora2_pack.lora2_core.files.header import encode_header, tensor_bytes, tensor_entries
+
     chance = random.Random(0)
-    header: dict[str, Any] = {}
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
     listing: dict[str, Any] = {}
-    shapes = [(640, 640), (1280, 1280), (2048, 1280)]
+    sizes = [(640, 640), (1280, 1280), (2048, 1280)]
     names = [f"input_blocks_7_1_transformer_blocks_{n}_attn{a}_to_{k}"
              for n in range(70) for a in (1, 2) for k in ("q", "k", "v", "out_0")]  # fmt: skip
-    picked = [(name, *chance.choice(shapes), chance.randint(1, 1024)) for name in names]
+    picked = [(name, *chance.choice(sizes), chance.randint(1, 1024)) for name in names]
     scale = BYTES / 2 / sum((i + o) * rank for _, i, o, rank in picked)
-    end = 0
     for name, width, out, share in picked:
         rank = max(1, min(round(share * scale), 10_000))
-        for part, shape in (("down", [rank, width]), ("up", [out, rank])):
-            start, end = end, end + 2 * shape[0] * shape[1]
-            header[f"lora_unet_{name}.lora_{part}.weight"] = {
-                "dtype": "F16", "shape": shape, "data_offsets": [start, end],
-            }  # fmt: skip
+        for part, shape in (("down", (rank, width)), ("up", (out, rank))):
+            shapes[f"lora_unet_{name}.lora_{part}.weight"] = "F16", shape
         listing[f"lora_unet_{name}"] = {"nu": 2.3 / rank, "rank": rank, "in": width, "out": out}
-    header["__metadata__"] = {
+    metadata = {
         "lora2.format_version": "1", "lora2.components": json.dumps(listing), "ss_steps": "500",
     }  # fmt: skip
-    text = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text)
-    os.truncate(path, path.stat().st_size + end)
+    path.write_bytes(encode_header(tensor_entries(shapes), metadata))
+    os.truncate(path, path.stat().st_size + sum(map(tensor_bytes, shapes.values())))
     return path.stat().st_size / 1e9
 
 
@@ -200,10 +196,8 @@ def _ours(model: Any, path: Path) -> Any:
     from lora2_pack.lora2_core.config.load import Limits
     from lora2_pack.lora2_core.resizing.recent import LoRACache
 
-    opened = LoRACache().open(path, Limits())
-    return comfy_host.apply_lora(
-        model, None, opened.state, 1.0, 1.0, path.name, metadata=opened.metadata
-    ).model
+    file = LoRACache().open(path, Limits())
+    return comfy_host.apply_lora(model, None, file, 1.0, 1.0, path.name).model
 
 
 def _stock(model: Any, path: Path) -> Any:

@@ -23,6 +23,9 @@ from .reports.vision import JudgeError
 from .resizing.resize import merge_files, resize_file
 from .tiny_sdxl.judges import likeness_judges
 
+_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_PROMPT = "prompt.txt"  # in the folder of a prompt's pictures
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 when all went well, 1 with a sentence on the standard error if not."""
@@ -41,68 +44,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (LoRAFileError, ConfigError, JudgeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-
-
-def _add_resize(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser("resize", help="write a smaller file of any LoRA")
-    parser.add_argument("source", type=Path, metavar="FILE")
-    parser.add_argument("target", type=Path, metavar="NEW")
-    _add_limits(parser)
-    parser.set_defaults(run=_resize)
-
-
-def _add_merge(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser("merge", help="write the sum of LoRAs as one file")
-    parser.add_argument("sources", nargs="+", metavar="FILE[=WEIGHT]", help="weight 1 if left out")
-    parser.add_argument("--out", type=Path, required=True, metavar="NEW")
-    _add_limits(parser)
-    parser.set_defaults(run=_merge)
-
-
-def _add_limits(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rank", type=int, metavar="N", help="the largest rank of any layer")
-    parser.add_argument(
-        "--energy", type=float, metavar="SHARE", help="keep this share of what changes, 0.99"
-    )
-    parser.add_argument("--megabytes", type=float, metavar="MB", help="the largest file, 10⁶ bytes")
-    parser.add_argument("--order", choices=ORDERS, default=ORDERS[0], help="what goes first")
-    parser.add_argument("--force", action="store_true", help="write over a file that is there")
-
-
-def _limits(options: argparse.Namespace) -> Limits:
-    return Limits(options.rank, options.energy, options.megabytes, options.order)
-
-
-def _resize(options: argparse.Namespace) -> int:
-    target = _free(options.target, options.force)
-    print(resize_file(options.source, target, _limits(options)).text())
-    return 0
-
-
-def _merge(options: argparse.Namespace) -> int:
-    target = _free(options.out, options.force)
-    sources = [_weighted(text) for text in options.sources]
-    print(merge_files(sources, target, _limits(options)).text())
-    return 0
-
-
-def _weighted(text: str) -> tuple[Path, float]:
-    """``cat.safetensors=0.5``; a name that holds = itself is meant where there is such a file."""
-    path, found, weight = text.rpartition("=")
-    if not found or Path(text).exists():
-        return Path(text), 1.0
-    try:
-        return Path(path), float(weight)
-    except ValueError:
-        raise ConfigError(f"{text} does not end in a weight; write FILE or FILE=0.5.") from None
-
-
-def _free(path: Path, force: bool) -> Path:
-    if path.suffix != ".safetensors":
-        raise ConfigError(f"{path} must end in .safetensors, or no loader will list it.")
-    if path.exists() and not force:
-        raise ConfigError(f"{path} exists already; choose another name, or add --force.")
-    return path
 
 
 def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -136,11 +77,11 @@ def _inspect(options: argparse.Namespace) -> int:
         if len(reports) > 1:
             print("\n" + inspector.side_by_side(reports), end="")
     if options.png and reports:
-        picture_of(reports).save(options.png, format="PNG")
+        _picture_of(reports).save(options.png, format="PNG")
     return failed
 
 
-def picture_of(reports: list[FileReport]) -> Image.Image:
+def _picture_of(reports: list[FileReport]) -> Image.Image:
     """The rank map of one file, or of several side by side."""
     if len(reports) == 1:
         return reports[0].picture()
@@ -149,8 +90,66 @@ def picture_of(reports: list[FileReport]) -> Image.Image:
     )
 
 
-_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-_PROMPT = "prompt.txt"  # in the folder of a prompt's pictures
+def _add_resize(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("resize", help="write a smaller file of any LoRA")
+    parser.add_argument("source", type=Path, metavar="FILE")
+    parser.add_argument("target", type=Path, metavar="NEW")
+    _add_limits(parser)
+    parser.set_defaults(run=_resize)
+
+
+def _resize(options: argparse.Namespace) -> int:
+    target = _free(options.target, options.force)
+    print(resize_file(options.source, target, _limits(options)).text())
+    return 0
+
+
+def _add_merge(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("merge", help="write the sum of LoRAs as one file")
+    parser.add_argument("sources", nargs="+", metavar="FILE[=WEIGHT]", help="weight 1 if left out")
+    parser.add_argument("--out", type=Path, required=True, metavar="NEW")
+    _add_limits(parser)
+    parser.set_defaults(run=_merge)
+
+
+def _merge(options: argparse.Namespace) -> int:
+    target = _free(options.out, options.force)
+    sources = [_weighted(text) for text in options.sources]
+    print(merge_files(sources, target, _limits(options)).text())
+    return 0
+
+
+def _add_limits(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rank", type=int, metavar="N", help="the largest rank of any layer")
+    parser.add_argument(
+        "--energy", type=float, metavar="SHARE", help="keep this share of what changes, 0.99"
+    )
+    parser.add_argument("--megabytes", type=float, metavar="MB", help="the largest file, 10⁶ bytes")
+    parser.add_argument("--order", choices=ORDERS, default=ORDERS[0], help="what goes first")
+    parser.add_argument("--force", action="store_true", help="write over a file that is there")
+
+
+def _limits(options: argparse.Namespace) -> Limits:
+    return Limits(options.rank, options.energy, options.megabytes, options.order)
+
+
+def _weighted(text: str) -> tuple[Path, float]:
+    """``cat.safetensors=0.5``; a name that holds = itself is meant where there is such a file."""
+    path, equals, weight = text.rpartition("=")
+    if not equals or Path(text).exists():
+        return Path(text), 1.0
+    try:
+        return Path(path), float(weight)
+    except ValueError:
+        raise ConfigError(f"{text} does not end in a weight; write FILE or FILE=0.5.") from None
+
+
+def _free(path: Path, force: bool) -> Path:
+    if path.suffix != ".safetensors":
+        raise ConfigError(f"{path} must end in .safetensors, or no loader will list it.")
+    if path.exists() and not force:
+        raise ConfigError(f"{path} exists already; choose another name, or add --force.")
+    return path
 
 
 def _add_score(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -180,17 +179,17 @@ def _add_score(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def _score(options: argparse.Namespace) -> int:
     """Print the scores. Raises ConfigError or JudgeError."""
-    subjects = read_subjects(options.painted, options.real)
+    subjects = _read_subjects(options.painted, options.real)
     chosen = vision.judges(
         _folder(options.dino), _folder(options.clip), options.without, options.device
     )
     if options.demo:
         chosen += likeness_judges()
-    found = scoring.score(subjects, chosen)
+    scores = scoring.score(subjects, chosen)
     if options.json:
-        print(json.dumps([one.as_dict() for one in found], indent=2))
+        print(json.dumps([one.as_dict() for one in scores], indent=2))
     else:
-        print(scoring.table(found))
+        print(scoring.table(scores))
     return 0
 
 
@@ -198,7 +197,7 @@ def _folder(name: str) -> Path | None:
     return None if name == "none" else vision.located(name)
 
 
-def read_subjects(painted: Path, real: Path) -> list[Subject]:
+def _read_subjects(painted: Path, real: Path) -> list[Subject]:
     """Every subject of two folders. Raises ConfigError where one of them lacks something."""
     for folder in (painted, real):
         if not folder.is_dir():

@@ -13,26 +13,15 @@ from pathlib import Path
 from torch import Tensor
 
 from .files.component import Component
-from .files.encode import ALPHA as _ALPHA
-from .files.encode import DOWN as _DOWN
-from .files.encode import (
-    FORMAT_VERSION,
-    PREFIXES,
-    complete_metadata,
-    encode,
-    fold,
-    kohya_key,
-    stored_ranks,
-    to_state,
-)
-from .files.encode import UP as _UP
+from .files.encode import PREFIXES, encode, fold, kohya_key, stored_ranks, to_state
 from .files.header import LoRAFileError
+from .files.keys import ALPHA, DOWN, MID, UP
+from .files.metadata import FORMAT_VERSION, complete_metadata, headline
 from .files.read import (
     ComponentInfo,
     LoRAFile,
     check_finite,
     component_keys,
-    headline,
     inspect,
     load,
 )
@@ -61,8 +50,6 @@ __all__ = [
     "writing",
 ]
 
-_MID = ".lora_mid.weight"  # a third factor that some convolution LoRAs of others have
-
 
 def truncate(state: Mapping[str, Tensor], max_rank: int) -> dict[str, Tensor]:
     """A valid smaller LoRA: every component cut to its first ``max_rank`` columns.
@@ -74,14 +61,14 @@ def truncate(state: Mapping[str, Tensor], max_rank: int) -> dict[str, Tensor]:
         raise ValueError(f"max_rank is {max_rank}; a LoRA has at least rank 1.")
     out: dict[str, Tensor] = dict(state)
     for key in component_keys(state):
-        down, up = state[key + _DOWN], state[key + _UP]
+        down, up = state[key + DOWN], state[key + UP]
         rank = min(max_rank, down.shape[0])
-        out[key + _DOWN] = down[:rank].contiguous()
-        out[key + _UP] = up[:, :rank].contiguous()
-        if key + _MID in state:
-            out[key + _MID] = state[key + _MID][:rank, :rank].contiguous()
-        if key + _ALPHA in state:
-            out[key + _ALPHA] = state[key + _ALPHA] * (rank / down.shape[0])
+        out[key + DOWN] = down[:rank].contiguous()
+        out[key + UP] = up[:, :rank].contiguous()
+        if key + MID in state:
+            out[key + MID] = state[key + MID][:rank, :rank].contiguous()
+        if key + ALPHA in state:
+            out[key + ALPHA] = state[key + ALPHA] * (rank / down.shape[0])
     return out
 
 

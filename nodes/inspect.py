@@ -119,8 +119,8 @@ def _report_of(trained: TrainedLoRA, measure: bool) -> FileReport:
     metadata = trained.file.metadata
     there = trained.path.is_file()
     nbytes = trained.path.stat().st_size if there else sum(c.nbytes for c in trained.components)
-    made = guess_family(inputs, metadata)
-    return FileReport(trained.path.name, nbytes, trained.components, metadata, made)
+    family = guess_family(inputs, metadata)
+    return FileReport(trained.path.name, nbytes, trained.components, metadata, family)
 
 
 def _picture(reports: list[FileReport], trained: TrainedLoRA | None) -> Image.Image:

@@ -76,12 +76,13 @@ class LoRA2Load(io.ComfyNode):
                 wanted.append((name, factor, factor))
         options = options or LoadOptions()
         # All are opened before the first is applied: what cannot be read leaves nothing half done.
-        opened = [_cache.open(comfy_host.lora_path(name), options.limits) for name, *_ in wanted]
+        paths = [comfy_host.lora_path(name) for name, *_ in wanted]
+        files = [_cache.open(path, options.limits) for path in paths]
         notes = []
-        for file, (_, for_model, for_clip) in zip(opened, wanted, strict=True):
+        for path, file, (_, for_model, for_clip) in zip(paths, files, wanted, strict=True):
             applied = comfy_host.apply_lora(
-                model, clip, file.state, for_model, for_clip, file.path.name,
-                strengths=options.strengths, way=options.way, metadata=file.metadata,
+                model, clip, file, for_model, for_clip, path.name,
+                strengths=options.strengths, way=options.way,
             )  # fmt: skip
             model, clip = applied.model, applied.clip
             notes += [applied.note] if applied.note else []

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from .. import adaptive_rank
 from ..config.ranks import RankConfig
-from ..files.encode import TensorShape, component_shapes, encoded_bytes, kohya_key, listing_entry
+from ..files.encode import component_shapes, encoded_bytes, kohya_key
+from ..files.header import TensorShape
+from ..files.metadata import COMPONENTS, listing_entry
 from .targets import Target
 
 # A run that is to fit into a number of bytes trains with this many times the room, and the SVD at
@@ -111,7 +113,7 @@ def file_bytes(targets: Sequence[Target], ranks: Sequence[int]) -> int:
         kernel = (target.in_features,)  # as long in the header as a convolution's, to a few bytes
         shapes |= component_shapes(key, rank, kernel, target.out_features)
         listing[key] = listing_entry(_USUAL_NU, rank, target.in_features, target.out_features)
-    text = {"lora2.components": json.dumps(listing)}
+    text = {COMPONENTS: json.dumps(listing)}
     return encoded_bytes(shapes, text) + METADATA_BYTES
 
 

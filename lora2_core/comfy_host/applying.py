@@ -15,9 +15,10 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ..config.load import WAYS, Strengths
-from ..files.encode import understood_metadata
-from ..files.keys import Parts, parse_keys
+from ..files.keys import ParsedKeys
+from ..files.metadata import understood_metadata
 from ..files.model_family import guess_family, misfit, unknown_components
+from ..files.read import LoRAFile
 from . import bypass, fitting
 from .errors import HostError
 from .fitting import family_of, known_base_hash, layer_names
@@ -42,53 +43,53 @@ def apply_state(
     strength_clip: float,
     source: str,
 ) -> tuple[ModelPatcher, Any | None]:
-    """:func:`apply_lora` evenly and as the model needs it: the two clones alone."""
-    applied = apply_lora(model, clip, state, strength_model, strength_clip, source)
+    """:func:`apply_lora` of tensors, evenly and as the model needs it: the two clones alone."""
+    file = LoRAFile(dict(state), {})
+    applied = apply_lora(model, clip, file, strength_model, strength_clip, source)
     return applied.model, applied.clip
 
 
 def apply_lora(
     model: ModelPatcher,
     clip: Any | None,
-    state: Mapping[str, Tensor],
+    file: LoRAFile,
     strength_model: float,
     strength_clip: float,
     source: str,
     *,
     strengths: Strengths = _EVEN,
     way: str = "auto",
-    metadata: Mapping[str, str] | None = None,
 ) -> Applied:
     """Clones of ``model`` and ``clip`` with a LoRA as patches, as the stock loader makes them.
 
     Every layer may have its own rank. ``way``: "merge" into the weights, "bypass" them (the forward
-    pass adds the LoRA's own), or "auto": bypass where weights are fp8. ``metadata``: of the file.
-    Raises HostError, naming ``source``, when the LoRA fits no layer of the model or was made for
-    layers of another shape; nothing is patched then.
+    pass adds the LoRA's own), or "auto": bypass where weights are fp8. Raises HostError, naming
+    ``source``, when the LoRA fits no layer of the model or was made for layers of another shape;
+    nothing is patched then.
     """
     if way not in WAYS:
         raise HostError(f"apply_as is {way!r}; choose one of {', '.join(WAYS)}.")
     every = layer_names(model, clip)
-    state = comfy.lora_convert.convert_lora(fitting.in_known_names(state, every))
-    parts = parse_keys(state)
-    if parts.lonely:
-        raise HostError(f"{source} is damaged: {parts.lonely[0][:80]} lacks its other half.")
-    names = _asked_for(every, parts)
-    patches = comfy.lora.load_lora(fitting.without_empty(state, parts), names, False)
+    file = fitting.in_known_names(file, every)
+    file = file.with_state(comfy.lora_convert.convert_lora(file.state))
+    parsed = file.parsed
+    if parsed.lonely:
+        raise HostError(f"{source} is damaged: {parsed.lonely[0][:80]} lacks its other half.")
+    names = _asked_for(every, parsed)
+    patches = comfy.lora.load_lora(fitting.without_empty(file), names, False)
     if not patches:
-        raise HostError(_misfit(state, parts, metadata, model, source))
+        raise HostError(_made_for_another(file, model, source))
     exact = set[Any]()  # weights that merging would not round
     for key, patch in patches.items():
         shape, dtype = _weight_of(model, clip, key)
-        if shape is not None and (why := fitting.misfit(patch, shape)):
-            sentence = _misfit(state, parts, metadata, model, source)
-            raise HostError(f"{sentence} ({key} {why}.)")
+        if shape is not None and (why := fitting.shape_misfit(patch, shape)):
+            raise HostError(f"{_made_for_another(file, model, source)} ({key} {why}.)")
         if not bypass.is_fp8(dtype or model.model_dtype()):
             exact.add(key)
     notes = (
-        _unknown(parts, patches, names, source, clip is not None),
-        _unread(parts, patches, source),
-        _other_base(model, metadata or {}, source),
+        _unknown(parsed, patches, names, source, clip is not None),
+        _unread(parsed, patches, source),
+        _other_base(model, file.metadata, source),
     )
     note = " ".join(filter(None, notes))
     if note:
@@ -129,54 +130,49 @@ def _weight(key: Any) -> str:
     return key if isinstance(key, str) else key[0]
 
 
-def _asked_for(names: dict[str, Any], parts: Parts) -> dict[str, Any]:
+def _asked_for(names: dict[str, Any], parsed: ParsedKeys) -> dict[str, Any]:
     """Of all names of layers those that the file has: ComfyUI tries every kind of patch on each."""
-    if parts.unknown:  # of a kind that this pack cannot tell
+    if parsed.unknown:  # of a kind that this pack cannot tell
         return names
-    return {name: names[name] for name in parts.names if name in names}
+    return {name: names[name] for name in parsed.names if name in names}
 
 
-def _misfit(
-    state: Mapping[str, Tensor],
-    parts: Parts,
-    metadata: Mapping[str, str] | None,
-    model: ModelPatcher,
-    source: str,
-) -> str:
-    inputs = {p.name: state[p.down].shape[1:].numel() for p in parts.pairs if state[p.down].dim()}
-    for name in parts.others.get("loha", {}):
+def _made_for_another(file: LoRAFile, model: ModelPatcher, source: str) -> str:
+    state, pairs = file.state, file.parsed.pairs
+    inputs = {p.name: state[p.down].shape[1:].numel() for p in pairs if state[p.down].dim()}
+    for name in file.parsed.others.get("loha", {}):
         if (half := state.get(f"{name}.hada_w1_b")) is not None and half.dim():
             inputs[name] = half.shape[1:].numel()
     if not inputs:
         return (
             f"{source} fits no layer of this model, {family_of(model).text}; choose a LoRA for it."
         )
-    return misfit(source, guess_family(inputs, metadata or {}), family_of(model))
+    return misfit(source, guess_family(inputs, file.metadata), family_of(model))
 
 
 def _unknown(
-    parts: Parts,
+    parsed: ParsedKeys,
     patches: Mapping[Any, Any],
     names: Mapping[str, Any],
     source: str,
     with_clip: bool,
 ) -> str:
     """What is said of components that the model has no layer for."""
-    found = parts.names
-    if len(patches) >= len(found):
+    components = parsed.names
+    if len(patches) >= len(components):
         return ""
-    missing = [name for name in found if name not in names]
+    missing = [name for name in components if name not in names]
     if not with_clip:  # those of the text encoders are no mistake
         missing = [name for name in missing if not name.startswith(("lora_te", "text_encoder"))]
-    return unknown_components(source, missing, len(found))
+    return unknown_components(source, missing, len(components))
 
 
-def _unread(parts: Parts, patches: Mapping[Any, Any], source: str) -> str:
+def _unread(parsed: ParsedKeys, patches: Mapping[Any, Any], source: str) -> str:
     """What is said of tensors that neither this pack nor ComfyUI can tell the meaning of."""
-    if not parts.unknown:
+    if not parsed.unknown:
         return ""
     read = {key for patch in patches.values() for key in getattr(patch, "loaded_keys", ())}
-    left = [key[:60] for key in parts.unknown if key not in read]
+    left = [key[:60] for key in parsed.unknown if key not in read]
     if not left:
         return ""
     more = ", …" if len(left) > 3 else ""

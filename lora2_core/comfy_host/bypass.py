@@ -74,15 +74,6 @@ class _Injection(PatcherInjection):
                 branch.leave()
 
 
-def _adding(branches: tuple[Branch, ...]) -> Any:
-    def add(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        for branch in branches:
-            output = output + branch(layer, inputs[0]).to(output.dtype)
-        return output
-
-    return add
-
-
 def fits(model: ModelPatcher, key: Any, patch: Any) -> bool:
     """Whether a patch can work beside its layer: two factors at a linear or plain convolution."""
     if not isinstance(key, str) or not key.endswith(".weight"):
@@ -112,12 +103,7 @@ def add_branches(model: ModelPatcher, patches: Mapping[str, Any], strength: Mapp
 
 def branches_of(model: ModelPatcher) -> dict[str, tuple[Branch, ...]]:
     """What works beside the layers of ``model``, by the key of the layer's weight."""
-    return {key: found for one in _ours(model) for key, found in one.branches.items()}
-
-
-def _ours(model: ModelPatcher) -> list[_Injection]:
-    injections = [i for name, i in model.injections.items() if name.startswith(_PREFIX)]
-    return [one for group in injections for one in group if isinstance(one, _Injection)]
+    return {key: some for one in _ours(model) for key, some in one.branches.items()}
 
 
 @contextmanager
@@ -145,3 +131,17 @@ def merge_into(root: nn.Module, model: ModelPatcher) -> None:
 def is_fp8(dtype: torch.dtype | None) -> bool:
     """Whether merging into weights of this type would round stochastically."""
     return dtype is not None and dtype.is_floating_point and dtype.itemsize == 1
+
+
+def _adding(branches: tuple[Branch, ...]) -> Any:
+    def add(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        for branch in branches:
+            output = output + branch(layer, inputs[0]).to(output.dtype)
+        return output
+
+    return add
+
+
+def _ours(model: ModelPatcher) -> list[_Injection]:
+    injections = [i for name, i in model.injections.items() if name.startswith(_PREFIX)]
+    return [one for group in injections for one in group if isinstance(one, _Injection)]

@@ -31,12 +31,12 @@ def lora_path(name: str) -> Path:
         raise HostError(
             f"lora_name {_shown(name)} leads out of the loras folders; choose one from the list."
         )
-    found = folder_paths.get_full_path("loras", name)
-    if not found:
+    listed = folder_paths.get_full_path("loras", name)
+    if not listed:
         raise HostError(
             f"lora_name {_shown(name)} is not in a loras folder; choose one from the list."
         )
-    path = Path(found)
+    path = Path(listed)
     if path.suffix != ".safetensors" or path.resolve().suffix.lower() not in _ENDINGS:
         raise HostError(
             f"lora_name {_shown(name)} is not a safetensors file, or a link to another kind of "
@@ -49,10 +49,6 @@ def leaves(name: str) -> bool:
     """Whether a name is more than folders and a file, on any system."""
     plain = name.replace("\\", "/")
     return plain.startswith("/") or PureWindowsPath(name).drive != "" or ".." in plain.split("/")
-
-
-def _shown(name: str) -> str:
-    return repr(name if len(name) <= 120 else name[:119] + "…")
 
 
 def lora_fingerprint(name: str) -> str:
@@ -69,9 +65,8 @@ def new_lora_path(file_name: str, taken: Collection[Path] = ()) -> Path:
     """
     clean = file_name.strip().removesuffix(".safetensors").replace("\\", "/")
     name = clean.rpartition("/")[2]
-    leaves = clean.startswith("/") or ".." in clean.split("/")
     unfit = not 0 < len(name.strip(". ").encode()) <= 200 or any(c in clean for c in '<>:"|?*\0')
-    if leaves or unfit:
+    if leaves(clean) or unfit:
         raise HostError(
             f"file_name is {file_name[:60]!r}; it must be a plain name or a subfolder and a name, "
             "such as 'cats/sks_cat', of at most 200 bytes, and stays within output/loras."
@@ -105,10 +100,6 @@ def jobs_folder() -> Path:
     return _own_folder() / "jobs"
 
 
-def _own_folder() -> Path:
-    return Path(folder_paths.get_user_directory()).resolve() / "lora2"
-
-
 def dataset_folders() -> list[str]:
     """Subfolders of ComfyUI's input folder, for a list to choose from."""
     return sorted(folder_paths.get_input_subfolders())
@@ -133,3 +124,11 @@ def dataset_folder(name: str) -> Path:
     if not path.is_dir():
         raise HostError(f"folder {name!r} does not exist under {root}; check the name.")
     return path
+
+
+def _shown(name: str) -> str:
+    return repr(name if len(name) <= 120 else name[:119] + "…")
+
+
+def _own_folder() -> Path:
+    return Path(folder_paths.get_user_directory()).resolve() / "lora2"

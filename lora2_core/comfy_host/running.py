@@ -50,11 +50,6 @@ class ThreadGuard:
         return None
 
 
-def blocked() -> Any:
-    """An output of a node that has nothing to give: what depends on it is left out, silently."""
-    return ExecutionBlocker(None)
-
-
 # Cancel is one global flag that every operation checks and the first reader consumes: a training
 # thread would steal a prompt's Cancel and die of it. Entered there, this makes it deaf to the flag.
 deaf_to_cancel = ThreadGuard(
@@ -77,3 +72,8 @@ def free_memory() -> int:
     device = comfy.model_management.get_torch_device()
     free: Any = comfy.model_management.get_free_memory(device)
     return int(free)
+
+
+def blocked() -> Any:
+    """An output of a node that has nothing to give: what depends on it is left out, silently."""
+    return ExecutionBlocker(None)

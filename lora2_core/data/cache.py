@@ -14,12 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ..files.header import LoRAFileError
-from ..files.write import write_atomically
+from ..files.atomic import replacing
+from ..files.encode import bytes_of, shapes_of
+from ..files.header import encode_header, in_file_order, tensor_bytes, tensor_entries
 
 _KEY, _CONTENT = "lora2.cache.key", "lora2.cache.content"  # in the header of a file
 
@@ -51,18 +51,29 @@ class TensorCache:
         self.misses += 1
         made = make()
         with torch.inference_mode(False):
-            # A clone, since tensors of inference mode stay such and safetensors takes no views.
+            # A clone, since tensors of inference mode stay such, and views hold what they are of.
             tensors = {n: t.detach().cpu().clone().contiguous() for n, t in made.items()}
             if path is not None:
                 self._write(path, key, tensors)
         return tensors
 
     def _write(self, path: Path, key: str, tensors: dict[str, Tensor]) -> None:
-        header = {_KEY: key, _CONTENT: _digest(tensors)}
+        shapes = in_file_order(shapes_of(tensors))
+        header = encode_header(tensor_entries(shapes), {_KEY: key, _CONTENT: _digest(tensors)})
         try:
-            write_atomically(path, safetensors.torch.save(tensors, header))
-        except LoRAFileError as error:
-            logging.warning("LoRA²: the cache is switched off for this run: %s", error)
+            with replacing(path) as file:
+                file.write(header)
+                for name in shapes:
+                    file.write(bytes_of(tensors[name]))
+        except OSError as error:
+            size = len(header) + sum(map(tensor_bytes, shapes.values()))
+            logging.warning(
+                "LoRA²: the cache is switched off for this run: %s could not be written (%s); it "
+                "needs %.1f MB. Free some space or choose another output folder.",
+                path,
+                error.strerror or error,
+                size / 1e6,
+            )
             self.folder = None
 
 
@@ -81,10 +92,23 @@ def content_key(*parts: str | bytes | Tensor | int | float) -> str:
     return digest.hexdigest()
 
 
+def weights_hash(module: nn.Module) -> str:
+    """SHA-256 over names, shapes and a sample of every weight.
+
+    A thousand values a tensor, so that SDXL takes well under a second. Not a file's hash, which a
+    MODEL no longer knows, and another one for the same model in another precision.
+    """
+    digest = hashlib.sha256()
+    for name, weight in module.state_dict().items():
+        digest.update(f"{name}{tuple(weight.shape)}".encode())
+        flat = weight.detach().flatten()
+        digest.update(flat[:: max(1, flat.numel() // 1000)].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def _encoded(part: object) -> tuple[str, bytes | memoryview]:
     if isinstance(part, Tensor):
-        flat = part.detach().cpu().contiguous().reshape(-1)
-        return f"tensor {part.dtype} {tuple(part.shape)}", flat.view(torch.uint8).numpy().data
+        return f"tensor {part.dtype} {tuple(part.shape)}", bytes_of(part)
     if isinstance(part, str):
         return "str", part.encode("utf-8", "surrogatepass")
     if isinstance(part, bytes):
@@ -119,17 +143,3 @@ def _read(path: Path, key: str) -> dict[str, Tensor] | None:
         reason = "it holds something else"
     logging.warning("LoRA²: %s in the cache is made anew: %s.", path, reason)
     return None
-
-
-def weights_hash(module: nn.Module) -> str:
-    """SHA-256 over names, shapes and a sample of every weight.
-
-    A thousand values a tensor, so that SDXL takes well under a second. Not a file's hash, which a
-    MODEL no longer knows, and another one for the same model in another precision.
-    """
-    digest = hashlib.sha256()
-    for name, weight in module.state_dict().items():
-        digest.update(f"{name}{tuple(weight.shape)}".encode())
-        flat = weight.detach().flatten()
-        digest.update(flat[:: max(1, flat.numel() // 1000)].float().cpu().numpy().tobytes())
-    return digest.hexdigest()

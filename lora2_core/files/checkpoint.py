@@ -20,25 +20,13 @@ import torch
 from torch import Tensor
 
 from .atomic import replacing
+from .encode import DTYPE_NAMES, bytes_of, shapes_of
+from .header import encode_header, in_file_order, tensor_entries
 
-FORMAT_VERSION = "1"
+_VERSION = "1"  # of checkpoints; LoRA files have their own
 _PREFIX = "lora2.checkpoint."
 _SUM = "crc32"  # name of the tensor that holds the checksum
 _CHUNK = 1 << 22  # bytes read at once
-_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 
 class CheckpointError(ValueError):
@@ -63,21 +51,20 @@ def write(path: Path, checkpoint: Checkpoint) -> None:
     """
     tensors: dict[str, Tensor] = {}
     tree = _described(checkpoint.state, "", tensors)
-    # Large items first, so that each tensor starts at a multiple of its own item.
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    shapes = in_file_order(shapes_of(tensors))
     metadata = {
-        _PREFIX + "version": FORMAT_VERSION,
+        _PREFIX + "version": _VERSION,
         _PREFIX + "run": checkpoint.run,
         _PREFIX + "step": str(checkpoint.step),
         _PREFIX + "target": checkpoint.target,
         _PREFIX + "tree": json.dumps(tree),
     }
-    head = _header({name: tensors[name] for name in names}, metadata)
+    head = encode_header(tensor_entries({**shapes, _SUM: ("U8", (4,))}), metadata)
     with replacing(path) as file:
         file.write(head)
         crc = zlib.crc32(head)
-        for name in names:
-            data = _bytes_of(tensors[name])
+        for name in shapes:
+            data = bytes_of(tensors[name])
             file.write(data)
             crc = zlib.crc32(data, crc)
         file.write(struct.pack("<I", crc))
@@ -108,10 +95,10 @@ def _check(path: Path, metadata: Mapping[str, str], run: str) -> None:
     version = metadata.get(_PREFIX + "version")
     if version is None:
         raise CheckpointError(f"{path} is no checkpoint of LoRA².")
-    if version != FORMAT_VERSION:
+    if version != _VERSION:
         raise CheckpointError(
             f"{path} has format {version[:20]}, of another version of LoRA²; this one reads "
-            f"{FORMAT_VERSION}."
+            f"{_VERSION}."
         )
     if metadata.get(_PREFIX + "run") != run:
         raise CheckpointError(f"{path} belongs to a run with other settings or photos.")
@@ -133,7 +120,7 @@ def _is_whole(path: Path) -> bool:
 def _described(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     """``value`` for JSON: a tensor becomes {"": its name}, and is collected in ``tensors``."""
     if torch.is_tensor(value):
-        if value.dtype not in _NAMES:
+        if value.dtype not in DTYPE_NAMES:
             raise TypeError(f"{path} is a tensor of {value.dtype}, which has no place in a file.")
         name = path or "."
         tensors[name] = value.detach()
@@ -159,25 +146,3 @@ def _restored(value: Any, tensor: Callable[[str], Tensor]) -> Any:
     if isinstance(value, list):
         return [_restored(part, tensor) for part in value]
     return value
-
-
-def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """Length and header of a safetensors file of ``tensors`` in their order, then the checksum."""
-    entries: dict[str, Any] = {}
-    end = 0
-    shapes = [
-        (name, _NAMES[t.dtype], list(t.shape), t.numel() * t.element_size())
-        for name, t in tensors.items()
-    ]
-    for name, dtype, shape, size in [*shapes, (_SUM, "U8", [4], 4)]:
-        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
-        end += size
-    text = json.dumps({"__metadata__": metadata, **entries}).encode()
-    text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8
-    return struct.pack("<Q", len(text)) + text
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    """The values as they lie in memory; a copy only of what is on a GPU or not contiguous."""
-    flat = tensor.cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data

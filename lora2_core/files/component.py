@@ -9,6 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# Singular values below this share of a component's largest are rounding, not content.
+_NOISE = 1e-12
+# The same where inner products, which hold squares, are all that is looked at. What is that faint
+# beside the columns themselves is rounding too: of columns that cancel, fp32 leaves no less.
+_FAINT = 1e-7
+
 
 @dataclass(frozen=True)
 class Component:
@@ -46,13 +52,6 @@ class Component:
         )
 
 
-# Singular values below this share of a component's largest are rounding, not content.
-_NOISE = 1e-12
-# The same where inner products, which hold squares, are all that is looked at. What is that faint
-# beside the columns themselves is rounding too: of columns that cancel, fp32 leaves no less.
-_FAINT = 1e-7
-
-
 def component_from_tensors(
     name: str, down: Tensor, up: Tensor, alpha: float | None, mid: Tensor | None = None
 ) -> Component:
@@ -71,6 +70,32 @@ def component_from_tensors(
     return Component(name, down, up, torch.ones(rank), nu=None, root="file")
 
 
+def sum_of(name: str, components: Sequence[tuple[Component, float]]) -> Component:
+    """The sum of weighted components as one, exactly: their columns side by side.
+
+    All are of the same layer, of any rank. More columns than min(in, out) can say nothing more, and
+    some readers refuse them; such a sum is decomposed, which is exact too.
+    """
+    first = components[0][0]
+    down = torch.cat([c.lora_down for c, _ in components])  # (Σ rank, in, …)
+    scaled = [_scaled(c, weight) for c, weight in components]
+    up = torch.cat(scaled, dim=1)  # (out, Σ rank, …)
+    nu = first.nu if len(components) == 1 else None  # that of a sum says nothing
+    return within_bounds(Component(name, down, up, torch.ones(down.shape[0]), nu, first.root))
+
+
+def within_bounds(component: Component) -> Component:
+    """The same ΔW at a rank of min(in, out) at most: more says nothing, and some readers refuse.
+
+    What is not finite cannot be decomposed and stays; writing it is refused with a sentence.
+    """
+    if component.rank <= min(component.in_features, component.out_features):
+        return component
+    sides = (component.lora_down, component.lora_up, component.importance)
+    finite = all(bool(side.isfinite().all()) for side in sides)
+    return decompose(component) if finite else component
+
+
 def decompose(component: Component) -> Component:
     """The same ΔW as its singular value decomposition, columns of most weight first.
 
@@ -86,17 +111,6 @@ def decompose(component: Component) -> Component:
     return _taken_apart(component, new_down, new_up, values[:rank])
 
 
-def singular_values(component: Component) -> Tensor:
-    """Those of ΔW, fp64 (min(rank, in, out) or fewer,), falling; no vectors are computed.
-
-    From the rank × rank matrices of inner products: to 1e-7 of the largest, or of the columns'
-    norm, below which they are left out. A few times faster than :func:`decompose`.
-    """
-    found = _Products(*_sides(component), component.importance.double())
-    squares = torch.linalg.eigvalsh(found.inner)
-    return squares[found.not_faint(squares)].flip(0).sqrt()
-
-
 def decompose_quickly(component: Component) -> Component:
     """:func:`decompose` to what :func:`singular_values` sees, by inner products.
 
@@ -104,28 +118,45 @@ def decompose_quickly(component: Component) -> Component:
     singular vectors of U D: both sides follow by products with U and D alone.
     """
     down, up = _sides(component)
-    found = _Products(down, up, component.importance.double())
-    squares, vectors = torch.linalg.eigh(found.inner)
-    some = found.not_faint(squares)
+    products = _Products(down, up, component.importance.double())
+    squares, vectors = torch.linalg.eigh(products.inner)
+    some = products.not_faint(squares)
     values, vectors = squares[some].flip(0).sqrt(), vectors[:, some].flip(1)
-    new_up = up @ (found.of_up[:, None] * (found.half @ vectors) / values)  # (out, rank)
+    new_up = up @ (products.of_up[:, None] * (products.half @ vectors) / values)  # (out, rank)
     # H = Q √w, so H w⁻¹ is the inverse of Hᵀ
-    inverse = found.half / found.half.square().sum(0)
-    new_down = ((inverse @ vectors).t() * found.of_down) @ down  # (rank, in)
+    inverse = products.half / products.half.square().sum(0)
+    new_down = ((inverse @ vectors).t() * products.of_down) @ down  # (rank, in)
     return _taken_apart(component, new_down, new_up, values)
 
 
-def _taken_apart(component: Component, down: Tensor, up: Tensor, values: Tensor) -> Component:
-    """``component`` with other sides, still unrolled, and singular values as its importance."""
-    rank = values.numel()
-    return Component(
-        component.name,
-        down.float().view(rank, *component.lora_down.shape[1:]),
-        up.float().view(component.out_features, rank, *component.lora_up.shape[2:]),
-        values.float(),
-        component.nu,
-        component.root,
-    )
+def singular_values(component: Component) -> Tensor:
+    """Those of ΔW, fp64 (min(rank, in, out) or fewer,), falling; no vectors are computed.
+
+    From the rank × rank matrices of inner products: to 1e-7 of the largest, or of the columns'
+    norm, below which they are left out. A few times faster than :func:`decompose`.
+    """
+    products = _Products(*_sides(component), component.importance.double())
+    squares = torch.linalg.eigvalsh(products.inner)
+    return squares[products.not_faint(squares)].flip(0).sqrt()
+
+
+def column_energies(component: Component) -> Tensor:
+    """What each column adds when the columns before it are there, in the order of the file.
+
+    Returns fp64 (rank,), in units of ‖ΔW‖²: the squared error of keeping the first n columns is
+    the sum of what follows. Falls for a decomposition, and mostly for what LoRA² has learnt;
+    entries are negative where a column works against the later ones: what it adds is then further
+    from ΔW than nothing. Their sum never is.
+    """
+    down, up = _sides(component)
+    up = up * component.importance.double()
+    products = (up.t() @ up) * (down @ down.t())  # (rank, rank)
+    # ‖columns from n on‖²: the sums of the trailing squares of it
+    tails = products.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0)  # (rank,)
+    tails = torch.where(tails > _FAINT**2 * products.diagonal().sum(), tails, 0.0)
+    if not tails[0]:  # all columns together add nothing
+        return torch.zeros_like(tails)
+    return tails - torch.cat([tails[1:], tails.new_zeros(1)])
 
 
 class _Products:
@@ -156,42 +187,22 @@ class _Products:
         return squares > _FAINT**2 * torch.maximum(squares[-1], self._columns)
 
 
+def _taken_apart(component: Component, down: Tensor, up: Tensor, values: Tensor) -> Component:
+    """``component`` with other sides, still unrolled, and singular values as its importance."""
+    rank = values.numel()
+    return Component(
+        component.name,
+        down.float().view(rank, *component.lora_down.shape[1:]),
+        up.float().view(component.out_features, rank, *component.lora_up.shape[2:]),
+        values.float(),
+        component.nu,
+        component.root,
+    )
+
+
 def _sides(component: Component) -> tuple[Tensor, Tensor]:
     """(down, up), unrolled, in fp64."""
     return component.lora_down.flatten(1).double(), component.lora_up.flatten(1).double()
-
-
-def column_energies(component: Component) -> Tensor:
-    """What each column adds when the columns before it are there, in the order of the file.
-
-    Returns fp64 (rank,), in units of ‖ΔW‖²: the squared error of keeping the first n columns is
-    the sum of what follows. Falls for a decomposition, and mostly for what LoRA² has learnt;
-    entries are negative where a column works against the later ones: what it adds is then further
-    from ΔW than nothing. Their sum never is.
-    """
-    down, up = _sides(component)
-    up = up * component.importance.double()
-    products = (up.t() @ up) * (down @ down.t())  # (rank, rank)
-    # ‖columns from n on‖²: the sums of the trailing squares of it
-    tails = products.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0)  # (rank,)
-    tails = torch.where(tails > _FAINT**2 * products.diagonal().sum(), tails, 0.0)
-    if not tails[0]:  # all columns together add nothing
-        return torch.zeros_like(tails)
-    return tails - torch.cat([tails[1:], tails.new_zeros(1)])
-
-
-def sum_of(name: str, components: Sequence[tuple[Component, float]]) -> Component:
-    """The sum of weighted components as one, exactly: their columns side by side.
-
-    All are of the same layer, of any rank. More columns than min(in, out) can say nothing more, and
-    some readers refuse them; such a sum is decomposed, which is exact too.
-    """
-    first = components[0][0]
-    down = torch.cat([c.lora_down for c, _ in components])  # (Σ rank, in, …)
-    scaled = [_scaled(c, weight) for c, weight in components]
-    up = torch.cat(scaled, dim=1)  # (out, Σ rank, …)
-    nu = first.nu if len(components) == 1 else None  # that of a sum says nothing
-    return within_bounds(Component(name, down, up, torch.ones(down.shape[0]), nu, first.root))
 
 
 def _scaled(component: Component, weight: float) -> Tensor:
@@ -200,15 +211,3 @@ def _scaled(component: Component, weight: float) -> Tensor:
     if not bool((component.importance == 1).all()):
         up = up * component.importance.view(shape)
     return up if weight == 1 else up * weight
-
-
-def within_bounds(component: Component) -> Component:
-    """The same ΔW at a rank of min(in, out) at most: more says nothing, and some readers refuse.
-
-    What is not finite cannot be decomposed and stays; writing it is refused with a sentence.
-    """
-    if component.rank <= min(component.in_features, component.out_features):
-        return component
-    sides = (component.lora_down, component.lora_up, component.importance)
-    finite = all(bool(side.isfinite().all()) for side in sides)
-    return decompose(component) if finite else component

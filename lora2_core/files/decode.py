@@ -15,23 +15,77 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from .. import adaptive_rank
 from .component import Component, component_from_tensors
-from .encode import STORED_ALPHA, fits_half, fold, sizes_and_errors
-from .keys import ALPHA, NU, Pair, parse_keys
+from .encode import STORED_ALPHA, fits_half, fold, norms_and_half_errors
+from .keys import ALPHA, Pair
+from .read import LoRAFile
 
 
-def is_foreign(keys: Iterable[str]) -> bool:
-    """Whether a file is of that layout."""
-    return any(key.endswith(NU) for key in keys)
+def in_our_layout(file: LoRAFile) -> LoRAFile:
+    """A file of the other layout of LoRA² (see above) as any loader reads it; others as they are.
+
+    Raises ValueError for a ν that gives no importances.
+    """
+    foreign = [pair for pair in file.parsed.pairs if pair.nu is not None]
+    if not foreign:
+        return file
+    out = dict(file.state)
+    for pair in foreign:
+        put_component(out, pair, component_of(file.state, pair, metadata=file.metadata))
+    return file.with_state(out)
 
 
-def foreign_component(
+def component_of(
+    state: Mapping[str, Tensor],
+    pair: Pair,
+    name: str | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> Component:
+    """One component of a state, its scale in ``lora_up``; ``name``: another than the file's."""
+    alpha = None if pair.alpha is None else float(state[pair.alpha])
+    if pair.nu is not None:
+        parts = state[pair.down], state[pair.up], state[pair.nu]
+        return _foreign_component(name or pair.name, *parts, alpha, metadata or {})
+    mid = None if pair.mid is None else state[pair.mid]
+    down, up = state[pair.down], state[pair.up]
+    return component_from_tensors(name or pair.name, down, up, alpha, mid)
+
+
+def put_component(out: dict[str, Tensor], pair: Pair, component: Component) -> None:
+    """Put ``component`` where ``pair`` was in a state; nothing of it where it holds nothing."""
+    factors = factor_tensors(component)
+    if factors is None:
+        for key in pair.keys:
+            out.pop(key, None)
+        return
+    out[pair.down], out[pair.up] = factors
+    for key in (pair.mid, pair.nu):  # their part is in the two factors now
+        out.pop(key or "", None)
+    out[pair.alpha or pair.name + ALPHA] = torch.tensor(STORED_ALPHA)
+
+
+def factor_tensors(component: Component, half: bool | None = None) -> tuple[Tensor, Tensor] | None:
+    """(down, up) as a file holds them; None when there is nothing to hold.
+
+    In fp16 where ``half`` says so; None: where it does not show, as in :func:`.fits_half`.
+    """
+    if not component.rank or not bool(component.lora_up.any()):
+        return None
+    down, up = fold(component)
+    if half is None:
+        half = bool(fits_half(norms_and_half_errors(down, up)[1][-1]))
+    if half:
+        down, up = down.half(), up.half()
+    return down.contiguous(), up.contiguous()
+
+
+def _foreign_component(
     name: str,
     down: Tensor,
     up: Tensor,
@@ -65,76 +119,24 @@ def foreign_component(
 
 def _configured_rank(alpha: float, kernel: tuple[int, ...], metadata: Mapping[str, str]) -> float:
     """Of a component with this kernel; that trainer tells kernels by their first side."""
-    found = _positive(metadata.get("ss_network_dim"))
+    rank = _positive(metadata.get("ss_network_dim"))
     if kernel and kernel[0] > 1:
-        found = _positive(_arguments(metadata).get("conv_dim")) or found
-    return found or alpha or 1.0
+        rank = _positive(_arguments(metadata).get("conv_dim")) or rank
+    return rank or alpha or 1.0
 
 
 def _arguments(metadata: Mapping[str, str]) -> Mapping[str, object]:
     try:
-        found = json.loads(metadata.get("ss_network_args", "{}"))
+        arguments = json.loads(metadata.get("ss_network_args", "{}"))
     except (ValueError, RecursionError):  # somebody else's words
         return {}
-    return found if isinstance(found, dict) else {}
+    return arguments if isinstance(arguments, dict) else {}
 
 
 def _positive(value: object) -> float:
     """A number above 0, or 0 for what is none ("Dynamic", nothing)."""
     try:
-        found = float(value) if isinstance(value, (str, int, float)) else 0.0
+        number = float(value) if isinstance(value, (str, int, float)) else 0.0
     except (ValueError, OverflowError):
         return 0.0
-    return found if 0 < found < math.inf else 0.0
-
-
-def in_our_layout(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
-    """A state of the other layout of LoRA² (see above) as any loader reads it."""
-    out = dict(state)
-    for pair in parse_keys(state).pairs:
-        if pair.nu is not None:
-            _put(out, pair, component_of(state, pair, metadata=metadata))
-            out.pop(pair.nu, None)
-    return out
-
-
-def component_of(
-    state: Mapping[str, Tensor],
-    pair: Pair,
-    name: str | None = None,
-    metadata: Mapping[str, str] | None = None,
-) -> Component:
-    """One component of a state, its scale in ``lora_up``; ``name``: another than the file's."""
-    alpha = None if pair.alpha is None else float(state[pair.alpha])
-    if pair.nu is not None:
-        parts = state[pair.down], state[pair.up], state[pair.nu]
-        return foreign_component(name or pair.name, *parts, alpha, metadata or {})
-    mid = None if pair.mid is None else state[pair.mid]
-    down, up = state[pair.down], state[pair.up]
-    return component_from_tensors(name or pair.name, down, up, alpha, mid)
-
-
-def factor_tensors(component: Component, half: bool | None = None) -> tuple[Tensor, Tensor] | None:
-    """(down, up) as a file holds them; None when there is nothing to hold.
-
-    In fp16 where ``half`` says so; None: where it does not show, as in :func:`.fits_half`.
-    """
-    if not component.rank or not bool(component.lora_up.any()):
-        return None
-    down, up = fold(component)
-    if half is None:
-        half = bool(fits_half(sizes_and_errors(down, up)[1][-1]))
-    if half:
-        down, up = down.half(), up.half()
-    return down.contiguous(), up.contiguous()
-
-
-def _put(out: dict[str, Tensor], pair: Pair, component: Component) -> None:
-    found = factor_tensors(component)
-    if found is None:
-        for key in pair.keys:
-            out.pop(key, None)
-        return
-    out[pair.down], out[pair.up] = found
-    out.pop(pair.mid or "", None)
-    out[pair.alpha or pair.name + ALPHA] = torch.tensor(STORED_ALPHA)
+    return number if 0 < number < math.inf else 0.0

@@ -7,31 +7,46 @@ Pure functions: nothing here touches a disk. What the file looks like stands in
 from __future__ import annotations
 
 import hashlib
-import json
-import math
-import struct
 from collections.abc import Iterable, Mapping, Sequence
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from .component import Component, within_bounds
-from .header import LoRAFileError as LoRAFileError
+from .header import (
+    Entry,
+    LoRAFileError,
+    TensorShape,
+    encode_header,
+    in_file_order,
+    tensor_bytes,
+    tensor_entries,
+)
+from .keys import ALPHA, DOWN, UP
 
-FORMAT_VERSION = "1"
 PREFIXES = {"unet": "lora_unet_", "te1": "lora_te1_", "te2": "lora_te2_", "file": ""}
-DOWN, UP, ALPHA = ".lora_down.weight", ".lora_up.weight", ".alpha"
 # The same in every component, whatever its rank; loaders scale by alpha / rank, which the factors
 # make up for. diffusers loses alphas that differ, and then scales most layers wrongly.
 STORED_ALPHA = 1.0
 # A component whose fp16 ΔW would be off by more than this is kept in fp32.
 _HALF_ERROR = 5e-4
 _LARGEST = torch.finfo(torch.float32).max
-_NAMES = {torch.float32: "F32", torch.float16: "F16"}
-_BYTES = {"F32": 4, "F16": 2}
-
-TensorShape = tuple[str, tuple[int, ...]]  # type and shape of a tensor, as a header names them
+KOHYA_WINDOW = 0x100000, 0x110000  # of a file's bytes, which kohya's short hash is of
+# As a header names them.
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 def kohya_key(name: str, root: str = "unet") -> str:
@@ -57,7 +72,7 @@ def fold(component: Component) -> tuple[Tensor, Tensor]:
     return down.view_as(component.lora_down), up.view_as(component.lora_up)
 
 
-def sizes_and_errors(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+def norms_and_half_errors(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """Norm of up · down, and relative error of its fp16 version, of the first 1, 2, … columns.
 
     ``down``: (rank, in, …), ``up``: (out, rank, …), as :func:`fold` gives them. Returns fp64
@@ -96,7 +111,7 @@ def to_state(components: Sequence[Component]) -> dict[str, Tensor]:
         if not component.rank:
             continue
         down, up = fold(component)
-        norms, errors = sizes_and_errors(down, up)
+        norms, errors = norms_and_half_errors(down, up)
         if not norms[-1] <= _LARGEST:  # nor where it is not a number
             raise LoRAFileError(
                 f"{component.name} holds values that are not finite, so nothing was written; "
@@ -118,101 +133,58 @@ def stored_ranks(state: Mapping[str, Tensor], components: Iterable[Component]) -
     return [state[key].shape[0] if key in state else 0 for key in keys]
 
 
-def understood_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
-    """``metadata`` without our keys if they are of a newer version, whose rules we do not know."""
-    if metadata.get("lora2.format_version", FORMAT_VERSION) == FORMAT_VERSION:
-        return dict(metadata)
-    return {name: text for name, text in metadata.items() if not name.startswith("lora2.")}
-
-
-def complete_metadata(
-    metadata: Mapping[str, str], components: Iterable[Component], ranks: Iterable[int]
-) -> dict[str, str]:
-    """``metadata`` and what a reader needs of every component at its rank, in forward order."""
-    return with_listing(
-        metadata,
-        {
-            kohya_key(c.name, c.root): listing_entry(c.nu, rank, c.in_features, c.out_features)
-            for c, rank in zip(components, ranks, strict=True)
-        },
-    )
-
-
-def with_listing(
-    metadata: Mapping[str, str], entries: Mapping[str, Mapping[str, float | None]]
-) -> dict[str, str]:
-    """:func:`complete` with lines of :func:`listed` by the component's key."""
-    return {
-        **metadata,
-        "lora2.format_version": FORMAT_VERSION,
-        "lora2.components": json.dumps(entries),
-    }
-
-
-def listing_entry(
-    nu: float | None, rank: int, in_features: int, out_features: int
-) -> dict[str, float | None]:
-    """One line of the list of components in the metadata."""
-    return {"nu": nu, "rank": rank, "in": in_features, "out": out_features}
-
-
 def encode(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     """The bytes of a safetensors file, its metadata in sorted order and with its hashes.
 
-    The library writes metadata in the random order of its hash map; the header is rewritten
-    so that equal runs give equal files. ``sshs_model_hash`` is the SHA-256 of what follows the
-    header. ``sshs_legacy_hash`` is, as kohya takes it, the first 8 digits of the SHA-256 of 64 KiB
-    from byte 1,048,576 of the file with its ``ss_*`` metadata alone.
+    So equal runs give equal files: the library would write metadata in the random order of its
+    hash map. ``sshs_model_hash`` is the SHA-256 of what follows the header. ``sshs_legacy_hash``
+    is, as kohya takes it, the first 8 digits of the SHA-256 of 64 KiB from byte 1,048,576 of the
+    library's own file with the ``ss_*`` metadata alone.
     """
-    kohya = {name: text for name, text in metadata.items() if name.startswith("ss_")}
-    raw = safetensors.torch.save(dict(state), kohya)
-    (length,) = struct.unpack("<Q", raw[:8])
-    head, data = raw[8 : 8 + length], raw[8 + length :]
-    tensors = {key: entry for key, entry in json.loads(head).items() if key != "__metadata__"}
+    shapes = in_file_order(shapes_of(state))
+    data = b"".join(bytes_of(state[key]) for key in shapes)
+    before = library_header_bytes(shapes, metadata)
+    start, end = (max(edge - before, 0) for edge in KOHYA_WINDOW)
     digest = hashlib.sha256(data).hexdigest()
-    legacy = hashlib.sha256(raw[0x100000:0x110000]).hexdigest()[:8]
-    return encode_header(tensors, metadata, digest, legacy) + data
+    legacy = hashlib.sha256(data[start:end]).hexdigest()[:8]
+    return hashed_header(tensor_entries(shapes), metadata, digest, legacy) + data
 
 
 def encoded_bytes(shapes: Mapping[str, TensorShape], metadata: Mapping[str, str]) -> int:
     """The length of what :func:`encode` returns for tensors of these shapes; hashes nothing."""
-    end = sum(map(tensor_bytes, shapes.values()))
-    return len(encode_header(tensor_places(shapes), metadata, "0" * 64, "0" * 8)) + end
+    entries = tensor_entries(in_file_order(shapes))
+    data = sum(map(tensor_bytes, shapes.values()))
+    return len(hashed_header(entries, metadata, "0" * 64, "0" * 8)) + data
 
 
-def in_file_order(shapes: Mapping[str, TensorShape]) -> list[str]:
-    """The keys in the library's order: larger items first, then by name."""
-    return sorted(shapes, key=lambda key: (-_BYTES[shapes[key][0]], key))
+def hashed_header(
+    entries: Mapping[str, Entry], metadata: Mapping[str, str], digest: str, legacy: str
+) -> bytes:
+    """The header of a LoRA file with its two hashes, as :func:`encode` explains them."""
+    full = {
+        **metadata,
+        "sshs_model_hash": digest,
+        "modelspec.hash_sha256": "0x" + digest,
+        "sshs_legacy_hash": legacy,
+    }
+    return encode_header(entries, dict(sorted(full.items())))
 
 
-def tensor_bytes(shape: TensorShape) -> int:
-    """What a tensor takes."""
-    return _BYTES[shape[0]] * math.prod(shape[1])
-
-
-def tensor_places(shapes: Mapping[str, TensorShape]) -> dict[str, dict[str, object]]:
-    """The entries of a header for tensors of these shapes; their places are part of it."""
-    tensors: dict[str, dict[str, object]] = {}
-    end = 0
-    for key in in_file_order(shapes):
-        start, end = end, end + tensor_bytes(shapes[key])
-        name, shape = shapes[key]
-        tensors[key] = {"dtype": name, "shape": list(shape), "data_offsets": [start, end]}
-    return tensors
-
-
-def kohya_header_bytes(shapes: Mapping[str, TensorShape], metadata: Mapping[str, str]) -> int:
+def library_header_bytes(shapes: Mapping[str, TensorShape], metadata: Mapping[str, str]) -> int:
     """Where the data would start in the library's own file with the ``ss_*`` metadata alone."""
     kohya = {name: text for name, text in metadata.items() if name.startswith("ss_")}
-    full: dict[str, object] = {"__metadata__": kohya, **tensor_places(shapes)}
-    # An empty dictionary stays in, as the library writes it.
-    text = json.dumps(full, separators=(",", ":"), ensure_ascii=False).encode()
-    return 8 + len(text) + -len(text) % 8
+    return len(encode_header(tensor_entries(in_file_order(shapes)), kohya, compact=True))
 
 
 def shapes_of(state: Mapping[str, Tensor]) -> dict[str, TensorShape]:
     """Types and shapes of the tensors of a state, for :func:`encoded_bytes`."""
-    return {key: (_NAMES[tensor.dtype], tuple(tensor.shape)) for key, tensor in state.items()}
+    return {key: (DTYPE_NAMES[one.dtype], tuple(one.shape)) for key, one in state.items()}
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The values as they lie in memory; a copy only of what is on a GPU or not contiguous."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
 
 
 def component_shapes(
@@ -227,18 +199,3 @@ def component_shapes(
     name = "F16" if half else "F32"
     up = (out_features, rank, *(1 for _ in kernel[1:]))
     return {key + DOWN: (name, (rank, *kernel)), key + UP: (name, up), key + ALPHA: ("F32", ())}
-
-
-def encode_header(
-    tensors: Mapping[str, object], metadata: Mapping[str, str], digest: str, legacy: str
-) -> bytes:
-    """The header with its length before it."""
-    full = {
-        **metadata,
-        "sshs_model_hash": digest,
-        "modelspec.hash_sha256": "0x" + digest,
-        "sshs_legacy_hash": legacy,
-    }
-    text = json.dumps({"__metadata__": dict(sorted(full.items())), **tensors}).encode()
-    text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8
-    return struct.pack("<Q", len(text)) + text

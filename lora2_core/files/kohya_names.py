@@ -89,13 +89,13 @@ def sgm_name(key: str) -> str:
         if rest.startswith(start):
             return "lora_unet_" + new + _inner(rest.removeprefix(start), "resnets" in start)
     for pattern, place in _PLACES:
-        found = re.match(pattern, rest)
-        if found is None:
+        match = re.match(pattern, rest)
+        if match is None:
             continue
-        block, kind, index = int(found[1]), found[2], int(found[3])
+        block, kind, index = int(match[1]), match[2], int(match[3])
         first = 1 if rest.startswith("down") else 0
         new = place.format(n=first + 3 * block + index, part=0 if kind == "resnets" else 1)
-        return "lora_unet_" + new + _inner(rest[found.end() :], kind == "resnets")
+        return "lora_unet_" + new + _inner(rest[match.end() :], kind == "resnets")
     return key
 
 

@@ -1,4 +1,4 @@
-"""The metadata of a trained file: ours, kohya's ``ss_*`` and ModelSpec; all strings.
+"""The metadata of a file: ours, kohya's ``ss_*`` and ModelSpec; all strings.
 
 No clock and no path goes in: the same run gives the same bytes, and a shared file tells nothing
 about its maker's machine.
@@ -9,12 +9,15 @@ from __future__ import annotations
 import json
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..config.train import OptimizerConfig, TrainConfig
-from .encode import STORED_ALPHA
+from .component import Component
+from .encode import STORED_ALPHA, kohya_key
 
+FORMAT_VERSION = "1"  # of LoRA files
+VERSION, COMPONENTS = "lora2.format_version", "lora2.components"
 RUN = "lora2.run"  # the fingerprint of the run that a file is of
 _MODULE = "lora2_core.network"
 _CLASSES = {
@@ -52,6 +55,63 @@ def describe_run(
         **_kohya_options(config),
         **_model_spec(config, captions, title),
     }
+
+
+def complete_metadata(
+    metadata: Mapping[str, str], components: Iterable[Component], ranks: Iterable[int]
+) -> dict[str, str]:
+    """``metadata`` and what a reader needs of every component at its rank, in forward order."""
+    return with_listing(
+        metadata,
+        {
+            kohya_key(c.name, c.root): listing_entry(c.nu, rank, c.in_features, c.out_features)
+            for c, rank in zip(components, ranks, strict=True)
+        },
+    )
+
+
+def with_listing(
+    metadata: Mapping[str, str], entries: Mapping[str, Mapping[str, float | None]]
+) -> dict[str, str]:
+    """``metadata`` and the list of components, each a :func:`listing_entry` by its key."""
+    return {**metadata, VERSION: FORMAT_VERSION, COMPONENTS: json.dumps(entries)}
+
+
+def listing_entry(
+    nu: float | None, rank: int, in_features: int, out_features: int
+) -> dict[str, float | None]:
+    """One line of the list of components."""
+    return {"nu": nu, "rank": rank, "in": in_features, "out": out_features}
+
+
+def is_ours(metadata: Mapping[str, str]) -> bool:
+    """Whether a file is of our format, in the version that we write."""
+    return metadata.get(VERSION) == FORMAT_VERSION
+
+
+def newer_version(metadata: Mapping[str, str]) -> str:
+    """The version of our format that a file has and we do not know; mostly empty."""
+    version = metadata.get(VERSION, "")
+    return "" if version == FORMAT_VERSION else version
+
+
+def understood_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
+    """``metadata`` without our keys if they are of a newer version, whose rules we do not know."""
+    if metadata.get(VERSION, FORMAT_VERSION) == FORMAT_VERSION:
+        return dict(metadata)
+    return {name: text for name, text in metadata.items() if not name.startswith("lora2.")}
+
+
+def headline(metadata: Mapping[str, str]) -> str:
+    """One line about a file; empty when its metadata says nothing."""
+    mode, steps = metadata.get("lora2.mode"), metadata.get("ss_steps")
+    trigger = metadata.get("modelspec.trigger_phrase")
+    facts = (
+        f"LoRA² {mode} mode" if is_ours(metadata) and mode is not None else "",
+        f"{steps} steps" if steps else "",
+        f'"{trigger}"' if trigger else "",
+    )
+    return " · ".join(filter(None, facts))
 
 
 def _first_and_last(values: Sequence[float]) -> list[float]:

@@ -1,4 +1,4 @@
-"""What a LoRA file was made for, told by its names and shapes, and why it does not fit a model.
+"""Which family of models a LoRA was made for, told by its names and shapes, and what misfits.
 
 Shapes come first, since they decide; what the metadata claims counts where shapes are silent.
 """
@@ -13,7 +13,7 @@ from itertools import islice
 from .header import one_line
 
 # Width of the text that cross-attention reads → whose it is.
-_BY_CONTEXT = {768: "SD 1.5", 1024: "SD 2", 2048: "SDXL", 1280: "the SDXL refiner"}
+FAMILY_OF_CONTEXT = {768: "SD 1.5", 1024: "SD 2", 2048: "SDXL", 1280: "the SDXL refiner"}
 _UNET = re.compile(r"^(?!lora_prior_)(.*[._])?(input|output|middle|down|up|mid)_blocks?[._]")
 _CROSS = re.compile(r"attn2[._](processor[._])?to_[kv](_lora)?$")
 _DEEP = re.compile(r"[._]transformer_blocks[._][4-9][._]")  # only SDXL has so many in a row
@@ -70,8 +70,8 @@ _MOST_NAMES, _LONGEST = 5000, 300  # more is no LoRA's; a stranger may write any
 
 
 @dataclass(frozen=True)
-class Architecture:
-    """A family of models; an empty name is an unknown one."""
+class Family:
+    """A family of models, of one architecture; an empty name is an unknown one."""
 
     name: str = ""
     context: int | None = None  # width of the text that its cross-attention reads
@@ -83,24 +83,47 @@ class Architecture:
         return f"{name} (context {self.context})" if self.context else name
 
 
-def guess_family(inputs: Mapping[str, int], metadata: Mapping[str, str]) -> Architecture:
+def guess_family(inputs: Mapping[str, int], metadata: Mapping[str, str]) -> Family:
     """The family that a LoRA was trained on; where neither names nor metadata are sure, none.
 
     ``inputs``: the input width of each component by its name in the file, 0 where it is unknown.
     """
-    found = {name[:_LONGEST]: width for name, width in islice(inputs.items(), _MOST_NAMES)}
+    width_of = {name[:_LONGEST]: width for name, width in islice(inputs.items(), _MOST_NAMES)}
     claimed = _claimed(metadata)
-    of_unet = [name for name in found if _UNET.search(name)]
+    of_unet = [name for name in width_of if _UNET.search(name)]
     for name in of_unet:
-        if found[name] and _CROSS.search(name):
-            return Architecture(_BY_CONTEXT.get(found[name], ""), found[name])
+        if width_of[name] and _CROSS.search(name):
+            return Family(FAMILY_OF_CONTEXT.get(width_of[name], ""), width_of[name])
     if any(map(_DEEP.search, of_unet)):
-        return Architecture("SDXL", 2048)
+        return Family("SDXL", 2048)
     if not of_unet:
         for pattern, widths, families in _BY_NAME:
-            if any(pattern.search(n) and (not widths or w in widths) for n, w in found.items()):
-                return Architecture(claimed if claimed in families else families[0])
-    return Architecture(claimed)
+            if any(pattern.search(n) and (not widths or w in widths) for n, w in width_of.items()):
+                return Family(claimed if claimed in families else families[0])
+    return Family(claimed)
+
+
+def misfit(source: str, made_for: Family, model: Family) -> str:
+    """One sentence for a LoRA that fits no layer of a model, or layers of another shape."""
+    other_text = made_for.context and model.context and made_for.context != model.context
+    if made_for.name and (made_for.name != model.name or other_text):
+        why = f"{source} was made for {made_for.text}, this model is {model.text}"
+    elif made_for.context and made_for.context != model.context:
+        width = made_for.context
+        why = f"{source} was made for a text of width {width}, this model is {model.text}"
+    else:
+        why = f"{source} was made for another architecture than this model, {model.text}"
+    return f"{why}; choose a LoRA for this model."
+
+
+def unknown_components(source: str, names: Iterable[str], count: int) -> str:
+    """One sentence for components that a model has no layer for; empty when there are none."""
+    unknown = sorted(names)
+    if not unknown:
+        return ""
+    first = ", ".join(one_line(name[:60]) for name in unknown[:3])
+    more = ", …" if len(unknown) > 3 else ""
+    return f"{source}: {len(unknown)} of {count} components unknown: {first}{more}."
 
 
 def _claimed(metadata: Mapping[str, str]) -> str:
@@ -110,25 +133,3 @@ def _claimed(metadata: Mapping[str, str]) -> str:
         if re.search(pattern, words):
             return family
     return "SD 2" if metadata.get("ss_v2") == "True" else ""
-
-
-def misfit(source: str, made: Architecture, model: Architecture) -> str:
-    """One sentence for a LoRA that fits no layer of a model, or layers of another shape."""
-    other_text = made.context and model.context and made.context != model.context
-    if made.name and (made.name != model.name or other_text):
-        why = f"{source} was made for {made.text}, this model is {model.text}"
-    elif made.context and made.context != model.context:
-        why = f"{source} was made for a text of width {made.context}, this model is {model.text}"
-    else:
-        why = f"{source} was made for another architecture than this model, {model.text}"
-    return f"{why}; choose a LoRA for this model."
-
-
-def unknown_components(source: str, names: Iterable[str], count: int) -> str:
-    """One sentence for components that a model has no layer for; empty when there are none."""
-    found = sorted(names)
-    if not found:
-        return ""
-    first = ", ".join(one_line(name[:60]) for name in found[:3])
-    more = ", …" if len(found) > 3 else ""
-    return f"{source}: {len(found)} of {count} components unknown: {first}{more}."

@@ -89,7 +89,7 @@ def sort_components(
     blocks = _with_gaps_filled(kept)
     rest.sort(key=lambda item: _natural(item[1].key))
     kinds = {name: [c for kind, c in rest if kind == name] for name, _ in _KINDS}
-    return {b: grid.get(b, {}) for b in blocks}, {k: found for k, found in kinds.items() if found}
+    return {b: grid.get(b, {}) for b in blocks}, {k: some for k, some in kinds.items() if some}
 
 
 def _natural(text: str) -> list[tuple[str, int]]:

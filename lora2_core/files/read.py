@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,9 @@ import safetensors
 import torch
 from torch import Tensor
 
-from .encode import DOWN as _DOWN
-from .encode import (
-    FORMAT_VERSION,
-)
 from .header import Header, LoRAFileError, read_header, shown_key
-from .keys import ALPHA, MAGNITUDES, Pair, Parts, parse_keys
+from .keys import ALPHA, DOWN, MAGNITUDES, Pair, ParsedKeys, parse_keys
+from .metadata import COMPONENTS, understood_metadata
 from .shapes import Mismatch, product_of_kind, product_of_pair
 
 _LARGEST_WIDTH = 1 << 31  # of a layer that the metadata may list
@@ -39,28 +37,51 @@ class ComponentInfo:
 
 @dataclass(frozen=True)
 class LoRAFile:
-    """A file in memory: tensors by key as stored, and the metadata."""
+    """A file in memory: tensors by key as stored, and the metadata. Neither must be changed."""
 
     state: dict[str, Tensor]
     metadata: dict[str, str]
+    known: ParsedKeys | None = None  # what its keys are, if that has been told before
+
+    @cached_property
+    def parsed(self) -> ParsedKeys:
+        """What the keys are; they are parsed once at most."""
+        return parse_keys(self.state) if self.known is None else self.known
+
+    def with_state(self, state: dict[str, Tensor]) -> LoRAFile:
+        """The same file with other tensors; only other keys have to be parsed again."""
+        same = state.keys() == self.state.keys()
+        return LoRAFile(state, self.metadata, self.parsed if same else None)
 
 
-def component_keys(keys: Mapping[str, Any]) -> list[str]:
-    """Keys of the components in a state or header, without suffix."""
-    return [key[: -len(_DOWN)] for key in keys if key.endswith(_DOWN)]
+def inspect(path: Path) -> tuple[list[ComponentInfo], dict[str, str]]:
+    """Components and metadata from the header alone; no tensor is read.
+
+    Of LoRAs of any trainer and kind. Components that training left out as zero are listed with
+    rank 0. Raises LoRAFileError when the file is missing, cut short, no safetensors file or holds
+    no LoRA.
+    """
+    return inspect_header(read_header(path))
 
 
-def headline(metadata: Mapping[str, str]) -> str:
-    """One line about a file, from its metadata; empty when it says nothing."""
-    ours = metadata.get("lora2.format_version") == FORMAT_VERSION
-    parts = [
-        f"LoRA² {metadata['lora2.mode']} mode" if ours and "lora2.mode" in metadata else "",
-        f"{metadata['ss_steps']} steps" if metadata.get("ss_steps") else "",
-        f'"{metadata["modelspec.trigger_phrase"]}"'
-        if metadata.get("modelspec.trigger_phrase")
-        else "",
+def inspect_header(header: Header) -> tuple[list[ComponentInfo], dict[str, str]]:
+    """:func:`inspect` of a header that was read already."""
+    trained = _trained_components(header.metadata)
+    infos = _components(header, trained)
+    if not infos:
+        raise LoRAFileError(
+            f"{header.path} holds no LoRA (no key ends in {DOWN} or any other LoRA's ending); "
+            "choose a LoRA file, not a checkpoint."
+        )
+    present = {info.key for info in infos}
+    infos += [
+        ComponentInfo(key, 0, entry["in"], entry["out"], entry["nu"], 0)
+        for key, entry in trained.items()
+        if key not in present
     ]
-    return " · ".join(part for part in parts if part)
+    order = {key: position for position, key in enumerate(trained)}
+    infos.sort(key=lambda info: order.get(info.key, len(order)))
+    return infos, header.metadata
 
 
 def load(path: Path) -> LoRAFile:
@@ -69,7 +90,7 @@ def load(path: Path) -> LoRAFile:
     Raises LoRAFileError for anything unreadable, and for parts that do not fit together.
     """
     header = read_header(path)
-    _components(header, parse_keys(header.entries), {})
+    _components(header, {})
     try:
         with safetensors.safe_open(path, "pt") as file:
             state = {key: file.get_tensor(key) for key in header.entries}
@@ -77,7 +98,12 @@ def load(path: Path) -> LoRAFile:
     except (OSError, AttributeError, safetensors.SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise LoRAFileError(f"{path} cannot be read ({reason}). Copy it again.") from error
-    return LoRAFile(state, header.metadata)
+    return LoRAFile(state, header.metadata, header.parsed)
+
+
+def component_keys(keys: Mapping[str, Any]) -> list[str]:
+    """Keys of the components in a state or header, without suffix."""
+    return [key.removesuffix(DOWN) for key in keys if key.endswith(DOWN)]
 
 
 def check_finite(state: Mapping[str, Tensor], source: str) -> None:
@@ -94,53 +120,23 @@ def check_finite(state: Mapping[str, Tensor], source: str) -> None:
             )
 
 
-def inspect(path: Path) -> tuple[list[ComponentInfo], dict[str, str]]:
-    """Components and metadata from the header alone; no tensor is read.
-
-    Of LoRAs of any trainer and kind. Components that training left out as zero are listed with
-    rank 0. Raises LoRAFileError when the file is missing, cut short, no safetensors file or holds
-    no LoRA.
-    """
-    return inspect_header(read_header(path))
-
-
-def inspect_header(header: Header) -> tuple[list[ComponentInfo], dict[str, str]]:
-    """:func:`inspect` of a header that was read already."""
-    parts = parse_keys(header.entries)
-    trained = _trained_components(header.metadata)
-    infos = _components(header, parts, trained)
-    if not infos:
-        raise LoRAFileError(
-            f"{header.path} holds no LoRA (no key ends in {_DOWN} or any other LoRA's ending); "
-            "choose a LoRA file, not a checkpoint."
-        )
-    present = {info.key for info in infos}
-    infos += [
-        ComponentInfo(key, 0, entry["in"], entry["out"], entry["nu"], 0)
-        for key, entry in trained.items()
-        if key not in present
-    ]
-    order = {key: position for position, key in enumerate(trained)}
-    infos.sort(key=lambda info: order.get(info.key, len(order)))
-    return infos, header.metadata
-
-
-def _components(header: Header, parts: Parts, trained: Mapping[str, Any]) -> list[ComponentInfo]:
+def _components(header: Header, trained: Mapping[str, Any]) -> list[ComponentInfo]:
     """What is in the file. Raises LoRAFileError where tensors do not fit together."""
-    if parts.lonely:
+    parsed = header.parsed
+    if parsed.lonely:
         raise LoRAFileError(
-            f"{header.path} is damaged: {shown_key(parts.lonely[0])} lacks its other half."
+            f"{header.path} is damaged: {shown_key(parsed.lonely[0])} lacks its other half."
         )
     magnitudes = {
-        key.removesuffix(end) for key in parts.unknown for end in MAGNITUDES if key.endswith(end)
+        key.removesuffix(end) for key in parsed.unknown for end in MAGNITUDES if key.endswith(end)
     }
     infos: list[ComponentInfo] = []
     name = ""
     try:
-        for pair in parts.pairs:
+        for pair in parsed.pairs:
             name = pair.name
             infos.append(_info(header, pair, trained.get(name), name in magnitudes))
-        for kind, components in parts.others.items():
+        for kind, components in parsed.others.items():
             for name, keys in components.items():
                 infos.append(_other(header, kind, name, keys))
     except Mismatch as mismatch:
@@ -154,10 +150,8 @@ def _components(header: Header, parts: Parts, trained: Mapping[str, Any]) -> lis
 def _trained_components(metadata: Mapping[str, str]) -> dict[str, Any]:
     """Our own list of components; empty when somebody else wrote into our metadata, since the
     tensors still tell the ranks. That of a newer format is not ours to understand."""
-    if metadata.get("lora2.format_version", FORMAT_VERSION) != FORMAT_VERSION:
-        return {}
     try:
-        listed = json.loads(metadata.get("lora2.components", "{}"))
+        listed = json.loads(understood_metadata(metadata).get(COMPONENTS, "{}"))
         return {
             str(key): {"nu": _number(e["nu"]), "in": _width(e["in"]), "out": _width(e["out"])}
             for key, e in listed.items()

@@ -20,6 +20,7 @@ from ..data.cache import content_key
 from ..files import checkpoint
 from ..files.atomic import remove_leftovers
 from ..files.checkpoint import Checkpoint, CheckpointError
+from ..files.header import LoRAFileError
 from ..files.metadata import RUN, deciding
 
 _NUMBERED = re.compile(r"(.*?)_?\d+_?")  # subject_00001_, as ComfyUI counts
@@ -47,7 +48,7 @@ def target_of(path: Path, kept: Checkpoint) -> Path:
         return own
     try:
         _, metadata = lora_file.inspect(own)
-    except lora_file.LoRAFileError:
+    except LoRAFileError:
         return path
     return own if metadata.get(RUN) == kept.run else path
 

@@ -14,12 +14,10 @@ from typing import Any
 
 from PIL import Image
 
-from ..files import encode as encode_module
-from ..files import read as read_module
-from ..files.encode import understood_metadata
 from ..files.header import read_header
-from ..files.model_family import Architecture, guess_family
-from ..files.read import ComponentInfo
+from ..files.metadata import headline, is_ours, newer_version, understood_metadata
+from ..files.model_family import Family, guess_family
+from ..files.read import ComponentInfo, inspect_header
 from ..resizing.measure import Measured, measure_file, strongest
 from .canvas import fitted
 from .rank_map import MARGIN, WIDTH
@@ -51,7 +49,7 @@ class FileReport:
     nbytes: int
     components: tuple[ComponentInfo, ...]
     metadata: Mapping[str, str]
-    made: Architecture
+    family: Family  # of the models that it was made for
     measured: Measured | None = None
 
     @property
@@ -70,13 +68,13 @@ class FileReport:
     @property
     def hashes(self) -> dict[str, str]:
         """Those that the file tells of itself, by their key; what is no hash is left out."""
-        found = {key: self.metadata.get(key, "") for key in _HASHES.values()}
-        return {key: text for key, text in found.items() if _DIGEST.fullmatch(text)}
+        told = {key: self.metadata.get(key, "") for key in _HASHES.values()}
+        return {key: text for key, text in told.items() if _DIGEST.fullmatch(text)}
 
     @property
     def alpha(self) -> str:
         """What the header tells of it; the numbers themselves are tensors."""
-        if self.metadata.get("lora2.format_version") == encode_module.FORMAT_VERSION:
+        if is_ours(self.metadata):
             return "1 in every component, so that strength 1 is as trained"
         return self.metadata.get("ss_network_alpha", "")
 
@@ -86,16 +84,16 @@ class FileReport:
 
     def picture(self) -> Image.Image:
         """The rank map, and in its corner the picture that the file holds."""
-        title, headline = Path(self.name).stem, read_module.headline(self.metadata)
+        title, line = Path(self.name).stem, headline(self.metadata)
         small = self.thumbnail()
         if small is None:
-            return rank_picture(self.components, title, headline)
+            return rank_picture(self.components, title, line)
         small.thumbnail((_CORNER, _CORNER), Image.Resampling.LANCZOS)
         room = WIDTH - 2 * MARGIN - _CORNER - 16  # what is written ends before the picture
-        title, headline = fitted(title, 26, room), fitted(headline, 14, room)
-        found = rank_picture(self.components, title, headline)
-        found.paste(small, (found.width - MARGIN - small.width, _TOP))
-        return found
+        title, line = fitted(title, 26, room), fitted(line, 14, room)
+        picture = rank_picture(self.components, title, line)
+        picture.paste(small, (picture.width - MARGIN - small.width, _TOP))
+        return picture
 
     def text(self) -> str:
         """All of it as lines of monospaced text."""
@@ -109,7 +107,7 @@ class FileReport:
         return {
             "name": self.name,
             "bytes": self.nbytes,
-            "base": {**asdict(self.made), "text": self.made.text},
+            "base": {**asdict(self.family), "text": self.family.text},
             "trigger": self.trigger,
             "tags": self.tags,
             "kinds": self.kinds,
@@ -126,13 +124,12 @@ class FileReport:
         settings = [f"{n} {known[k]}" for n, k in _SETTINGS.items() if known.get(k)]
         hashes = [f"{self.hashes[key]} ({name})" for name, key in _HASHES.items()
                   if key in self.hashes]  # fmt: skip
-        base = [self.made.text, *(known.get(key, "") for key in _BASES)]
+        base = [self.family.text, *(known.get(key, "") for key in _BASES)]
         kinds = ", ".join(f"{count} {kind}" for kind, count in self.kinds.items())
-        version = self.metadata.get("lora2.format_version", "")
-        newer = version not in ("", encode_module.FORMAT_VERSION)
-        told = f"LoRA² {version}, newer than this pack knows; read as a plain LoRA" if newer else ""
+        newer = newer_version(self.metadata)
+        told = f"LoRA² {newer}, newer than this pack knows; read as a plain LoRA"
         return [
-            ("Format", told),
+            ("Format", told if newer else ""),
             ("File", f"{self.nbytes / 1e6:,.2f} MB, {kinds}"),
             ("Trigger", self.trigger),
             ("Tags", ", ".join(self.tags)),
@@ -177,7 +174,7 @@ def inspect(path: Path, with_tensors: bool = False, name: str = "") -> FileRepor
     Raises LoRAFileError for what cannot be read or is no LoRA.
     """
     header = read_header(path)
-    components, metadata = read_module.inspect_header(header)
+    components, metadata = inspect_header(header)
     return FileReport(
         name or path.name,
         header.file_bytes,
@@ -191,21 +188,21 @@ def inspect(path: Path, with_tensors: bool = False, name: str = "") -> FileRepor
 def most_frequent_tags(metadata: Mapping[str, str]) -> list[str]:
     """Of kohya's ``ss_tag_frequency``; empty where it is missing or of another form."""
     try:
-        found: Counter[str] = Counter()
+        counts: Counter[str] = Counter()
         for folder in json.loads(metadata.get("ss_tag_frequency", "{}")).values():
-            found.update({str(tag): int(count) for tag, count in folder.items()})
+            counts.update({str(tag): int(count) for tag, count in folder.items()})
     except (ValueError, TypeError, AttributeError, RecursionError):
         return []
-    return [_one_line(tag) for tag, _ in found.most_common(_TAGS)]
+    return [_one_line(tag) for tag, _ in counts.most_common(_TAGS)]
 
 
 def decoded(uri: str) -> Image.Image | None:
     """The picture of a data URI that a stranger wrote; None for what is none, or too large."""
-    found = _THUMBNAIL.fullmatch(uri) if len(uri) <= _LARGEST_THUMBNAIL else None
-    if found is None:
+    match = _THUMBNAIL.fullmatch(uri) if len(uri) <= _LARGEST_THUMBNAIL else None
+    if match is None:
         return None
     try:
-        data = base64.b64decode("".join(found[1].split()), validate=True)
+        data = base64.b64decode("".join(match[1].split()), validate=True)
         picture = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
         if picture.width * picture.height > _LARGEST_PICTURE:
             return None

@@ -20,17 +20,15 @@ from torch import Tensor
 from ..files.component import Component, column_energies
 from ..files.encode import (
     STORED_ALPHA,
-    TensorShape,
     component_shapes,
     encoded_bytes,
     fits_half,
     fold,
     kohya_key,
+    norms_and_half_errors,
     shapes_of,
-    sizes_and_errors,
-    tensor_bytes,
 )
-from ..files.header import LoRAFileError
+from ..files.header import LoRAFileError, TensorShape, tensor_bytes
 
 # Of fp16: half a step between neighbours of 1, and of the smallest numbers; the largest number.
 _HALF_STEP, _SMALLEST_STEP, _LARGEST_HALF = 2.0**-11, 2.0**-25, 6e4
@@ -45,9 +43,8 @@ class Outline:
     kernel: tuple[int, ...]  # (in,) of a linear layer, (in, height, width) of a convolution
     out_features: int
     nu: float | None = None
-    beside: tuple[
-        tuple[str, TensorShape], ...
-    ] = ()  # of the factors, by ending: (".dora_scale", …)
+    # What goes with the factors, by ending: (".dora_scale", …)
+    beside: tuple[tuple[str, TensorShape], ...] = ()
 
     @classmethod
     def of(cls, component: Component, beside: Mapping[str, Tensor] | None = None) -> Outline:
@@ -63,8 +60,10 @@ class Outline:
 
     def shapes(self, rank: int, half: bool = True) -> dict[str, TensorShape]:
         """What a file holds of the component at a rank; nothing at rank 0."""
-        found = component_shapes(self.key, rank, self.kernel, self.out_features, half)
-        return found | {self.key + end: shape for end, shape in self.beside} if rank else found
+        if not rank:
+            return {}
+        factors = component_shapes(self.key, rank, self.kernel, self.out_features, half)
+        return factors | {self.key + end: shape for end, shape in self.beside}
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ class Part:
         return replace(self, energies=self.energies[:rank], half=self.half[:rank])
 
 
-def part_of_values(outline: Outline, values: Tensor, place: int) -> Part:
+def part_of_values(outline: Outline, values: Tensor, file_end: int) -> Part:
     """:func:`part_of` a decomposition whose vectors nobody has computed; ``values``: (rank,).
 
     Whether fp16 will do is said from the size of the numbers: their rounding is relative, but of
@@ -114,39 +113,31 @@ def part_of_values(outline: Outline, values: Tensor, place: int) -> Part:
     energies = values.square()
     errors = ((energies * off).cumsum(0) / energies.cumsum(0)).sqrt()
     fits = fits_half(errors) & (columns[0] < _LARGEST_HALF)
-    header = _header_bytes(outline, values.numel(), place)
+    header = _header_bytes(outline, values.numel(), file_end)
     return Part(outline, tuple(energies.tolist()), tuple(fits.tolist()), header)
 
 
 def part_of(
     component: Component,
-    place: int,
+    file_end: int,
     decomposed: bool = False,
     beside: Mapping[str, Tensor] | None = None,
 ) -> Part:
     """What the columns of ``component`` hold and cost, in the order they have.
 
-    ``place``: no tensor of the file lies beyond this byte; it decides how long an entry of the
+    ``file_end``: no tensor of the file lies beyond this byte; it decides how long an entry of the
     header can get. ``decomposed``: its importance is its singular values. ``beside``: what goes
     with the factors, by ending.
     """
     outline = Outline.of(component, beside)
     if not component.rank:
         return Part(outline, (), (), 0)
-    _, errors = sizes_and_errors(*fold(component))
+    _, errors = norms_and_half_errors(*fold(component))
     half = tuple(fits_half(errors).tolist())
     squares = component.importance.double().square()
-    found = squares if decomposed else column_energies(component)
-    return Part(outline, tuple(found.tolist()), half, _header_bytes(outline, component.rank, place))
-
-
-def _header_bytes(outline: Outline, rank: int, place: int) -> int:
-    """As long as a component's entries can get."""
-    entries = {
-        name: {"dtype": dtype, "shape": shape, "data_offsets": [place, place]}
-        for name, (dtype, shape) in outline.shapes(rank).items()
-    }
-    return len(json.dumps(entries))
+    energies = squares if decomposed else column_energies(component)
+    header = _header_bytes(outline, component.rank, file_end)
+    return Part(outline, tuple(energies.tolist()), half, header)
 
 
 def kept_energy(parts: Sequence[Part], ranks: Sequence[int]) -> float:
@@ -201,7 +192,7 @@ def ranks_for_energy(parts: Sequence[Part], share: float) -> list[int]:
 
 def choose_exactly(
     parts: Sequence[Part],
-    describe: Callable[[Sequence[int]], Mapping[str, str]],
+    metadata_at: Callable[[Sequence[int]], Mapping[str, str]],
     allowed: int,
     limit: int,
     min_rank: int = 1,
@@ -209,7 +200,7 @@ def choose_exactly(
 ) -> list[int]:
     """Ranks whose file takes at most ``allowed`` bytes, as close to it as they come.
 
-    ``describe``: the metadata of a file of given ranks; ``limit``: what a person asked for, and
+    ``metadata_at``: the metadata of a file of given ranks; ``limit``: what a person asked for, and
     ``option`` what that is called. Raises LoRAFileError when not even one rank of one component
     fits.
     """
@@ -218,11 +209,11 @@ def choose_exactly(
         shapes: dict[str, TensorShape] = {}
         for part, rank in zip(parts, ranks, strict=True):
             shapes |= part.shapes(rank)
-        return encoded_bytes(shapes, describe(ranks))
+        return encoded_bytes(shapes, metadata_at(ranks))
 
     # The bytes beside the components, as many as they can get.
     largest = [part.rank for part in parts]
-    frame = encoded_bytes({}, describe(largest)) + 16
+    frame = encoded_bytes({}, metadata_at(largest)) + 16
     available, best = allowed - frame, None
     for _ in range(_ROUNDS):
         ranks = choose_ranks(parts, available, min_rank)
@@ -242,6 +233,15 @@ def choose_exactly(
             f"{option} of at least {(limit - allowed + least) / 1e6:.4g}."
         )
     return best[1]
+
+
+def _header_bytes(outline: Outline, rank: int, file_end: int) -> int:
+    """As long as a component's entries can get."""
+    entries = {
+        name: {"dtype": dtype, "shape": shape, "data_offsets": [file_end, file_end]}
+        for name, (dtype, shape) in outline.shapes(rank).items()
+    }
+    return len(json.dumps(entries))
 
 
 def _floor(parts: Sequence[Part], available: int, min_rank: int) -> list[int]:
@@ -277,7 +277,7 @@ def _fill(parts: Sequence[Part], ranks: list[int], left: int) -> None:
         cost = part.costs[rank + 1] - part.costs[rank]
         return -part.energies[rank] / max(cost, 1), index, cost
 
-    waiting = [found for index in range(len(parts)) if (found := step(index))]
+    waiting = [first for index in range(len(parts)) if (first := step(index))]
     heapq.heapify(waiting)
     while waiting:
         _, index, cost = heapq.heappop(waiting)

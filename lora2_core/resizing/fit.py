@@ -1,8 +1,8 @@
 """A LoRA cut to a size in bytes by one singular value decomposition of everything.
 
 Source: ours; see :mod:`.choice`. A run that is to fit into a size trains above it, by
-``rank_budget.HEADROOM``, in every mode: a fixed rank cut so is the rival that adaptive ranks have
-to beat.
+``HEADROOM`` of ``adapters/budget.py``, in every mode: a fixed rank cut so is the rival that
+adaptive ranks have to beat.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from ..files.component import Component, decompose
-from ..files.encode import complete_metadata, encoded_bytes, shapes_of, stored_ranks, to_state
+from ..files.encode import encoded_bytes, shapes_of, stored_ranks, to_state
+from ..files.metadata import complete_metadata
 from .choice import Part, choose_exactly, kept_energy, part_of
 
 
@@ -41,15 +42,15 @@ def fit_to_megabytes(
     whole = [decompose(component) for component in components]
     parts = [part_of(component, limit, decomposed=True) for component in whole]
 
-    def describe(ranks: Sequence[int]) -> dict[str, str]:
-        return _describe(whole, parts, ranks, metadata, limit)
+    def metadata_at(ranks: Sequence[int]) -> dict[str, str]:
+        return _metadata_at(whole, parts, ranks, metadata, limit)
 
     allowed = limit
     while True:
-        chosen = choose_exactly(parts, describe, allowed, limit, min_rank)
+        chosen = choose_exactly(parts, metadata_at, allowed, limit, min_rank)
         cut = [component.first(rank) for component, rank in zip(whole, chosen, strict=True)]
         state = to_state(cut)
-        full = describe(chosen)
+        full = metadata_at(chosen)
         left = encoded_bytes(shapes_of(state), full)
         if left <= limit:
             break
@@ -66,7 +67,7 @@ def fit_to_megabytes(
     return state, full
 
 
-def _describe(
+def _metadata_at(
     components: Sequence[Component],
     parts: Sequence[Part],
     ranks: Sequence[int],

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..files.component import decompose
-from ..files.encode import TensorShape, encoded_bytes
+from ..files.encode import encoded_bytes
+from ..files.header import TensorShape
 from .choice import Part, kept_energy, part_of, ranks_for_energy
 from .source import LoRASource
 
@@ -76,6 +77,11 @@ def measure_file(path: Path) -> Measured:
     )
 
 
+def strongest(components: Sequence[Strength], count: int = 10) -> list[Strength]:
+    """Those that change most."""
+    return sorted(components, key=lambda one: -one.norm)[:count]
+
+
 def _strength(part: Part, stored: int, total: float) -> Strength:
     energy = sum(part.energies)
     return Strength(
@@ -92,8 +98,3 @@ def _columns_for(part: Part, share: float) -> int:
         if kept_energy([part], [rank]) >= share:
             return rank
     return part.rank
-
-
-def strongest(components: Sequence[Strength], count: int = 10) -> list[Strength]:
-    """Those that change most."""
-    return sorted(components, key=lambda one: -one.norm)[:count]

@@ -19,22 +19,14 @@ from torch import Tensor
 from ..config.load import Limits
 from ..files.component import Component, decompose_quickly, singular_values, within_bounds
 from ..files.decode import factor_tensors
-from ..files.encode import (
-    STORED_ALPHA,
-    TensorShape,
-    encoded_bytes,
-    listing_entry,
-    understood_metadata,
-    with_listing,
-)
-from ..files.header import LoRAFileError, shown_key
+from ..files.encode import STORED_ALPHA, encoded_bytes
+from ..files.header import LoRAFileError, TensorShape, shown_key
+from ..files.metadata import VERSION, listing_entry, understood_metadata, with_listing
 from ..files.write import writing
 from .choice import Outline, Part, choose_exactly, kept_energy, part_of, part_of_values
 from .shrink import ranks_within
 from .source import Addend, LoRASource, Source, Sum
 from .stream import Planned, write_stream
-
-_OWN = "lora2.format_version"
 
 
 @dataclass(frozen=True)
@@ -97,7 +89,7 @@ def merge_files(sources: Sequence[tuple[Path, float]], target: Path, limits: Lim
     """Write the sum of LoRAs, each times its weight, to ``target``; then within ``limits``.
 
     Without limits the patch of the file is the sum of the patches to 1e-5: ranks add up, and all
-    is stored in fp32. Raises LoRAFileError as :func:`resize` does.
+    is stored in fp32. Raises LoRAFileError as :func:`resize_file` does.
     """
     with ExitStack() as stack:
         opened = [stack.enter_context(LoRASource(path)) for path, _ in sources]
@@ -147,7 +139,7 @@ class _Work:
         """Whether the file is ours, is within the limits, and loses no column that holds anything:
         then it stays as it is."""
         source, megabytes = self._source, self._limits.megabytes
-        if not isinstance(source, LoRASource) or _OWN not in source.metadata:
+        if not isinstance(source, LoRASource) or VERSION not in source.metadata:
             return False
         if megabytes is not None and source.nbytes > int(megabytes * 1e6):
             return False
@@ -172,14 +164,14 @@ class _Work:
             for part, rank in zip(self._parts, self.ranks, strict=True)
             if rank
         ]
-        return write_stream(target, planned, self._describe(self.ranks), self._tensors)
+        return write_stream(target, planned, self._metadata_at(self.ranks), self._tensors)
 
     def _part(self, component: Component) -> Part:
-        place, beside = self._source.nbytes + 10**6, self._source.extra(component.name)
+        file_end, beside = self._source.nbytes + 10**6, self._source.extra(component.name)
         if self._svd:
             values = singular_values(component)
-            return part_of_values(Outline.of(component, beside), values, place)
-        part = part_of(component, place, beside=beside)
+            return part_of_values(Outline.of(component, beside), values, file_end)
+        part = part_of(component, file_end, beside=beside)
         return replace(part, half=(False,) * part.rank) if self._exact else part
 
     def _choose(self) -> list[int]:
@@ -194,24 +186,24 @@ class _Work:
         if self.copies(ranks) or self._bytes(ranks) <= limit:
             return ranks
         kept = [part.first(rank) for part, rank in zip(self._parts, ranks, strict=True)]
-        return choose_exactly(kept, self._describe, limit, limit, option="megabytes")
+        return choose_exactly(kept, self._metadata_at, limit, limit, option="megabytes")
 
     def _bytes(self, ranks: Sequence[int]) -> int:
         shapes: dict[str, TensorShape] = {}
         for part, rank in zip(self._parts, ranks, strict=True):
             shapes |= part.shapes(rank)
-        return encoded_bytes(shapes, self._describe(ranks))
+        return encoded_bytes(shapes, self._metadata_at(ranks))
 
     def _tensors(self, planned: Planned) -> tuple[Tensor, Tensor]:
         component = within_bounds(self._source.component(planned.outline.key))
         if self._svd:
             component = decompose_quickly(component)
-        found = factor_tensors(component.first(planned.rank), planned.half)
-        if found is None:
+        factors = factor_tensors(component.first(planned.rank), planned.half)
+        if factors is None:
             raise RuntimeError(f"{planned.outline.key} has changed while it was read")
-        return found
+        return factors
 
-    def _describe(self, ranks: Sequence[int]) -> dict[str, str]:
+    def _metadata_at(self, ranks: Sequence[int]) -> dict[str, str]:
         """The metadata of a file of these ranks; its length does not depend on what is kept."""
         limits = self._limits
         about = dict(self._about)

@@ -1,6 +1,6 @@
 """A LoRA in memory made smaller: fewer columns a component, nothing else changed.
 
-What :mod:`.resize` writes to a file, :func:`shrink_state` does to tensors that are to be applied.
+What :mod:`.resize` writes to a file, :func:`shrink` does to tensors that are to be applied.
 """
 
 from __future__ import annotations
@@ -13,10 +13,38 @@ from torch import Tensor
 
 from ..config.load import Limits
 from ..files.component import decompose_quickly
-from ..files.decode import _put, component_of
+from ..files.decode import component_of, put_component
 from ..files.header import LoRAFileError
-from ..files.keys import Pair, parse_keys
+from ..files.keys import Pair
+from ..files.read import LoRAFile
 from .choice import Part, choose_ranks, part_of, ranks_for_energy
+
+
+def shrink(file: LoRAFile, limits: Limits) -> LoRAFile:
+    """``file`` within ``limits``, under the same keys.
+
+    Of LoRAs of two factors a component, by any trainer; what else the file holds stays as it is.
+    A component may go altogether. Sizes are those of all tensors and their entries in a header.
+    Raises LoRAFileError where the size has no room for anything.
+    """
+    if limits.nothing:
+        return file
+    state, pairs = file.state, file.parsed.pairs
+    components = [component_of(state, pair) for pair in pairs]
+    svd = limits.order == "svd"
+    if svd:
+        components = [decompose_quickly(component) for component in components]
+    file_end = sum(tensor.nbytes for tensor in state.values())
+    parts = [part_of(component, file_end, decomposed=svd) for component in components]
+    ranks = ranks_within(parts, limits)
+    kept = [part.first(rank) for part, rank in zip(parts, ranks, strict=True)]
+    if limits.megabytes is not None:
+        ranks = _within_bytes(kept, limits.megabytes, _bytes_beside(state, pairs))
+    out = dict(state)
+    for pair, component, rank in zip(pairs, components, ranks, strict=True):
+        if rank < component.rank or svd or limits.megabytes is not None:
+            put_component(out, pair, component.first(rank))
+    return file.with_state(out)
 
 
 def ranks_within(parts: Sequence[Part], limits: Limits) -> list[int]:
@@ -30,33 +58,6 @@ def ranks_within(parts: Sequence[Part], limits: Limits) -> list[int]:
     left = sum(sum(part.energies) for part in capped)
     share = min(1.0, limits.energy * total / left) if left else 1.0
     return ranks_for_energy(capped, share)
-
-
-def shrink_state(state: Mapping[str, Tensor], limits: Limits) -> dict[str, Tensor]:
-    """``state`` within ``limits``, under the same keys.
-
-    Of LoRAs of two factors a component, by any trainer; what else the state holds stays as it is.
-    A component may go altogether. Sizes are those of all tensors and their entries in a header.
-    Raises LoRAFileError where the size has no room for anything.
-    """
-    if limits.nothing:
-        return dict(state)
-    pairs = parse_keys(state).pairs
-    found = [component_of(state, pair) for pair in pairs]
-    svd = limits.order == "svd"
-    if svd:
-        found = [decompose_quickly(component) for component in found]
-    place = sum(tensor.nbytes for tensor in state.values())
-    parts = [part_of(component, place, decomposed=svd) for component in found]
-    ranks = ranks_within(parts, limits)
-    kept = [part.first(rank) for part, rank in zip(parts, ranks, strict=True)]
-    if limits.megabytes is not None:
-        ranks = _within_bytes(kept, limits.megabytes, _bytes_beside(state, pairs))
-    out = dict(state)
-    for pair, component, rank in zip(pairs, found, ranks, strict=True):
-        if rank < component.rank or svd or limits.megabytes is not None:
-            _put(out, pair, component.first(rank))
-    return out
 
 
 def _within_bytes(parts: Sequence[Part], megabytes: float, beside: int) -> list[int]:
@@ -78,14 +79,14 @@ def _within_bytes(parts: Sequence[Part], megabytes: float, beside: int) -> list[
 def _bytes_beside(state: Mapping[str, Tensor], pairs: Sequence[Pair]) -> int:
     """Of all that stays as it is, with its entries in a header."""
     factors_of = {key for p in pairs for key in (p.down, p.up, p.mid, p.alpha)}
-    place = sum(tensor.nbytes for tensor in state.values())
+    file_end = sum(tensor.nbytes for tensor in state.values())
     return sum(
-        tensor.nbytes + len(json.dumps({key: _entry(tensor, place)}))
+        tensor.nbytes + len(json.dumps({key: _entry(tensor, file_end)}))
         for key, tensor in state.items()
         if key not in factors_of
     )
 
 
-def _entry(tensor: Tensor, place: int) -> dict[str, object]:
+def _entry(tensor: Tensor, file_end: int) -> dict[str, object]:
     """Of a header, as long as it can get."""
-    return {"dtype": "F8_E4M3", "shape": list(tensor.shape), "data_offsets": [place, place]}
+    return {"dtype": "F8_E4M3", "shape": list(tensor.shape), "data_offsets": [file_end, file_end]}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -14,7 +14,7 @@ from torch import Tensor
 from ..files.component import Component, sum_of
 from ..files.decode import component_of
 from ..files.header import LoRAFileError, read_header, shown_key
-from ..files.keys import DORA_SCALE, Pair, parse_keys
+from ..files.keys import DORA_SCALE, Pair
 from ..files.kohya_names import in_one_style, kohya_name
 from ..files.read import check_finite, inspect_header
 
@@ -55,22 +55,22 @@ class LoRASource:
         self.header = read_header(path)
         infos, self.metadata = inspect_header(self.header)
         self._nu = {info.key: info.nu for info in infos}
-        parts = parse_keys(self.header.entries)
-        if parts.others:
-            kinds = ", ".join(_UNCUT[kind] for kind in parts.others)
+        parsed = self.header.parsed
+        if parsed.others:
+            kinds = ", ".join(_UNCUT[kind] for kind in parsed.others)
             raise LoRAFileError(
                 f"{path} holds {kinds}, which have no ranks to cut or to add; choose a LoRA whose "
                 "components are two factors."
             )
-        reshaped = next((pair.name for pair in parts.pairs if pair.reshape), None)
+        reshaped = next((pair.name for pair in parsed.pairs if pair.reshape), None)
         if reshaped:
             raise LoRAFileError(
                 f"{path} changes the shape of {shown_key(reshaped)}; such a LoRA can only "
                 "be loaded as it is."
             )
-        self.ignored = parts.unknown  # keys that no component has a place for
-        self._pairs = {kohya_name(pair.name): pair for pair in parts.pairs}
-        if len(self._pairs) < len(parts.pairs):
+        self.ignored = parsed.unknown  # keys that no component has a place for
+        self._pairs = {kohya_name(pair.name): pair for pair in parsed.pairs}
+        if len(self._pairs) < len(parsed.pairs):
             raise LoRAFileError(f"{path} is damaged: it names a component twice.")
         self._file: Any = None
 
@@ -103,11 +103,10 @@ class LoRASource:
         state = {name: self._file.get_tensor(name) for name in pair.keys}
         check_finite(state, str(self.path))
         try:
-            found = component_of(state, pair, key, self.metadata)
+            component = component_of(state, pair, key, self.metadata)
         except ValueError as error:
             raise LoRAFileError(f"{self.path} is damaged: {error}") from None
-        nu = self._nu[pair.name] if pair.nu is None else found.nu
-        return Component(key, found.lora_down, found.lora_up, found.importance, nu, "file")
+        return component if pair.nu is not None else replace(component, nu=self._nu[pair.name])
 
     def extra(self, key: str) -> dict[str, Tensor]:
         name = self._pairs[key].dora_scale

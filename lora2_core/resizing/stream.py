@@ -7,28 +7,24 @@ hash of what follows; so its place is left free, and it is written last.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..files.encode import (
-    DOWN,
+    KOHYA_WINDOW,
     STORED_ALPHA,
-    UP,
-    TensorShape,
-    encode_header,
+    bytes_of,
     encoded_bytes,
-    in_file_order,
-    kohya_header_bytes,
-    tensor_bytes,
-    tensor_places,
+    hashed_header,
+    library_header_bytes,
 )
+from ..files.header import TensorShape, in_file_order, tensor_bytes, tensor_entries
+from ..files.keys import DOWN, UP
 from ..files.write import writing
 from .choice import Outline
-
-_WINDOW = 0x100000, 0x110000  # of the bytes that kohya's short hash is of
 
 
 class Planned:
@@ -54,23 +50,22 @@ def write_stream(
     ``tensors_of``: (down, up) of one component, asked for once each, in the order of the file.
     Raises LoRAFileError for a full or closed disk.
     """
-    shapes = {key: shape for one in planned for key, shape in one.shapes.items()}
-    order = in_file_order(shapes)
+    shapes = in_file_order({key: shape for one in planned for key, shape in one.shapes.items()})
     owners = {key: one for one in planned for key in one.shapes}
     size = encoded_bytes(shapes, metadata)
-    length = size - sum(tensor_bytes(shapes[key]) for key in order)
+    length = size - sum(map(tensor_bytes, shapes.values()))
     whole, window = hashlib.sha256(), hashlib.sha256()
     with writing(path, size) as file:
         file.write(bytes(length))
-        position = kohya_header_bytes(shapes, metadata)
-        for data in _data(order, owners, tensors_of):
+        position = library_header_bytes(shapes, metadata)
+        for data in _data(list(shapes), owners, tensors_of):
             file.write(data)
             whole.update(data)
-            start, end = (min(max(edge - position, 0), len(data)) for edge in _WINDOW)
+            start, end = (min(max(edge - position, 0), len(data)) for edge in KOHYA_WINDOW)
             window.update(data[start:end])
             position += len(data)
-        header = encode_header(
-            tensor_places(shapes), metadata, whole.hexdigest(), window.hexdigest()[:8]
+        header = hashed_header(
+            tensor_entries(shapes), metadata, whole.hexdigest(), window.hexdigest()[:8]
         )
         if len(header) != length:
             raise RuntimeError(f"{path.name}: the header has {len(header)} bytes, not {length}")
@@ -83,7 +78,7 @@ def _data(
     order: Sequence[str],
     owners: Mapping[str, Planned],
     tensors_of: Callable[[Planned], tuple[Tensor, Tensor]],
-):
+) -> Iterator[memoryview]:
     """The bytes of every tensor in turn; both factors of a component lie side by side."""
     held: tuple[str, Tensor] | None = None
     for key in order:
@@ -92,17 +87,13 @@ def _data(
         if end == DOWN:
             down, up = tensors_of(one)
             held = key, up
-            yield _bytes(down)
+            yield bytes_of(down)
         elif end == UP:
             if held is None or held[0] != one.outline.key + DOWN:
                 raise RuntimeError(f"{key} does not follow its other half")
-            yield _bytes(held[1])
+            yield bytes_of(held[1])
             held = None
         elif end in one.extra:
-            yield _bytes(one.extra[end])
+            yield bytes_of(one.extra[end])
         else:
-            yield _bytes(torch.tensor(STORED_ALPHA))
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.contiguous().numpy().tobytes()
+            yield bytes_of(torch.tensor(STORED_ALPHA))

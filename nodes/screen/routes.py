@@ -18,7 +18,8 @@ from aiohttp import web
 import server
 from server import PromptServer
 
-from ...lora2_core import comfy_host, lora_file
+from ...lora2_core import comfy_host
+from ...lora2_core.files.header import LoRAFileError
 from ...lora2_core.jobs.queue import JobQueue, UnknownJob, WrongState
 from ..background import job_queue
 from . import listed_names, views
@@ -148,7 +149,7 @@ def _inspected(name: str) -> dict[str, Any]:
     path = comfy_host.lora_path(name)
     try:
         return views.inspected(name, path)
-    except lora_file.LoRAFileError as error:
+    except LoRAFileError as error:
         raise BadInput(str(error).replace(str(path), name)) from None
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...lora2_core import lora_file
+from ...lora2_core.files.header import LoRAFileError
 from ...lora2_core.jobs.queue import Entry, JobQueue, UnknownJob, WrongState
 from ...lora2_core.jobs.store import INTERRUPTED, Kept
 from . import views
@@ -83,7 +83,7 @@ class JobList:
             if key not in self._reports:
                 self._keep_report(key, self._draw(found, path))
             return self._reports[key]
-        except (OSError, lora_file.LoRAFileError):
+        except (OSError, LoRAFileError):
             raise UnknownJob("The file of this training cannot be read any more.") from None
 
     def act(self, id: str, what: str) -> dict[str, Any] | None:

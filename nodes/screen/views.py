@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from ...lora2_core import lora_file
+from ...lora2_core.files.header import LoRAFileError
 from ...lora2_core.files.read import ComponentInfo
 from ...lora2_core.jobs.job import TrainingJob
 from ...lora2_core.jobs.queue import Entry
@@ -128,7 +129,7 @@ def kept_details(kept: Kept, host: Host, nbytes: int | None) -> dict[str, Any]:
     if short["file"] and kept.file:
         try:
             infos, _ = lora_file.inspect(Path(kept.file))
-        except lora_file.LoRAFileError:
+        except LoRAFileError:
             infos = []
         components = file_components(infos)
         short["mean_rank"] = _mean(infos)
@@ -232,7 +233,7 @@ def inspected(name: str, path: Path) -> dict[str, Any]:
         "mean_rank": _mean(found.components),
         "trigger": found.trigger[:_LINE],
         # Not the base's file name, which may hold a folder of its maker's machine.
-        "base": found.made.text,
+        "base": found.family.text,
         "kinds": found.kinds,
         "hashes": found.hashes,
         "components": file_components(found.components),

@@ -16,6 +16,7 @@ from lora2_pack.lora2_core import comfy_host, lora_file
 from lora2_pack.lora2_core.comfy_host import fitting
 from lora2_pack.lora2_core.comfy_host.fitting import layer_names
 from lora2_pack.lora2_core.config.load import Limits
+from lora2_pack.lora2_core.lora_file import LoRAFile
 from lora2_pack.lora2_core.resizing.recent import LoRACache
 from lora2_pack.tests.host.demo import weights
 from torch import Tensor, nn
@@ -89,7 +90,7 @@ def _shape(model: Any, layer: str) -> tuple[int, int, tuple[int, ...]]:
 
 
 def _apply(model: Any, state: dict[str, Tensor]) -> Any:
-    return comfy_host.apply_lora(model, None, state, 1.0, 1.0, "x")
+    return comfy_host.apply_lora(model, None, LoRAFile(state, {}), 1.0, 1.0, "x")
 
 
 CASES = [
@@ -165,7 +166,8 @@ def test_components_of_rank_0_change_nothing(model: Any):
     more[f"{other}.lora_down.weight"] = more[f"{other}.lora_down.weight"][:0]
     applied = _apply(model, state | more)
     assert applied.note == "" and set(applied.model.patches) == {f"{NAME}.weight"}
-    beside = comfy_host.apply_lora(model, None, state | more, 1, 1, "x", way="bypass")
+    file = LoRAFile(state | more, {})
+    beside = comfy_host.apply_lora(model, None, file, 1, 1, "x", way="bypass")
     assert applied.model.patches and not beside.model.patches
 
 
@@ -265,7 +267,7 @@ def test_peft_on_a_part_of_a_model(model: Any):
     """Whose names lack what ComfyUI puts before them."""
     state = _kind(f"base_model.model.{LINEAR}", "lora", *_shape(model, LINEAR))
     names = layer_names(model, None)
-    assert set(fitting.in_known_names(state, names)) == {
+    assert set(fitting.in_known_names(LoRAFile(state, {}), names).state) == {
         f"{NAME}{end}" for end in (".lora_up.weight", ".lora_down.weight")
     }
     assert set(_apply(model, state).model.patches) == {f"{NAME}.weight"}

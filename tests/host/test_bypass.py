@@ -47,7 +47,8 @@ def _lora(model: Any, seed: int, merged: bool = False) -> dict[str, Tensor]:
 
 
 def _apply(model: Any, state: dict[str, Tensor], way: str) -> Any:
-    return comfy_host.apply_lora(model, None, state, 1.0, 1.0, "x", way=way).model
+    file = lora_file.LoRAFile(state, {})
+    return comfy_host.apply_lora(model, None, file, 1.0, 1.0, "x", way=way).model
 
 
 def _load(patcher: Any) -> None:

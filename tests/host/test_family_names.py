@@ -8,10 +8,10 @@ from typing import Any
 import comfy.model_base
 import pytest
 from lora2_pack.lora2_core.comfy_host.fitting import _FAMILIES, family_of
-from lora2_pack.lora2_core.files.model_family import _BY_CONTEXT, _BY_METADATA, _BY_NAME
+from lora2_pack.lora2_core.files.model_family import _BY_METADATA, _BY_NAME, FAMILY_OF_CONTEXT
 
 KNOWN = {
-    *_BY_CONTEXT.values(),
+    *FAMILY_OF_CONTEXT.values(),
     *(family for _, _, families in _BY_NAME for family in families),
     *(family for _, family in _BY_METADATA),
 }

@@ -53,9 +53,7 @@ def _use(path: Path, model: Any, cut: bool = True, merge: bool = True) -> str:
         sentences.append(str(error))
     try:
         opened = cache.open(path, Limits())
-        applied = comfy_host.apply_lora(
-            model, None, opened.state, 1.0, 1.0, path.name, metadata=opened.metadata
-        )
+        applied = comfy_host.apply_lora(model, None, opened, 1.0, 1.0, path.name)
         if merge:  # as the sampler does: what was taken must not fail there
             weights(applied.model)
         if cut:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import comfy.lora
@@ -21,8 +25,11 @@ from lora2_pack.lora2_core.comfy_host.fitting import _base_hashes, layer_names, 
 from lora2_pack.lora2_core.config.checks import ConfigError
 from lora2_pack.lora2_core.config.load import Limits, Strengths
 from lora2_pack.lora2_core.files.component import Component
+from lora2_pack.lora2_core.files.keys import parse_keys
+from lora2_pack.lora2_core.lora_file import LoRAFile
 from lora2_pack.lora2_core.resizing import recent
 from lora2_pack.lora2_core.resizing.recent import LoRACache
+from lora2_pack.lora2_core.resizing.resize import resize_file
 from lora2_pack.tests.host import demo
 from lora2_pack.tests.host.demo import weights
 from torch import Tensor
@@ -53,7 +60,8 @@ def _predicted(patcher: Any) -> Tensor:
 
 def _apply(model: Any, state: dict[str, Tensor], **options: Any) -> Any:
     strength = options.pop("strength", 1.0)
-    return comfy_host.apply_lora(model, None, state, strength, 1.0, "x", **options).model
+    file = LoRAFile(state, {})
+    return comfy_host.apply_lora(model, None, file, strength, 1.0, "x", **options).model
 
 
 def _off(got: Tensor, wanted: Tensor) -> float:
@@ -233,7 +241,7 @@ def test_unknown_components_are_told_and_the_rest_works(model: Any, caplog: Any)
         state[f"lora_unet_{name}.lora_up.weight"] = torch.ones(4, 1)
     state["lora_te1_x.lora_down.weight"] = torch.ones(1, 4)
     state["lora_te1_x.lora_up.weight"] = torch.ones(4, 1)
-    applied = comfy_host.apply_lora(model, None, state, 1.0, 1.0, "cat")
+    applied = comfy_host.apply_lora(model, None, LoRAFile(state, {}), 1.0, 1.0, "cat")
     assert applied.note == (f"cat: 2 of {count + 3} components unknown: lora_unet_a, lora_unet_b.")
     assert applied.note in caplog.text and len(applied.model.patches) == count
 
@@ -241,15 +249,16 @@ def test_unknown_components_are_told_and_the_rest_works(model: Any, caplog: Any)
 def test_another_base_is_told(model: Any):
     state = _lora(model)
     metadata = {"lora2.base_model_hash": "b" * 64, "lora2.config": '{"precision": "fp32"}'}
-    assert comfy_host.apply_lora(model, None, state, 1, 1, "x", metadata=metadata).note == ""
+    file = LoRAFile(state, metadata)
+    assert comfy_host.apply_lora(model, None, file, 1, 1, "x").note == ""
     remember_base_hash(model, "fp32", "a" * 64)
     try:
-        note = comfy_host.apply_lora(model, None, state, 1, 1, "x", metadata=metadata).note
+        note = comfy_host.apply_lora(model, None, file, 1, 1, "x").note
         assert "another base model (hash bbbbbbbbbb, this one is aaaaaaaaaa)" in note
         metadata["lora2.base_model_hash"] = "a" * 64
-        assert comfy_host.apply_lora(model, None, state, 1, 1, "x", metadata=metadata).note == ""
+        assert comfy_host.apply_lora(model, None, file, 1, 1, "x").note == ""
         metadata["lora2.config"] = "[" * 9999
-        assert comfy_host.apply_lora(model, None, state, 1, 1, "x", metadata=metadata).note == ""
+        assert comfy_host.apply_lora(model, None, file, 1, 1, "x").note == ""
     finally:
         _base_hashes.clear()
 
@@ -287,7 +296,7 @@ def test_another_strength_reads_no_disk(model: Any, tmp_path: Path, monkeypatch:
 
     with monkeypatch.context() as patch:
         patch.setattr(recent, "load", refuse)
-        patch.setattr(recent, "shrink_state", refuse)
+        patch.setattr(recent, "shrink", refuse)
         patch.setattr("builtins.open", refuse)
         patch.setattr(Path, "open", refuse)
         assert cache.open(path, limits) is first and cache.open(path, Limits()) is whole
@@ -299,6 +308,63 @@ def test_another_strength_reads_no_disk(model: Any, tmp_path: Path, monkeypatch:
     path.unlink()
     with pytest.raises(lora_file.LoRAFileError, match="does not exist"):
         cache.open(path, limits)
+
+
+@contextmanager
+def _parsings() -> Iterator[list[frozenset[str]]]:
+    """The keys that are parsed meanwhile, whoever asks for it."""
+    asked: list[frozenset[str]] = []
+
+    def watch(frame: FrameType, event: str, _argument: object) -> None:
+        if event == "call" and frame.f_code is parse_keys.__code__:
+            asked.append(frozenset(frame.f_locals["keys"]))
+
+    sys.setprofile(watch)
+    try:
+        yield asked
+    finally:
+        sys.setprofile(None)
+
+
+def _of_peft(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A DoRA under PEFT's names, none of which ComfyUI knows."""
+    dotted = {
+        name.replace("diffusion_model.", "lora_unet_", 1).replace(".", "_"): name
+        for name in layer_names(model, None)
+        if name.startswith("diffusion_model.")
+    }
+    new: dict[str, Tensor] = {}
+    for key in sorted({key.split(".")[0] for key in state}):
+        name = f"base_model.model.{dotted[key]}"
+        new[f"{name}.lora_A.weight"] = state[f"{key}.lora_down.weight"]
+        new[f"{name}.lora_B.weight"] = up = state[f"{key}.lora_up.weight"]
+        new[f"{name}.lora_magnitude_vector.weight"] = torch.ones(up.shape[0])
+    return new
+
+
+@pytest.mark.parametrize(
+    ("peft", "limits", "sets"),
+    [
+        (False, Limits(max_rank=1), 1),
+        (True, Limits(), 2),  # ComfyUI wants other names
+        (True, Limits(max_rank=1), 3),  # and what is cut gets an alpha
+    ],
+)
+def test_keys_are_parsed_once_between_the_disk_and_the_patches(
+    model: Any, tmp_path: Path, peft: bool, limits: Limits, sets: int
+):
+    """And once more only where they become others."""
+    state, path, cache = _lora(model, selection="attention"), tmp_path / "x", LoRACache()
+    safetensors.torch.save_file(_of_peft(model, state) if peft else state, path)
+    with _parsings() as asked:
+        applied = comfy_host.apply_lora(model, None, cache.open(path, limits), 1.0, 1.0, "x")
+    assert len(asked) == len(set(asked)) == sets
+    assert len(applied.model.patches) == len(state) // 3 and not applied.note
+    with _parsings() as asked:
+        cache.open(path, limits)
+        resize_file(path, tmp_path / "y", limits)
+        lora_file.inspect(path)
+    assert len(asked) == 2, "once each time that the file itself is opened"
 
 
 def test_the_cache_forgets(model: Any, tmp_path: Path):
@@ -331,4 +397,7 @@ def test_a_copy_of_a_file_is_read_by_itself(model: Any, tmp_path: Path):
     safetensors.torch.save_file(_lora(model), a)
     shutil.copy(a, b)
     cache = LoRACache()
-    assert cache.open(a, Limits()).path == a and cache.open(b, Limits()).path == b
+    assert cache.open(a, Limits()) is not cache.open(b, Limits())
+    b.unlink()
+    with pytest.raises(lora_file.LoRAFileError, match=r"b\.safetensors does not exist"):
+        cache.open(b, Limits())

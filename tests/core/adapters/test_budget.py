@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from lora2_pack.lora2_core import adaptive_rank
 from lora2_pack.lora2_core.adapters.budget import HEADROOM, METADATA_BYTES, file_bytes
 from lora2_pack.lora2_core.adapters.targets import find_targets
-from lora2_pack.lora2_core.files.encode import complete_metadata, encode, to_state
+from lora2_pack.lora2_core.files.encode import encode, to_state
+from lora2_pack.lora2_core.files.metadata import complete_metadata
 from lora2_pack.tests.core import toy
 
 torch.set_num_threads(1)

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from lora2_pack.lora2_core.files import checkpoint
 from lora2_pack.lora2_core.files.atomic import remove_leftovers, replacing
 from lora2_pack.lora2_core.files.checkpoint import Checkpoint, CheckpointError
+from lora2_pack.lora2_core.files.encode import DTYPE_NAMES
 from lora2_pack.tests.core import toy
 
-DTYPES = [dtype for dtype in checkpoint._NAMES if dtype is not torch.bool] + [torch.bool]
+DTYPES = [dtype for dtype in DTYPE_NAMES if dtype is not torch.bool] + [torch.bool]
 
 
 @st.composite
@@ -72,7 +73,11 @@ def assert_same(one: Any, other: Any) -> None:
         assert same or one == other or (one != one and other != other)
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    deadline=None,
+    max_examples=150,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(state=trees)
 def test_any_tree_comes_back_exactly(tmp_path: Path, state: dict[str, Any]) -> None:
     path = tmp_path / "x.safetensors"
@@ -159,7 +164,7 @@ def test_other_files_say_what_they_are(tmp_path: Path, monkeypatch: pytest.Monke
     checkpoint.write(path, _example())
     with pytest.raises(CheckpointError, match="a run with other settings or photos"):
         checkpoint.read(path, "another run")
-    monkeypatch.setattr(checkpoint, "FORMAT_VERSION", "2")
+    monkeypatch.setattr(checkpoint, "_VERSION", "2")
     checkpoint.write(path, _example())
     monkeypatch.undo()
     with pytest.raises(CheckpointError, match="has format 2, of another version"):

@@ -11,8 +11,8 @@ from lora2_pack.lora2_core.files.encode import (
     component_shapes,
     encoded_bytes,
     fits_half,
+    norms_and_half_errors,
     shapes_of,
-    sizes_and_errors,
 )
 from lora2_pack.tests.core import toy
 
@@ -57,7 +57,7 @@ def test_a_component_is_announced_in_the_shapes_that_it_gets(shape, half: bool) 
 )
 def test_the_error_of_fp16_is_known_for_every_number_of_columns(rank, scale, seed) -> None:
     down, up = lora_file.fold(toy.component(rank=rank, shape=(48, 40), seed=seed, up_scale=scale))
-    norms, errors = sizes_and_errors(down, up)
+    norms, errors = norms_and_half_errors(down, up)
     for count in range(1, rank + 1):
         exact = up[:, :count].double() @ down[:count].double()
         half = up[:, :count].half().double() @ down[:count].half().double()
@@ -68,6 +68,6 @@ def test_the_error_of_fp16_is_known_for_every_number_of_columns(rank, scale, see
 
 def test_where_fp16_overflows_it_does_not_do() -> None:
     down, up = lora_file.fold(toy.component(rank=3, up_scale=1e12))
-    norms, errors = sizes_and_errors(down, up)
+    norms, errors = norms_and_half_errors(down, up)
     assert norms.isfinite().all()
     assert not fits_half(errors).any()

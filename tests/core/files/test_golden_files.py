@@ -12,7 +12,7 @@ from lora2_pack.lora2_core.config.load import Limits
 from lora2_pack.lora2_core.config.train import TrainConfig
 from lora2_pack.lora2_core.files import metadata
 from lora2_pack.lora2_core.files.component import Component
-from lora2_pack.lora2_core.files.encode import FORMAT_VERSION
+from lora2_pack.lora2_core.files.metadata import FORMAT_VERSION
 from lora2_pack.lora2_core.reports import inspector
 from lora2_pack.lora2_core.resizing.resize import merge_files, resize_file
 from lora2_pack.tests.core import toy

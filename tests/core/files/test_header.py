@@ -21,9 +21,13 @@ from lora2_pack.lora2_core.files.header import (
     LARGEST_HEADER,
     LoRAFileError,
     TensorEntry,
+    encode_header,
+    in_file_order,
     one_line,
     read_header,
     shown_key,
+    tensor_bytes,
+    tensor_entries,
 )
 from lora2_pack.tests.core.toy import GOOD, PAIR, entry, raw_file
 
@@ -101,6 +105,45 @@ def test_the_tensors_are_not_read(path: Path):
     path.write_bytes(raw_file({"a": entry([1 << 32], 0)}))
     os.truncate(path, path.stat().st_size + (1 << 33))  # 8 GB of hole
     assert read_header(path).entries == {"a": TensorEntry((1 << 32,), "F16", 0, 1 << 33)}
+
+
+SHAPES = st.dictionaries(
+    st.text(max_size=5),
+    st.tuples(
+        st.sampled_from(list(ITEM_BYTES)), st.lists(st.integers(0, 3), max_size=3).map(tuple)
+    ),
+    max_size=6,
+)
+
+
+@settings(deadline=None, max_examples=100)
+@given(shapes=SHAPES, metadata=st.dictionaries(st.text(max_size=5), st.text(), max_size=3))
+def test_what_is_written_is_read(tmp_path_factory, shapes, metadata):
+    path = tmp_path_factory.mktemp("written") / "x.safetensors"
+    written = encode_header(tensor_entries(in_file_order(shapes)), metadata)
+    path.write_bytes(written + bytes(sum(map(tensor_bytes, shapes.values()))))
+    header = read_header(path)
+    assert header.metadata == metadata
+    assert {key: (one.dtype, one.shape) for key, one in header.entries.items()} == shapes
+    assert header.data_start == len(written) and len(written) % 8 == 0
+    assert all(one.start % ITEM_BYTES[one.dtype] == 0 for one in header.entries.values())
+
+
+def test_a_compact_header_is_the_library_s():
+    shapes = {
+        "b": ("F32", (2, 3)),
+        'ä"\n\x01': ("F16", (4,)),
+        "a": ("F32", ()),
+        "c": ("F16", (0, 2)),
+    }
+    state = {
+        key: torch.zeros(shape, dtype=torch.float16 if dtype == "F16" else torch.float32)
+        for key, (dtype, shape) in shapes.items()
+    }
+    for metadata in ({}, {"ss_ü": '\u2028\x7f\x00"\\/'}):
+        library = safetensors.torch.save(state, metadata)
+        compact = encode_header(tensor_entries(in_file_order(shapes)), metadata, compact=True)
+        assert library[: len(compact)] == compact
 
 
 # --- what is not ------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import time
 
 import pytest
 from lora2_pack.lora2_core.files.model_family import (
-    Architecture,
+    Family,
     guess_family,
     misfit,
     unknown_components,
@@ -21,7 +21,12 @@ DIFFUSERS = "unet.down_blocks.1.attentions.0.transformer_blocks.0."
     [
         # U-Nets: the text that cross-attention reads
         ({UNET + "attn1_to_k": 640, UNET + "attn2_to_k": 2048}, "SDXL (context 2048)"),
+        ({UNET + "attn2_to_k": 768}, "SD 1.5 (context 768)"),
+        ({UNET + "attn2_to_k": 1024}, "SD 2 (context 1024)"),
+        ({UNET + "attn2_to_k": 192}, "an unknown model (context 192)"),
         ({DIFFUSERS + "attn2.to_v": 768}, "SD 1.5 (context 768)"),
+        ({"unet.down_blocks.1.attentions.0.attn2.to_v": 2048}, "SDXL (context 2048)"),
+        ({"unet.down_blocks.1.attentions.0.attn2.processor.to_k": 768}, "SD 1.5 (context 768)"),
         ({DIFFUSERS + "attn2.processor.to_k_lora": 1024}, "SD 2 (context 1024)"),
         ({"base_model.model.up_blocks.1.x.attn2.to_k": 1280}, "the SDXL refiner (context 1280)"),
         ({"lora_unet_mid_block_attentions_0_x_attn2_to_k": 999}, "an unknown model (context 999)"),
@@ -31,7 +36,9 @@ DIFFUSERS = "unet.down_blocks.1.attentions.0.transformer_blocks.0."
         ({UNET + "attn2_to_k": 0}, "an unknown model"),  # of a kind that does not tell its width
         # Transformers: names
         ({"lora_unet_double_blocks_3_img_attn_qkv": 3072}, "Flux"),
+        ({"lora_unet_double_blocks_0_img_attn_qkv": 3072}, "Flux"),
         ({"lora_unet_single_blocks_37_linear1": 3072}, "Flux"),
+        ({"transformer.single_transformer_blocks.0.attn.to_q": 3072}, "Flux"),
         ({"transformer.single_transformer_blocks.37.attn.to_q": 3072}, "Flux"),
         ({"lora_transformer_single_transformer_blocks_0_proj_mlp": 3072}, "Flux"),
         ({"diffusion_model.double_blocks.0.img_attn.qkv": 6144}, "Flux 2"),
@@ -43,6 +50,7 @@ DIFFUSERS = "unet.down_blocks.1.attentions.0.transformer_blocks.0."
         ({"lora_unet_txt_in_individual_token_refiner_blocks_0_mlp_fc1": 3072}, "Hunyuan Video"),
         ({"diffusion_model.joint_blocks.0.x_block.attn.qkv": 1536}, "SD3"),
         ({"transformer.transformer_blocks.3.attn.add_k_proj": 2432}, "SD3"),
+        ({"transformer.transformer_blocks.0.attn.add_q_proj": 1536}, "SD3"),
         ({"transformer_blocks.0.img_mlp.net.2": 12288}, "Qwen-Image"),
         ({"lora_unet_transformer_blocks_0_img_mod_1": 3072}, "Qwen-Image"),
         ({"transformer.transformer_blocks.59.attn.add_q_proj": 3072}, "Qwen-Image"),
@@ -50,6 +58,7 @@ DIFFUSERS = "unet.down_blocks.1.attentions.0.transformer_blocks.0."
         ({"lora_unet_blocks_0_cross_attn_k": 5120}, "Wan"),
         ({"lora_unet__blocks_0_self_attn_q": 1536}, "Wan"),
         ({"diffusion_model.blocks.39.self_attn.o": 5120}, "Wan"),
+        ({"diffusion_model.blocks.0.self_attn.q": 1536}, "Wan"),
         ({"diffusion_model.blocks.0.self_attn.q_proj": 2048}, "an unknown model"),  # Cosmos
         ({"diffusion_model.layers.0.attention.qkv": 2304}, "Lumina 2"),
         ({"diffusion_model.layers.29.attention.to_q": 3840}, "Z-Image"),
@@ -65,6 +74,7 @@ DIFFUSERS = "unet.down_blocks.1.attentions.0.transformer_blocks.0."
         ({"transformer.joint_transformer_blocks.0.attn.to_q": 3072}, "AuraFlow"),
         ({"lora_prior_unet_down_blocks_0_0_channelwise_0": 2048}, "Stable Cascade"),
         ({"lora_te1_text_model_encoder_layers_0_mlp_fc1": 768}, "an unknown model"),
+        ({"x": 3}, "an unknown model"),
         ({}, "an unknown model"),
     ],
 )  # fmt: skip
@@ -98,6 +108,7 @@ ARCHITECTURE, VERSION = "modelspec.architecture", "ss_base_model_version"
 def test_the_metadata_counts_where_names_are_silent(metadata: dict[str, str], family: str):
     assert guess_family({"x": 3}, metadata).name == family
     assert guess_family({UNET + "attn2_to_k": 768}, metadata).name == "SD 1.5"
+    assert guess_family({UNET + "attn2_to_k": 2048}, metadata).text == "SDXL (context 2048)"
     assert guess_family({"blocks.0.self_attn.q": 1536}, metadata).name == "Wan"
 
 
@@ -128,30 +139,32 @@ def test_a_stranger_s_names_take_no_time():
 
 # --- the sentences ----------------------------------------------------------------------------
 
-SDXL = Architecture("SDXL", 2048)
+SDXL = Family("SDXL", 2048)
 
 
 @pytest.mark.parametrize(
     ("made", "model", "why"),
     [
-        (Architecture("SD 1.5", 768), SDXL,
+        (Family("SD 1.5", 768), SDXL,
          "was made for SD 1.5 (context 768), this model is SDXL (context 2048)"),
-        (Architecture("Flux"), SDXL, "was made for Flux, this model is SDXL (context 2048)"),
-        (SDXL, Architecture("SDXL", 192),
+        (Family("Flux"), SDXL, "was made for Flux, this model is SDXL (context 2048)"),
+        (SDXL, Family("SDXL", 192),
          "was made for SDXL (context 2048), this model is SDXL (context 192)"),
-        (Architecture("SDXL"), SDXL,
+        (Family("SDXL"), SDXL,
          "was made for another architecture than this model, SDXL (context 2048)"),
         (SDXL, SDXL, "was made for another architecture than this model, SDXL (context 2048)"),
-        (Architecture("Wan"), Architecture("Wan"),
+        (Family("Wan"), Family("Wan"),
          "was made for another architecture than this model, Wan"),
-        (Architecture("", 999), SDXL,
+        (Family("", 192), SDXL,
+         "was made for a text of width 192, this model is SDXL (context 2048)"),
+        (Family("", 999), SDXL,
          "was made for a text of width 999, this model is SDXL (context 2048)"),
-        (Architecture(), SDXL,
+        (Family(), SDXL,
          "was made for another architecture than this model, SDXL (context 2048)"),
-        (Architecture("Flux"), Architecture(), "was made for Flux, this model is an unknown model"),
+        (Family("Flux"), Family(), "was made for Flux, this model is an unknown model"),
     ],
 )  # fmt: skip
-def test_why_it_does_not_fit(made: Architecture, model: Architecture, why: str):
+def test_why_it_does_not_fit(made: Family, model: Family, why: str):
     assert misfit("x.safetensors", made, model) == (
         f"x.safetensors {why}; choose a LoRA for this model."
     )

@@ -15,12 +15,6 @@ import pytest
 import safetensors.torch
 import torch
 from lora2_pack.lora2_core import cli, lora_file
-from lora2_pack.lora2_core.files.model_family import (
-    Architecture,
-    guess_family,
-    misfit,
-    unknown_components,
-)
 from lora2_pack.lora2_core.reports import canvas, comparison, inspector
 from lora2_pack.lora2_core.reports.report import Scale, scale_ticks, short
 from lora2_pack.lora2_core.resizing.measure import measure_file
@@ -128,48 +122,6 @@ def test_what_a_stranger_wrote_moves_no_terminal(tmp_path: Path, capsys):
 @pytest.mark.parametrize("tags", ["", "[]", "{", '{"a": 3}', '{"a": {"b": "c"}}', "[" * 9999])
 def test_tags_that_are_none(tags: str):
     assert inspector.most_frequent_tags({"ss_tag_frequency": tags}) == []
-
-
-# --- what it was made for ---------------------------------------------------------------------
-
-CROSS = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k"
-
-
-@pytest.mark.parametrize(
-    ("inputs", "metadata", "text"),
-    [
-        ({CROSS: 768}, {}, "SD 1.5 (context 768)"),
-        ({CROSS: 1024}, {}, "SD 2 (context 1024)"),
-        ({CROSS: 2048}, {"ss_base_model_version": "sd_v1"}, "SDXL (context 2048)"),
-        ({"unet.down_blocks.1.attentions.0.attn2.processor.to_k": 768}, {}, "SD 1.5 (context 768)"),
-        ({"unet.down_blocks.1.attentions.0.attn2.to_v": 2048}, {}, "SDXL (context 2048)"),
-        ({CROSS: 192}, {}, "an unknown model (context 192)"),
-        ({"lora_unet_double_blocks_0_img_attn_qkv": 3072}, {}, "Flux"),
-        ({"transformer.single_transformer_blocks.0.attn.to_q": 3072}, {}, "Flux"),
-        ({"transformer.transformer_blocks.0.attn.add_q_proj": 1536}, {}, "SD3"),
-        ({"diffusion_model.blocks.0.self_attn.q": 1536}, {}, "Wan"),
-        ({"x": 3}, {"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}, "SDXL"),
-        ({"x": 3}, {"ss_base_model_version": "sd_v1"}, "SD 1.5"),
-        ({"x": 3}, {}, "an unknown model"),
-    ],
-)
-def test_what_a_file_was_made_for(inputs, metadata, text):
-    assert guess_family(inputs, metadata).text == text
-
-
-def test_why_it_does_not_fit():
-    sdxl = Architecture("SDXL", 2048)
-    assert misfit("x", Architecture("SD 1.5", 768), sdxl) == (
-        "x was made for SD 1.5 (context 768), this model is SDXL (context 2048); choose a LoRA for "
-        "this model."
-    )
-    assert "x was made for Flux, this model is SDXL" in misfit("x", Architecture("Flux"), sdxl)
-    assert "text of width 192" in misfit("x", Architecture("", 192), sdxl)
-    assert "another architecture" in misfit("x", sdxl, sdxl)
-    assert unknown_components("x", ["d", "a", "b", "c"], 560) == (
-        "x: 4 of 560 components unknown: a, b, c, …."
-    )
-    assert unknown_components("x", [], 560) == ""
 
 
 # --- the tensors ------------------------------------------------------------------------------

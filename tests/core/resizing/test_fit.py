@@ -17,6 +17,7 @@ from lora2_pack.lora2_core import lora_file
 from lora2_pack.lora2_core.adapters.budget import METADATA_BYTES
 from lora2_pack.lora2_core.files import encode as lora_format
 from lora2_pack.lora2_core.files.component import Component, decompose
+from lora2_pack.lora2_core.files.metadata import complete_metadata
 from lora2_pack.lora2_core.lora_file import LoRAFileError
 from lora2_pack.lora2_core.resizing import choice
 from lora2_pack.lora2_core.resizing.choice import Outline, Part, _hull, choose_ranks, kept_energy
@@ -47,7 +48,7 @@ def trained(seed: int, count: int = 20) -> tuple[Component, ...]:
 
 def uncut_bytes(components: tuple[Component, ...], metadata: dict[str, str]) -> int:
     state = lora_file.to_state(components)
-    full = lora_format.complete_metadata(metadata, components, [c.rank for c in components])
+    full = complete_metadata(metadata, components, [c.rank for c in components])
     return len(lora_file.encode(state, full))
 
 

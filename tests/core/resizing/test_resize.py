@@ -23,15 +23,15 @@ from lora2_pack.lora2_core.files.encode import (
     encode,
     fold,
     kohya_key,
-    sizes_and_errors,
+    norms_and_half_errors,
     to_state,
 )
 from lora2_pack.lora2_core.lora_file import LoRAFileError
 from lora2_pack.lora2_core.resizing.choice import Outline
 from lora2_pack.lora2_core.resizing.resize import merge_files, resize_file
-from lora2_pack.lora2_core.resizing.shrink import shrink_state
 from lora2_pack.lora2_core.resizing.stream import Planned, write_stream
 from lora2_pack.tests.core import toy
+from lora2_pack.tests.core.resizing.test_shrink import shrunk
 from torch import Tensor
 
 torch.set_num_threads(1)
@@ -355,16 +355,16 @@ def test_a_state_is_cut_as_a_file_is(tmp_path: Path, kind, order: str):
     source = kind(tmp_path / "a.safetensors", 3)
     state = dict(lora_file.load(source).state) | {"else": torch.ones(3)}
     for limits in (Limits(max_rank=2, order=order), Limits(energy=0.9, order=order)):
-        small = shrink_state(state, limits)
+        small = shrunk(state, limits)
         assert small.keys() <= state.keys() and small["else"] is state["else"]
         safetensors.torch.save_file(
             {k: v for k, v in small.items() if k != "else"}, tmp_path / "small.safetensors"
         )
         wanted = resize_file(source, tmp_path / "b.safetensors", limits)
         assert relative(deltas(tmp_path / "small.safetensors"), deltas(wanted.path)) < 2e-3
-    assert shrink_state(state, NOTHING) == state
+    assert shrunk(state, NOTHING) == state
     size = sum(t.nbytes for t in state.values()) / 2e6
-    small = shrink_state(state, Limits(megabytes=size, order=order))
+    small = shrunk(state, Limits(megabytes=size, order=order))
     assert sum(t.nbytes for t in small.values()) <= size * 1e6 + 16
 
 
@@ -404,6 +404,6 @@ def test_fp16_is_only_foretold_where_it_will_do(rank, scale):
     part = part_of_values(outline, component.importance.double(), 10**6)
     for kept, half in enumerate(part.half, 1):
         down, up = fold(component.first(kept))
-        error = sizes_and_errors(down, up)[1][-1]
+        error = norms_and_half_errors(down, up)[1][-1]
         assert not half or error <= 5e-4
     assert scale not in (1e-3, 1.0) or all(part.half)

@@ -9,10 +9,10 @@ import safetensors.torch
 import torch
 from lora2_pack.lora2_core import lora_file
 from lora2_pack.lora2_core.config.load import ORDERS, Limits
-from lora2_pack.lora2_core.lora_file import LoRAFileError
+from lora2_pack.lora2_core.lora_file import LoRAFile, LoRAFileError
 from lora2_pack.lora2_core.resizing.measure import measure_file
 from lora2_pack.lora2_core.resizing.resize import merge_files, resize_file
-from lora2_pack.lora2_core.resizing.shrink import shrink_state
+from lora2_pack.lora2_core.resizing.shrink import shrink
 from lora2_pack.lora2_core.resizing.source import LoRASource
 from lora2_pack.tests.core import toy
 from torch import Tensor
@@ -45,6 +45,10 @@ def save(path: Path, state: dict[str, Tensor]) -> Path:
     return path
 
 
+def shrunk(state: dict[str, Tensor], limits: Limits) -> dict[str, Tensor]:
+    return shrink(LoRAFile(state, {}), limits).state
+
+
 def patch(path: Path, key: str) -> Tensor:
     with LoRASource(path) as source:
         return toy.exact_delta(source.component(key))
@@ -61,7 +65,7 @@ def test_magnitudes_of_a_dora_count(tmp_path: Path, order: str, megabytes: float
     for layer in "qkv":
         key = f"{PREFIX}{layer}"
         assert (f"{key}.dora_scale" in state) == (f"{key}.lora_up.weight" in state)
-    small = shrink_state(dora(), limits)
+    small = shrunk(dora(), limits)
     assert len(safetensors.torch.save(small)) <= megabytes * 1e6
 
 
@@ -75,15 +79,15 @@ def test_what_a_dora_could_be_cut_to_counts_its_magnitudes(tmp_path: Path):
 def test_tensors_of_other_kinds_count():
     other = {"lora_unet_x.hada_w1_a": torch.ones(100, 50)}  # 20 kB
     state = pair("q", 8) | other
-    small = shrink_state(state, Limits(megabytes=0.0215))
+    small = shrunk(state, Limits(megabytes=0.0215))
     assert len(safetensors.torch.save(small)) <= 21_500
     assert small["lora_unet_x.hada_w1_a"] is other["lora_unet_x.hada_w1_a"]
     assert small[f"{PREFIX}q.lora_down.weight"].shape[0] < 8
     with pytest.raises(LoRAFileError, match=r"megabytes is 0\.01, .* choose at least 0\.0") as told:
-        shrink_state(state, Limits(megabytes=0.01))
+        shrunk(state, Limits(megabytes=0.01))
     least = float(str(told.value).rpartition(" ")[2].rstrip("."))
-    assert shrink_state(state, Limits(megabytes=least))[f"{PREFIX}q.lora_down.weight"].shape[0] == 1
-    assert shrink_state(other, Limits(megabytes=0.01)) == other  # it has no ranks
+    assert shrunk(state, Limits(megabytes=least))[f"{PREFIX}q.lora_down.weight"].shape[0] == 1
+    assert shrunk(other, Limits(megabytes=0.01)) == other  # it has no ranks
 
 
 def test_a_name_longer_than_the_old_one_counts(tmp_path: Path):
