@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from lora2_pack.lora2_core.jobs import shutdown
 from lora2_pack.lora2_core.jobs.job import TrainingJob
 from lora2_pack.lora2_core.jobs.log import pack_events, unpack_events
 from lora2_pack.lora2_core.training.memory import OutOfMemory
-from lora2_pack.lora2_core.training.trainer import TrainingError
+from lora2_pack.lora2_core.training.trainer import StepEvent, TrainingError
 from lora2_pack.tests.core import toy, toy_job
 from lora2_pack.tests.core.toy_job import at_draw, config, finish
 
@@ -58,22 +58,26 @@ def _raise(error: BaseException) -> Callable[[], None]:
     return act
 
 
+def timeless(events: Sequence[StepEvent]) -> list[StepEvent]:
+    """``events`` without what the clock said."""
+    return [dataclasses.replace(event, seconds=0) for event in events]
+
+
 def check_same_end(first: TrainingJob, second: TrainingJob) -> None:
     """The same file, the same steps and the same curves; only the clock may differ."""
     assert first.path.read_bytes() == second.path.read_bytes()
-    for one, other in zip(first.progress.events, second.progress.events, strict=True):
-        assert dataclasses.replace(one, seconds=0) == dataclasses.replace(other, seconds=0)
+    assert timeless(first.progress.events) == timeless(second.progress.events)
     assert first.result is not None and second.result is not None
-    assert first.result.history == second.result.history
+    assert timeless(first.result.events) == timeless(second.result.events)
+    assert first.result.config.rank == second.result.config.rank
     assert first.result.components == second.result.components
 
 
 def exploding(path: Path, wanted: TrainConfig, draw: int, factor: float) -> TrainingJob:
     """From that draw on the target is ``factor`` times as far away."""
     job = toy_job.job(path, wanted)
-    task = job.task
-    assert isinstance(task, toy_job.PhotosTask)
-    return at_draw(job, draw, lambda: task.matrix.mul_(factor))
+    matrix = toy_job.task_of(job).matrix
+    return at_draw(job, draw, lambda: matrix.mul_(factor))
 
 
 # --- going on ---------------------------------------------------------------------------------
@@ -88,7 +92,7 @@ def test_a_stopped_run_ends_as_if_it_had_not_stopped(tmp_path: Path, name: str):
     for draw in (9, 14):  # of two a step: the second stop meets a resumed run
         job = stopped(path, wanted, draw)
         assert lora_file.load(path).state, "an early end leaves a usable LoRA"
-        assert [file.name for file in checkpoints(path)] == [f"{job.run}.safetensors"]
+        assert [file.name for file in checkpoints(path)] == [f"{job.run_hash}.safetensors"]
     resumed = finish(toy_job.job(path, wanted))
     assert resumed.progress.state == "finished"
     assert "Going on after step" in resumed.progress.message
@@ -102,14 +106,14 @@ def test_many_moments_fit_into_eight_bits(tmp_path: Path):
 
     def job(path: Path) -> TrainingJob:
         made = toy_job.job(path, wanted, width=512)
-        assert max(weight.numel() for weight in made.network.weights()) >= 4096
+        assert max(weight.numel() for weight in toy_job.setup_of(made).network.weights()) >= 4096
         return made
 
     reference = finish(job(tmp_path / "whole" / NAME))
     path = tmp_path / NAME
     first = job(path)
     finish(at_draw(first, 7, first.stop))
-    kept = checkpoint.read(checkpoints(path)[0], first.run)
+    kept = checkpoint.read(checkpoints(path)[0], first.run_hash)
     parameters = kept.state["trainer"]["optimizer"]["parameters"]
     assert any(state["state1"].dtype == torch.uint8 for state in parameters.values())
     check_same_end(finish(job(path)), reference)
@@ -218,11 +222,11 @@ def test_whatever_decides_a_run_makes_another_run(tmp_path: Path, change: dict[s
     first = stopped(path, settings(), 9)
     options = dict(change)
     second = toy_job.job(path, settings(**options.pop("config", {})), **options)
-    assert second.run != first.run
+    assert second.run_hash != first.run_hash
     finish(second)
     assert len({event.step for event in second.progress.events}) == second.config.steps
     assert not second.progress.message, "it went on from another run"
-    assert [file.stem for file in checkpoints(path)] == [first.run], "the other run can go on"
+    assert [file.stem for file in checkpoints(path)] == [first.run_hash], "the other run can go on"
 
 
 def test_resume_switched_off_starts_anew(tmp_path: Path):
@@ -282,7 +286,7 @@ def test_a_damaged_checkpoint_is_put_aside(tmp_path: Path):
     kept.write_bytes(data)
     again = finish(toy_job.job(path, wanted))
     assert "is damaged" in again.progress.message and "starting anew" in again.progress.message
-    assert [file.name for file in checkpoints(path)] == [f"{job.run}.safetensors.damaged"]
+    assert [file.name for file in checkpoints(path)] == [f"{job.run_hash}.safetensors.damaged"]
     assert checkpoints(path)[0].read_bytes() == bytes(data)
     check_same_end(again, whole(tmp_path, wanted))
 
@@ -302,7 +306,9 @@ def test_minutes_are_counted_too(tmp_path: Path):
     job = toy_job.job(path, settings(keep=keep))
     seen: list[int] = []
     finish(
-        at_draw(job, 9, lambda: seen.append(checkpoint.read(checkpoints(path)[0], job.run).step))
+        at_draw(
+            job, 9, lambda: seen.append(checkpoint.read(checkpoints(path)[0], job.run_hash).step)
+        )
     )
     assert seen == [4]
 
@@ -316,14 +322,12 @@ def hungry(path: Path, until_checkpointed: bool) -> tuple[TrainingJob, list[int]
     job = toy_job.job(
         path, settings(), enable_checkpointing=lambda: on_at.append(job.progress.step)
     )
-    task = job.task
-    assert isinstance(task, toy_job.PhotosTask)
 
     def allocate() -> None:
         if job.progress.step == 5 and not (until_checkpointed and on_at):
             torch.empty(10**15)
 
-    task.before_draw = allocate
+    toy_job.task_of(job).before_draw = allocate
     return job, on_at
 
 
