@@ -15,7 +15,6 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
 
 from ...lora2_core.adapters.budget import file_bytes
 from ...lora2_core.adapters.network import AdaptiveRankNetwork
@@ -25,6 +24,7 @@ from ...lora2_core.files.places import ROWS, group_label, sort_components
 from ...lora2_core.files.read import ComponentInfo
 from ...lora2_core.jobs.job import TrainingJob
 from ...lora2_core.jobs.progress import ENDED, Snapshot
+from ...lora2_core.jobs.queue import Entry
 from ...lora2_core.jobs.saving import TrainedLoRA
 from ...lora2_core.training.trainer import StepEvent
 from .curves import Smoother, decay_for, keep_peaks
@@ -75,13 +75,6 @@ def _place(component: ComponentInfo, row: str, column: str) -> MapCell:
 
 _POINTS = 2000  # of a curve of a run that is over
 _PACE = 50  # steps from whose mean the time that is left is told
-
-
-class HasJob(Protocol):
-    """A :class:`lora2_core.jobs.queue.Entry`, or whatever else has an id and a job."""
-
-    id: str
-    job: TrainingJob
 
 
 @dataclass
@@ -292,7 +285,7 @@ class Watches:
         self._lock = threading.Lock()
         self._watches: dict[str, JobWatch] = {}
 
-    def of(self, entry: HasJob) -> JobWatch:
+    def of(self, entry: Entry) -> JobWatch:
         with self._lock:
             watch = self._watches.get(entry.id)
             if watch is None:

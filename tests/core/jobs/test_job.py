@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,18 @@ def settings(name: str = "adamw", **changes: Any) -> TrainConfig:
     return config(optimizer=OPTIMIZERS[name], **{**rate, **changes})
 
 
-def whole(folder: Path, wanted: TrainConfig) -> TrainingJob:
-    """A run without any accident, in a folder of its own."""
-    return finish(toy_job.job(folder / "whole" / NAME, wanted))
+Whole = Callable[[TrainConfig], TrainingJob]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """A run without any accident, in a folder of its own; each of these settings trains once."""
+
+    @cache
+    def run(wanted: TrainConfig) -> TrainingJob:
+        return finish(toy_job.job(tmp_path_factory.mktemp("whole") / NAME, wanted))
+
+    return run
 
 
 def stopped(path: Path, wanted: TrainConfig, draw: int, **options: Any) -> TrainingJob:
@@ -84,9 +94,9 @@ def exploding(path: Path, wanted: TrainConfig, draw: int, factor: float) -> Trai
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_stopped_run_ends_as_if_it_had_not_stopped(tmp_path: Path, name: str):
+def test_a_stopped_run_ends_as_if_it_had_not_stopped(tmp_path: Path, whole: Whole, name: str):
     wanted = settings(name)
-    reference = whole(tmp_path, wanted)
+    reference = whole(wanted)
     assert len({event.ranks for event in reference.progress.events}) > 1, "no rank moved"
     path = tmp_path / NAME
     for draw in (9, 14):  # of two a step: the second stop meets a resumed run
@@ -119,9 +129,9 @@ def test_many_moments_fit_into_eight_bits(tmp_path: Path):
     check_same_end(finish(job(path)), reference)
 
 
-def test_an_error_leaves_a_lora_and_a_checkpoint(tmp_path: Path):
+def test_an_error_leaves_a_lora_and_a_checkpoint(tmp_path: Path, whole: Whole):
     wanted = settings()
-    reference = whole(tmp_path, wanted)
+    reference = whole(wanted)
     path = tmp_path / NAME
     job = at_draw(toy_job.job(path, wanted), 12, _raise(ValueError("the dog ate it")))
     with pytest.raises(ValueError, match="the dog ate it"):
@@ -152,7 +162,7 @@ def test_a_process_that_ends_stops_its_runs_first(tmp_path: Path):
 # --- the run's own name -------------------------------------------------------------------------
 
 
-def test_a_resumed_run_replaces_its_own_unfinished_file(tmp_path: Path):
+def test_a_resumed_run_replaces_its_own_unfinished_file(tmp_path: Path, whole: Whole):
     """The node names the next free number, since the stopped run left a LoRA behind."""
     wanted = settings()
     stopped(tmp_path / NAME, wanted, 9)
@@ -160,7 +170,7 @@ def test_a_resumed_run_replaces_its_own_unfinished_file(tmp_path: Path):
     assert resumed.path == tmp_path / NAME
     assert resumed.result is not None and resumed.result.path == resumed.path
     assert [file.name for file in tmp_path.glob("*.safetensors")] == [NAME]
-    check_same_end(resumed, whole(tmp_path, wanted))
+    check_same_end(resumed, whole(wanted))
 
 
 @pytest.mark.parametrize("other", ["another run", "no LoRA"])
@@ -190,14 +200,14 @@ def test_another_name_goes_on_but_leaves_the_first_file(tmp_path: Path):
     assert first.path.read_bytes() == data
 
 
-def test_how_a_run_is_kept_and_watched_leaves_its_file_alone(tmp_path: Path):
+def test_how_a_run_is_kept_and_watched_leaves_its_file_alone(tmp_path: Path, whole: Whole):
     """Other intervals and samples after a stop: the same run, the same bytes."""
     plain = settings()
     watched = settings(
         keep=KeepConfig(checkpoint_steps=5, checkpoint_minutes=3.0),
         samples=toy_job.prompts("a cat", "a dog on the moon", every=4),
     )
-    reference = whole(tmp_path, plain)
+    reference = whole(plain)
     path = tmp_path / NAME
     stopped(path, plain, 9)
     resumed = finish(toy_job.job(path, watched, strip_path=tmp_path / "strip.png"))
@@ -229,14 +239,14 @@ def test_whatever_decides_a_run_makes_another_run(tmp_path: Path, change: dict[s
     assert [file.stem for file in checkpoints(path)] == [first.run_hash], "the other run can go on"
 
 
-def test_resume_switched_off_starts_anew(tmp_path: Path):
+def test_resume_switched_off_starts_anew(tmp_path: Path, whole: Whole):
     wanted = settings()
     path = tmp_path / NAME
     stopped(path, wanted, 9)
     job = toy_job.job(path, settings(keep=KeepConfig(resume=False)))
     finish(job)
     assert job.progress.message == ""
-    check_same_end(job, whole(tmp_path, wanted))
+    check_same_end(job, whole(wanted))
 
 
 # --- accidents ------------------------------------------------------------------------------------
@@ -261,9 +271,9 @@ def test_a_loss_that_is_no_number_keeps_the_step_before(tmp_path: Path):
     assert not checkpoints(path), "the one of step 6 would only lead here again"
 
 
-def test_a_disk_that_is_full_costs_only_the_checkpoint(tmp_path: Path, caplog):
+def test_a_disk_that_is_full_costs_only_the_checkpoint(tmp_path: Path, whole: Whole, caplog):
     wanted = settings()
-    reference = whole(tmp_path, wanted)
+    reference = whole(wanted)
     size = reference.path.stat().st_size
     path = tmp_path / NAME
     caplog.clear()
@@ -276,7 +286,7 @@ def test_a_disk_that_is_full_costs_only_the_checkpoint(tmp_path: Path, caplog):
     assert not checkpoints(path), "no half file is left"
 
 
-def test_a_damaged_checkpoint_is_put_aside(tmp_path: Path):
+def test_a_damaged_checkpoint_is_put_aside(tmp_path: Path, whole: Whole):
     wanted = settings()
     path = tmp_path / NAME
     job = stopped(path, wanted, 9)
@@ -288,16 +298,18 @@ def test_a_damaged_checkpoint_is_put_aside(tmp_path: Path):
     assert "is damaged" in again.progress.message and "starting anew" in again.progress.message
     assert [file.name for file in checkpoints(path)] == [f"{job.run_hash}.safetensors.damaged"]
     assert checkpoints(path)[0].read_bytes() == bytes(data)
-    check_same_end(again, whole(tmp_path, wanted))
+    check_same_end(again, whole(wanted))
 
 
-def test_a_checkpoint_of_other_layers_starts_anew_from_untouched_weights(tmp_path: Path):
+def test_a_checkpoint_of_other_layers_starts_anew_from_untouched_weights(
+    tmp_path: Path, whole: Whole
+):
     wanted = settings()
     path = tmp_path / NAME
     stopped(path, wanted, 9, width=32)  # the same settings on a larger model
     again = finish(toy_job.job(path, wanted))
     assert "does not fit this run" in again.progress.message
-    check_same_end(again, whole(tmp_path, wanted))
+    check_same_end(again, whole(wanted))
 
 
 def test_minutes_are_counted_too(tmp_path: Path):
@@ -331,17 +343,17 @@ def hungry(path: Path, until_checkpointed: bool) -> tuple[TrainingJob, list[int]
     return job, on_at
 
 
-def test_a_lack_of_memory_is_met_by_checkpointing(tmp_path: Path):
+def test_a_lack_of_memory_is_met_by_checkpointing(tmp_path: Path, whole: Whole):
     job, on_at = hungry(tmp_path / NAME, until_checkpointed=True)
     finish(job)
     assert on_at == [5]
     assert job.progress.state == "finished"
     assert "Out of memory in step 6" in job.progress.message
     assert "trying again with gradient checkpointing" in job.progress.message
-    check_same_end(job, whole(tmp_path, settings()))
+    check_same_end(job, whole(settings()))
 
 
-def test_a_second_lack_of_memory_says_what_would_fit(tmp_path: Path):
+def test_a_second_lack_of_memory_says_what_would_fit(tmp_path: Path, whole: Whole):
     path = tmp_path / NAME
     job, on_at = hungry(path, until_checkpointed=False)
     with pytest.raises(OutOfMemory) as caught:
@@ -355,7 +367,7 @@ def test_a_second_lack_of_memory_says_what_would_fit(tmp_path: Path):
     # Later, with memory to spare, it goes on with checkpointing on from the start.
     switched: list[bool] = []
     again = toy_job.job(path, settings(), enable_checkpointing=lambda: switched.append(True))
-    check_same_end(finish(again), whole(tmp_path, settings()))
+    check_same_end(finish(again), whole(settings()))
     assert switched == [True]
 
 
@@ -369,8 +381,8 @@ def test_without_a_switch_the_first_lack_ends_the_run(tmp_path: Path):
 # --- what a checkpoint tells ---------------------------------------------------------------------
 
 
-def test_the_steps_survive_as_a_few_arrays(tmp_path: Path):
-    events = whole(tmp_path, settings()).progress.events
+def test_the_steps_survive_as_a_few_arrays(tmp_path: Path, whole: Whole):
+    events = whole(settings()).progress.events
     packed = pack_events(events)
     assert all(torch.is_tensor(column) for column in packed.values())
     assert unpack_events(packed, events[0].steps) == events
