@@ -210,15 +210,13 @@ def news_of(
 ) -> tuple[dict[str, Any], Told]:
     """The event of a job, and what is told with it."""
     look = watch.look(after=told.step)
-    ranks, samples, steps = look.glance.ranks, look.run.samples, look.curves.steps
-    newest = samples[-1].step if samples else 0
+    ranks, steps, samples = look.glance.ranks, look.curves.steps, look.run.samples
     event: dict[str, Any] = {
         "job": views.summary(entry, look, position, host),
         "points": views.points(look.curves),
-        "sample": newest if newest > told.sample else None,
+        "sample": samples[-1].step if samples and samples[-1].step > told.sample else None,
     }
     if ranks and ranks != told.ranks:
         event["ranks"] = list(ranks)
-    return event, Told(
-        steps[-1] if steps else told.step, ranks or told.ranks, max(newest, told.sample)
-    )
+    step = steps[-1] if steps else told.step
+    return event, Told(step, ranks or told.ranks, event["sample"] or told.sample)
