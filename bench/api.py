@@ -80,7 +80,8 @@ async def _measure(folder: Path, seconds: float) -> dict[str, Any]:
     import server
 
     comfyui = server.PromptServer(asyncio.get_running_loop())
-    routes.register()
+    queue = job_queue()
+    routes.register(queue)
     comfyui.add_routes()
     runner = web.AppRunner(comfyui.app, access_log=None)
     await runner.setup()
@@ -88,7 +89,6 @@ async def _measure(folder: Path, seconds: float) -> dict[str, Any]:
     await site.start()
     publishing = asyncio.create_task(comfyui.publish_loop())
     url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-    queue = job_queue()
     _leave_earlier(folder / "user" / "lora2" / "jobs", folder / "output" / "loras")
     job = _job(folder / "output" / "loras" / "bench_00001_.safetensors")
     entry = queue.add(job, Origin("bench_00001_", "3", {"3": {}}))
@@ -156,6 +156,7 @@ def _job(path: Path) -> Any:
     from lora2_pack.lora2_core.files.checkpoint import Checkpoint
     from lora2_pack.lora2_core.jobs.job import TrainingJob
     from lora2_pack.lora2_core.jobs.log import pack_events
+    from lora2_pack.lora2_core.training.setup import TrainingSetup
     from lora2_pack.lora2_core.training.trainer import Trainer
 
     model = toy_sdxl.Model()
@@ -167,11 +168,13 @@ def _job(path: Path) -> Any:
     network, task = AdaptiveRankNetwork(model, targets, rank), toy_sdxl.Denoising(model)
     kept = path.parents[2] / "user" / "lora2" / "checkpoints"
     kept.mkdir(parents=True)
-    job = TrainingJob(network, task, None, config, path, base_hash="bench", checkpoints=kept)
+    setup = TrainingSetup(config, network, task, None, base_hash="bench")
+    job = TrainingJob(setup, path, checkpoints=kept)
     state = Trainer(network, task, config).state() | {"step": DONE}
     events = pack_events(_events(network.ranks))
     whole = {"trainer": state, "events": events, "samples": {}, "checkpointing": False}
-    checkpoint.write(kept / f"{job.run}.safetensors", Checkpoint(job.run, DONE, str(path), whole))
+    file = kept / f"{job.run_hash}.safetensors"
+    checkpoint.write(file, Checkpoint(job.run_hash, DONE, str(path), whole))
     return job
 
 

@@ -25,6 +25,7 @@ from lora2_pack.lora2_core.tiny_sdxl.model import (
     text_configs,
 )
 from lora2_pack.lora2_core.training.objective import CrossAttentionEntropy, Prediction
+from lora2_pack.lora2_core.training.setup import TrainingSetup
 from lora2_pack.lora2_core.training.trainer import Trainer, train
 from torch import Tensor, nn
 
@@ -64,9 +65,7 @@ def ours(parts: tuple[Any, Any, Any], settings: TrainConfig) -> Step:
     return prepared(parts, settings)[1]
 
 
-def prepared(
-    parts: tuple[Any, Any, Any], settings: TrainConfig
-) -> tuple[comfy_host.TrainingSetup, Step]:
+def prepared(parts: tuple[Any, Any, Any], settings: TrainConfig) -> tuple[TrainingSetup, Step]:
     """A training of the pack, and a step of it."""
     setup = comfy_host.prepare_training(*parts, photos(), settings)
     run = train(setup.network, setup.task, setup.config, setup.entropy)

@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from ..lora2_core.jobs import shutdown
+from .background import job_queue
 from .demo import LoRA2DemoModel
 from .images import LoRA2ImageFolder
 from .inspect import LoRA2InspectRanks
@@ -36,5 +37,5 @@ class LoRA2Extension(ComfyExtension):
 
 async def comfy_entrypoint() -> LoRA2Extension:
     shutdown.install()  # ComfyUI loads nodes in its main thread, where signals can be seen
-    routes.register()
+    routes.register(job_queue())
     return LoRA2Extension()

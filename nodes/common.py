@@ -11,7 +11,7 @@ from ..lora2_core import comfy_host
 
 CATEGORY = "LoRA²"
 
-# The value is a lora2_core.jobs.job.TrainedLoRA.
+# The value is a lora2_core.jobs.saving.TrainedLoRA.
 LoRA2Socket = io.Custom("LORA2")
 # The value is a lora2_core.config.presets.Options.
 OptionsSocket = io.Custom("LORA2_OPTIONS")

@@ -9,12 +9,13 @@ from PIL import Image
 
 from ..lora2_core import comfy_host, lora_file
 from ..lora2_core.files.model_family import guess_family
-from ..lora2_core.jobs.job import TrainedLoRA
+from ..lora2_core.jobs.saving import TrainedLoRA
 from ..lora2_core.reports import comparison, inspector
 from ..lora2_core.reports.inspector import FileReport
 from ..lora2_core.reports.report import training_picture
 from .common import CATEGORY, NO_LORA, LoRA2Socket, advanced, fingerprint, to_image
 from .load import MORE
+from .screen.curves import training_history
 
 _FROM_SOCKET = "(the connected LORA2)"
 
@@ -131,4 +132,5 @@ def _picture(reports: list[FileReport], trained: TrainedLoRA | None) -> Image.Im
     if trained is None:
         return reports[0].picture()
     subtitle = lora_file.headline(trained.file.metadata)
-    return training_picture(trained.components, trained.history, trained.path.stem, subtitle)
+    history = training_history(trained)
+    return training_picture(trained.components, history, trained.path.stem, subtitle)

@@ -12,17 +12,20 @@ from ..lora2_core import comfy_host, lora_file
 from ..lora2_core.config.presets import AS_SET, build_config, replaced
 from ..lora2_core.config.train import TrainConfig
 from ..lora2_core.data.photos import Photo, check_photos
-from ..lora2_core.jobs.job import TrainedLoRA, TrainingJob
+from ..lora2_core.jobs.job import TrainingJob
 from ..lora2_core.jobs.queue import Origin
 from ..lora2_core.jobs.sampling import StripFile
+from ..lora2_core.jobs.saving import TrainedLoRA
 from ..lora2_core.reports.report import training_picture
 from ..lora2_core.reports.strip import strip_png
 from ..lora2_core.training import memory
 from ..lora2_core.training.estimate import size
+from ..lora2_core.training.setup import TrainingSetup
 from .background import job_queue
 from .common import CATEGORY, LoRA2Socket, advanced, to_image
 from .prompt_graph import base_of, needed_by
 from .screen import routes
+from .screen.curves import training_history
 from .train_notes import Notes
 from .waiting import wait_for
 from .widgets import train as train_widgets
@@ -113,7 +116,14 @@ class LoRA2Train(io.ComfyNode):
         for line in _about_run(setup):
             notes.say(line)
         background = one.get("run", WAIT) == BACKGROUND
-        job = _job(setup, path, photos, _busy(background and one.get("yield_to_prompts", True)))
+        job = TrainingJob(
+            setup,
+            path,
+            guard=comfy_host.deaf_to_cancel,
+            checkpoints=comfy_host.checkpoint_folder(),
+            strip=StripFile(comfy_host.strip_path(path), strip_png),
+            busy=_busy(background and one.get("yield_to_prompts", True)),
+        )
         del setup  # the job alone holds the private copy, and lets go of it at its end
         entry = queue.add(job, _origin(cls.hidden, path), background)
         if background:
@@ -146,7 +156,7 @@ def _class_photos(images: list[torch.Tensor] | None, config: TrainConfig) -> Seq
     return check_photos(images, None, config.data.class_prompt)
 
 
-def _about_run(setup: comfy_host.TrainingSetup) -> Iterator[str]:
+def _about_run(setup: TrainingSetup) -> Iterator[str]:
     """What the run will take, and what to do where that is more than there is."""
     expected = setup.estimate
     if expected is None:
@@ -161,35 +171,12 @@ def _about_run(setup: comfy_host.TrainingSetup) -> Iterator[str]:
         yield text + help_
 
 
-def _job(
-    setup: comfy_host.TrainingSetup,
-    path: Path,
-    photos: Sequence[Photo],
-    busy: Callable[[], bool],
-) -> TrainingJob:
-    return TrainingJob(
-        setup.network,
-        setup.task,
-        setup.entropy,
-        setup.config,
-        path,
-        captions=tuple(photo.caption for photo in photos),
-        base_hash=setup.base_hash,
-        guard=comfy_host.deaf_to_cancel,
-        data_hash=setup.data_hash,
-        checkpoints=comfy_host.checkpoint_folder(),
-        painter=setup.painter,
-        strip=StripFile(comfy_host.strip_path(path), strip_png),
-        enable_checkpointing=setup.enable_checkpointing,
-        busy=busy,
-    )
-
-
 def _outputs(cls: type[io.ComfyNode], model: Any, clip: Any, trained: TrainedLoRA) -> io.NodeOutput:
     path = trained.path
     patched = comfy_host.apply_state(model, clip, trained.file.state, 1.0, 1.0, path.name)
     headline = lora_file.headline(trained.file.metadata)
-    picture = to_image(training_picture(trained.components, trained.history, path.stem, headline))
+    history = training_history(trained)
+    picture = to_image(training_picture(trained.components, history, path.stem, headline))
     shown = ui.PreviewImage(picture, cls=cls)
     state = dict(trained.file.state)
     return io.NodeOutput(*patched, trained, str(path), picture, state, ui=shown)

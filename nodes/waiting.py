@@ -4,8 +4,8 @@ import logging
 from contextlib import suppress
 
 from ..lora2_core import comfy_host
-from ..lora2_core.jobs.job import TrainedLoRA
 from ..lora2_core.jobs.queue import Entry, JobQueue, WrongState
+from ..lora2_core.jobs.saving import TrainedLoRA
 from .train_notes import Notes
 
 _POLL_SECONDS = 0.1

@@ -21,14 +21,13 @@ from .paths import (
     new_lora_path,
     strip_path,
 )
-from .prepare import TrainingSetup, prepare_training
+from .prepare import prepare_training
 from .running import blocked, deaf_to_cancel, free_memory, progress_bar, raise_if_cancelled
 
 __all__ = [
     "Applied",
     "Encoder",
     "HostError",
-    "TrainingSetup",
     "apply_lora",
     "apply_state",
     "blocked",

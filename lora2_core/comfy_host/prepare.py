@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,9 @@ from ..data.cropping import crops
 from ..data.photos import Photo
 from ..data.samples import Sample
 from ..training.denoising import CachedTexts, DenoisingTask, TextSource
-from ..training.estimate import Estimate, attempt
+from ..training.estimate import attempt
 from ..training.objective import CrossAttentionEntropy
+from ..training.setup import TrainingSetup
 from . import bypass
 from .checkpointing import blocks_of, checkpoint_blocks
 from .class_images import class_images, class_samples, paints
@@ -34,21 +34,6 @@ from .models import DTYPES, check_model, prediction_of, private_copy
 from .painting import Painter
 from .running import raise_if_cancelled
 from .text_encoders import TextEncoders
-
-
-@dataclass(frozen=True)
-class TrainingSetup:
-    """Everything a training job needs, none of it shared with the user's own model."""
-
-    config: TrainConfig  # as asked, with the precision that ``auto`` came to
-    network: AdaptiveRankNetwork
-    task: DenoisingTask
-    entropy: CrossAttentionEntropy
-    base_hash: str
-    data_hash: str  # changes with any photo, caption, mask, class image, VAE, CLIP or sampling
-    painter: Painter | None  # of validation samples; None when none is asked for
-    enable_checkpointing: Callable[[], None]  # for a run that is short of memory
-    estimate: Estimate | None  # of memory, time and file size; None where it cannot be told
 
 
 def prepare_training(
@@ -115,6 +100,7 @@ def _prepare(
         network=network,
         task=task,
         entropy=cross,
+        captions=tuple(photo.caption for photo in photos),
         base_hash=base_hash,
         data_hash=content_key(identity, _data_hash(photos, classes)),
         painter=painter if config.samples.prompts else None,

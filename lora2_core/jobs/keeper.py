@@ -1,7 +1,7 @@
 """The checkpoint of one run: which run it is, when one is due, where it lies, what it may replace.
 
-A folder holds one file a run, named after the run's fingerprint. Interrupted and started again
-with the same settings and photos, the run is found by it and goes on.
+A folder holds one file a run, named after its :func:`run_hash`. Interrupted and started again with
+the same settings and photos, the run is found by it and goes on.
 """
 
 from __future__ import annotations
@@ -59,16 +59,16 @@ def _stem(path: Path) -> str:
 
 
 class RunKeeper:
-    """Keeps the checkpoint of ``run`` in ``folder``; None keeps nothing.
+    """Keeps the checkpoint of the run with ``run_hash`` in ``folder``; None keeps nothing.
 
     No accident with a checkpoint ends a training: it is told to ``tell``, once for writing.
     """
 
     def __init__(
-        self, folder: Path | None, run: str, keep: KeepConfig, tell: Callable[[str], None]
+        self, folder: Path | None, run_hash: str, keep: KeepConfig, tell: Callable[[str], None]
     ):
-        self.run, self.keep, self._tell = run, keep, tell
-        self.path = None if folder is None else folder / f"{run}.safetensors"
+        self.run_hash, self.keep, self._tell = run_hash, keep, tell
+        self.path = None if folder is None else folder / f"{run_hash}.safetensors"
         self._written = time.monotonic()
         self._failed = False
         if self.path is not None:
@@ -89,7 +89,7 @@ class RunKeeper:
             return False
         self._written = time.monotonic()  # failed or not, the next one waits its time
         try:
-            kept = Checkpoint(self.run, step, str(target), state())
+            kept = Checkpoint(self.run_hash, step, str(target), state())
             checkpoint.write(self.path, kept)
         except Exception as error:  # a full disk, no memory for the copy: training goes on
             reason = getattr(error, "strerror", None) or error
@@ -109,7 +109,7 @@ class RunKeeper:
         if self.path is None or not self.keep.resume or not self.path.is_file():
             return None
         try:
-            return checkpoint.read(self.path, self.run)
+            return checkpoint.read(self.path, self.run_hash)
         except CheckpointError as error:
             self.set_aside(str(error))
             return None

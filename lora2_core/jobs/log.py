@@ -1,4 +1,4 @@
-"""The finished steps of a run as a few arrays, to outlive its process, and as the report's curves.
+"""The finished steps of a run as a few arrays, to outlive its process.
 
 A run of 5,000 steps on SDXL has 2.8 million ranks to tell, most of them those of the step before.
 """
@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 
-from ..config.train import TrainConfig
-from ..reports.report import TrainingHistory
 from ..training.trainer import StepEvent
 
 _FLOATS = ("loss", "prior_loss", "entropy", "rank_term", "gradient", "mean_rank", "seconds")
@@ -40,7 +38,7 @@ def pack_events(events: Sequence[StepEvent]) -> dict[str, Any]:
 
 
 def unpack_events(state: Mapping[str, Any], steps: int) -> list[StepEvent]:
-    """The events that :func:`pack` was given; ``steps``: of the whole run."""
+    """The events that :func:`pack_events` was given; ``steps``: of the whole run."""
     columns = {name: state[name].tolist() for name in (*_FLOATS, "resized", "ranks_of_step")}
     rows = [tuple(row) for row in state["ranks"].tolist()]  # one tuple for many steps, as before
     steps_of_probes = state["probe_steps"].tolist()
@@ -56,17 +54,3 @@ def unpack_events(state: Mapping[str, Any], steps: int) -> list[StepEvent]:
         )
         for place in range(len(columns["loss"]))
     ]
-
-
-def training_history(events: Sequence[StepEvent], config: TrainConfig) -> TrainingHistory:
-    """The curves of a run, for its report."""
-    probes = [(event.step, event.probe) for event in events if event.probe is not None]
-    in_megabytes = config.rank.target_megabytes is not None
-    return TrainingHistory(
-        steps=tuple(event.step for event in events),
-        losses=tuple(event.loss for event in events),
-        mean_ranks=tuple(event.mean_rank for event in events),
-        probe_steps=tuple(step for step, _ in probes),
-        probe_losses=tuple(loss for _, loss in probes),
-        target_rank=None if in_megabytes else config.rank.target_rank,
-    )

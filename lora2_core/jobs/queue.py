@@ -149,7 +149,7 @@ class JobQueue:
         job.watch = partial(self._changed, entry)
         job.ended = partial(self._ended, entry)
         if self.store is not None:
-            self.store.supersede(job.run)
+            self.store.supersede(job.run_hash)
         with self._lock:
             self._entries[entry.id] = entry
             self._waiting.append(entry)
@@ -237,7 +237,7 @@ class JobQueue:
         """The last that is told of a training; the oldest of them all are forgotten."""
         self._changed(entry)
         entry.over.set()
-        over = [found for found in self.entries() if found.over.is_set()]
+        over = [listed for listed in self.entries() if listed.over.is_set()]
         for old in over[_WITH_PICTURES:]:
             old.job.progress.forget_pictures()
         with self._lock:
@@ -298,5 +298,5 @@ def manifest(entry: Entry) -> Kept:
         error=None if progress.error is None else str(progress.error),
         background=entry.background,
         base=origin.base,
-        run=job.run,
+        run=job.run_hash,
     )

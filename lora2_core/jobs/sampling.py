@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,22 +18,10 @@ from torch import Tensor
 
 from ..config.train import TrainConfig
 from ..files.write import write_atomically
+from ..training.setup import Painter
 
 THUMBNAIL = 224  # px, the longer side of every picture but the newest
 _COLUMNS = 12  # at most, whatever the number of steps
-
-
-class Painter(Protocol):
-    """Paints prompts with the model in training; see comfy_host.painting."""
-
-    def paint(
-        self,
-        prompts: Sequence[str],
-        seed: int,
-        size: tuple[int, int],
-        steps: int,
-        guidance: float,
-    ) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -80,7 +68,7 @@ class SampleStrip:
         The network must hold the weights to show, its importances fresh. Raises what the painter
         raises, and LoRAFileError when the strip cannot be written.
         """
-        options, found = self.options, []
+        options, pictures = self.options, []
         for prompt in options.prompts:
             if stop():
                 return None
@@ -88,8 +76,8 @@ class SampleStrip:
             picture = self.painter.paint(
                 [prompt], options.seed, size, options.steps, options.guidance
             )
-            found.append((picture * 255).round().clamp(0, 255).to(torch.uint8).cpu())
-        event = SampleEvent(step, options.prompts, torch.cat(found))
+            pictures.append((picture * 255).round().clamp(0, 255).to(torch.uint8).cpu())
+        event = SampleEvent(step, options.prompts, torch.cat(pictures))
         self.events[:] = thinned([*map(thumbnail, self.events), event])
         self.write()
         return event
@@ -113,8 +101,8 @@ class SampleStrip:
             return
         pictures = [state["pictures"][str(number)].clone() for number in range(len(state["steps"]))]
         self.events[:] = [
-            SampleEvent(int(step), self.options.prompts, found)
-            for step, found in zip(state["steps"], pictures, strict=True)
+            SampleEvent(int(step), self.options.prompts, painted)
+            for step, painted in zip(state["steps"], pictures, strict=True)
         ]
 
 

@@ -71,7 +71,7 @@ def before_stopping(close: Callable[[], None]) -> None:
 
     Its object is not kept alive by that.
     """
-    _before[:] = [found for found in _before if found() is not None]
+    _before[:] = [reference for reference in _before if reference() is not None]
     _before.append(weakref.WeakMethod(close))
 
 
@@ -83,8 +83,7 @@ def stop_all(seconds: float = WAIT_SECONDS) -> bool:
                 close()
             except Exception:  # what runs must be saved all the same
                 logging.exception("LoRA²: trainings that wait their turn could not be taken off.")
-    found = [reference() for reference in list(_running.values())]
-    jobs = [job for job in found if job is not None]
+    jobs = [job for reference in list(_running.values()) if (job := reference()) is not None]
     for job in jobs:
         job.stop()
     end = time.monotonic() + seconds

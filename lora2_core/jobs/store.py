@@ -42,7 +42,7 @@ class Kept:
     error: str | None
     background: bool = True
     base: str = ""
-    run: str = ""  # the fingerprint under which a checkpoint is found
+    run: str = ""  # its run_hash, under which a checkpoint is found
 
 
 class JobStore:
@@ -75,16 +75,8 @@ class JobStore:
 
     def all(self) -> list[Kept]:
         """Every manifest, newest first. A damaged one is skipped with a warning."""
-        found = []
-        for path in self._files():
-            kept = _read(path)
-            if kept is not None:
-                found.append(kept)
-        return sorted(found, key=lambda kept: kept.created, reverse=True)
-
-    def find(self, id: str) -> Kept | None:
-        """The manifest of this id."""
-        return _read(self._path(id)) if _ID.fullmatch(id) and self._path(id).is_file() else None
+        whole = [kept for path in self._files() if (kept := _read(path)) is not None]
+        return sorted(whole, key=lambda kept: kept.created, reverse=True)
 
     def remove(self, id: str) -> None:
         """Forget a training; what it has written stays."""
@@ -95,10 +87,10 @@ class JobStore:
         except OSError as error:
             logging.warning("LoRA²: %s could not be deleted: %s.", self._path(id), error)
 
-    def supersede(self, run: str) -> None:
-        """Forget the interrupted trainings that a new one with this fingerprint goes on with."""
+    def supersede(self, run_hash: str) -> None:
+        """Forget the interrupted trainings that a new one of this ``run_hash`` goes on with."""
         for kept in self.all():
-            if kept.state == INTERRUPTED and kept.run == run:
+            if kept.state == INTERRUPTED and kept.run == run_hash:
                 self.remove(kept.id)
 
     def prune(self) -> None:
@@ -145,12 +137,12 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 def _read(path: Path) -> Kept | None:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        values = {field.name: found[field.name] for field in fields(Kept)}
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        values = {field.name: manifest[field.name] for field in fields(Kept)}
         wrong = [name for name, value in values.items() if not isinstance(value, _TYPES[name])]
         if wrong or values["id"] != path.stem:
             raise ValueError(f"{', '.join(wrong) or 'id'} is not what it should be")
-        if values["state"] in ALIVE and found["process"] != _PROCESS:
+        if values["state"] in ALIVE and manifest["process"] != _PROCESS:
             values["state"] = INTERRUPTED
         return Kept(**values)
     except FileNotFoundError:  # removed meanwhile

@@ -1,4 +1,4 @@
-"""Curves for a screen: smoothing, and fewer points that keep every peak worth seeing.
+"""Curves of a run: those of its report, smooth ones, and fewer points that keep every peak.
 
 Pure functions of numbers. Source: ours.
 """
@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+
+from ...lora2_core.jobs.saving import TrainedLoRA
+from ...lora2_core.reports.report import TrainingHistory
 
 # A curve is smoothed over a 25th of the run, but over 5 steps at least and 100 at most.
 _SHARE, _SHORTEST, _LONGEST = 25, 5, 100
@@ -33,12 +36,6 @@ class Smoother:
             self._sum = self.decay * self._sum + (1 - self.decay) * value
             self._weight = self.decay * self._weight + (1 - self.decay)
         return self._sum / self._weight if self._weight else math.nan
-
-
-def smoothed(values: Sequence[float], decay: float) -> list[float]:
-    """``values`` as :class:`Smoother` sees them, one after the other."""
-    smoother = Smoother(decay)
-    return [smoother.add(value) for value in values]
 
 
 def keep_peaks(values: Sequence[float], limit: int) -> list[int]:
@@ -69,3 +66,17 @@ def rounded(value: float | None, digits: int = 5) -> float | None:
     if value is None or not math.isfinite(value):
         return None
     return float(f"{value:.{digits}g}")
+
+
+def training_history(trained: TrainedLoRA) -> TrainingHistory:
+    """The curves of a run, for its report."""
+    events, rank = trained.events, trained.config.rank
+    probes = [(event.step, event.probe) for event in events if event.probe is not None]
+    return TrainingHistory(
+        steps=tuple(event.step for event in events),
+        losses=tuple(event.loss for event in events),
+        mean_ranks=tuple(event.mean_rank for event in events),
+        probe_steps=tuple(step for step, _ in probes),
+        probe_losses=tuple(loss for _, loss in probes),
+        target_rank=None if rank.target_megabytes is not None else rank.target_rank,
+    )

@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from ...lora2_core.jobs.progress import ENDED
+
 INTERVAL = 0.34  # seconds between two messages of all jobs together: at most three in any second
 
 
@@ -50,22 +52,17 @@ class Announcer:
         """Something of ``entry`` is new; to be given to JobQueue.listen."""
         with self._lock:
             state = entry.state
-            if self._states.get(entry.id) != state:
-                self._states[entry.id] = state
+            if self._states.pop(entry.id, None) != state:
                 self._stepped.pop(entry.id, None)
                 self._changed.setdefault(entry.id, entry)
             elif entry.id not in self._changed:
                 self._stepped.setdefault(entry.id, entry)
+            if state not in ENDED:  # of those that are over nothing more comes
+                self._states[entry.id] = state
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="lora2-news", daemon=True)
                 self._thread.start()
         self._news.set()
-
-    def forget(self, listed: set[str]) -> None:
-        """Forget the states of jobs that are no longer listed."""
-        with self._lock:
-            for gone in self._states.keys() - listed:
-                del self._states[gone]
 
     def _run(self) -> None:
         while True:

@@ -21,7 +21,6 @@ from server import PromptServer
 from ...lora2_core import comfy_host
 from ...lora2_core.files.header import LoRAFileError
 from ...lora2_core.jobs.queue import JobQueue, UnknownJob, WrongState
-from ..background import job_queue
 from . import listed_names, views
 from .events import Announcer
 from .trainings import EVENT, JobList
@@ -53,12 +52,12 @@ def prompt_running() -> bool:
     return instance is not None and instance.prompt_queue.get_tasks_remaining() > 0
 
 
-def register() -> None:
-    """Offer the REST interface and send events; when ComfyUI loads the pack. Only once."""
+def register(queue: JobQueue) -> None:
+    """Offer ``queue`` by REST and send its events; when ComfyUI loads the pack. Only once."""
     instance = _instance()
     if instance is None or any(route.path == views.ADDRESS for route in _defined(instance)):
         return
-    api = Api(job_queue(), _queue_prompt, _is_pending)
+    api = Api(queue, _queue_prompt, _is_pending)
     api.add_to(instance.routes)
     api.announce(lambda event: instance.send_sync(EVENT, event))
 

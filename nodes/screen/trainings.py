@@ -44,9 +44,9 @@ class JobList:
 
     def summaries(self) -> list[dict[str, Any]]:
         """The short form of every training, the newest first."""
-        found = [self._summary(entry) for entry in self.queue.entries()]
-        found += [self._kept_summary(kept) for kept in self.kept()]
-        return sorted(found, key=lambda job: job["created"] or 0, reverse=True)
+        jobs = [self._summary(entry) for entry in self.queue.entries()]
+        jobs += [self._kept_summary(kept) for kept in self.kept()]
+        return sorted(jobs, key=lambda job: job["created"] or 0, reverse=True)
 
     def details(self, id: str) -> dict[str, Any]:
         """Everything about one training. Raises UnknownJob."""
@@ -129,7 +129,7 @@ class JobList:
         store, entries = self.queue.store, self.queue.entries()
         if store is None:
             return []
-        ids, runs = {entry.id for entry in entries}, {entry.job.run for entry in entries}
+        ids, runs = {entry.id for entry in entries}, {entry.job.run_hash for entry in entries}
         with self._lock:
             if time.monotonic() >= self._kept_until:
                 # First, so that what changes meanwhile counts.
@@ -152,7 +152,8 @@ class JobList:
         return event
 
     def _summary(self, entry: Entry) -> dict[str, Any]:
-        return views.summary(entry, self.watches.of(entry), self._position(entry), self.host)
+        position = self._position(entry)
+        return views.summary(entry, self.watches.of(entry).look(), position, self.host)
 
     def _kept_summary(self, kept: Kept) -> dict[str, Any]:
         return views.kept_summary(kept, self.host, self._sizes.get(kept.id))
@@ -168,11 +169,14 @@ class JobList:
         if isinstance(found, Kept):
             path = Path(found.file) if found.file else None
             return path if path is not None and self.host.file_name(path) else None
-        return found.job.result.path if found.job.result is not None else None
+        trained = found.job.result
+        return None if trained is None else trained.path
 
     def _draw(self, found: Entry | Kept, path: Path) -> bytes:
-        drawn = None if isinstance(found, Kept) else views.report_png(found.job, self.host)
-        return drawn or views.file_report_png(path)
+        trained = None if isinstance(found, Kept) else found.job.result
+        if trained is None:
+            return views.file_report_png(path)
+        return views.report_png(trained, self.host)
 
     def _keep_report(self, key: tuple[str, float], data: bytes) -> None:
         with self._lock:
@@ -205,17 +209,14 @@ def news_of(
     entry: Entry, watch: JobWatch, position: int | None, host: Host, told: Told
 ) -> tuple[dict[str, Any], Told]:
     """The event of a job, and what is told with it."""
-    short = views.summary(entry, watch, position, host)
-    curves = watch.curves_now(after=told.step)
-    ranks = watch.look().ranks
-    samples = list(entry.job.progress.samples)
-    newest = samples[-1].step if samples else 0
+    look = watch.look(after=told.step)
+    ranks, steps, samples = look.glance.ranks, look.curves.steps, look.run.samples
     event: dict[str, Any] = {
-        "job": short,
-        "points": views.points(curves),
-        "sample": newest if newest > told.sample else None,
+        "job": views.summary(entry, look, position, host),
+        "points": views.points(look.curves),
+        "sample": samples[-1].step if samples and samples[-1].step > told.sample else None,
     }
     if ranks and ranks != told.ranks:
         event["ranks"] = list(ranks)
-    step = curves.steps[-1] if curves.steps else told.step
-    return event, Told(step, ranks or told.ranks, max(newest, told.sample))
+    step = steps[-1] if steps else told.step
+    return event, Told(step, ranks or told.ranks, event["sample"] or told.sample)

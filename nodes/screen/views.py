@@ -18,15 +18,15 @@ from PIL import Image
 from ...lora2_core import lora_file
 from ...lora2_core.files.header import LoRAFileError
 from ...lora2_core.files.read import ComponentInfo
-from ...lora2_core.jobs.job import TrainingJob
 from ...lora2_core.jobs.queue import Entry
 from ...lora2_core.jobs.sampling import SampleEvent
+from ...lora2_core.jobs.saving import TrainedLoRA
 from ...lora2_core.jobs.store import INTERRUPTED, Kept
 from ...lora2_core.reports import inspector
 from ...lora2_core.reports.report import rank_picture, training_picture
 from ...lora2_core.reports.summary import summarize
-from .curves import keep_peaks, rounded
-from .watch import Curves, JobWatch, MapCell, map_cells
+from .curves import keep_peaks, rounded, training_history
+from .watch import Curves, JobWatch, Look, MapCell, map_cells
 
 HISTORY_POINTS, EVENT_POINTS, LOG_LINES = 2000, 50, 100
 ADDRESS = "/lora2/jobs"
@@ -50,38 +50,34 @@ class Host:
     clean: Callable[[str], str]  # a text without the host's own folders
 
 
-def summary(entry: Entry, watch: JobWatch, position: int | None, host: Host) -> dict[str, Any]:
-    """The short form of a job of this process."""
-    job = entry.job
-    progress, rank = job.progress, job.config.rank
-    # Before the steps: a run that waits or is over has no step to come that this would miss.
-    state, waits = str(entry.state), progress.waits
-    glance = watch.look()
-    megabytes = rank.target_megabytes
-    left = (job.config.steps - glance.step) * glance.pace if state == "running" else None
+def summary(entry: Entry, look: Look, position: int | None, host: Host) -> dict[str, Any]:
+    """The short form of a job of this process; ``position``: while it waits its turn."""
+    run, glance, config = look.run, look.glance, entry.job.config
+    megabytes = config.rank.target_megabytes
+    left = (config.steps - glance.step) * glance.pace if run.state == "running" else None
     return {
         "id": entry.id,
         "name": entry.origin.name,
         "node_id": str(entry.origin.node_id),
-        "state": state,
+        "state": run.state,
         "background": bool(entry.background),
         "created": rounded(entry.created, 14),
         "step": glance.step,
-        "steps": job.config.steps,
+        "steps": config.steps,
         "seconds_left": rounded(left, 4),
         "loss": rounded(glance.loss),
         "smoothed": rounded(glance.smoothed),
         "mean_rank": rounded(glance.mean_rank),
-        "target_rank": rounded(rank.target_rank) if megabytes is None else None,
+        "target_rank": rounded(config.rank.target_rank) if megabytes is None else None,
         "bytes": glance.nbytes,
         "target_bytes": None if megabytes is None else int(megabytes * 1e6),
-        "message": host.clean(progress.message)[:_MESSAGE],
-        "error": _error(progress.error, host),
-        "position": position,
-        "waits": waits,
-        "resumable": state == "paused",
-        "file": host.file_name(job.result.path) if job.result is not None else None,
-        "samples": len(progress.samples),
+        "message": host.clean(run.message)[:_MESSAGE],
+        "error": _error(run.error, host),
+        "position": position if run.state == "queued" else None,
+        "waits": run.waits,
+        "resumable": run.state == "paused",
+        "file": host.file_name(run.result.path) if run.result is not None else None,
+        "samples": len(run.samples),
     }
 
 
@@ -112,13 +108,13 @@ def kept_summary(kept: Kept, host: Host, nbytes: int | None) -> dict[str, Any]:
 
 def details(entry: Entry, watch: JobWatch, position: int | None, host: Host) -> dict[str, Any]:
     """All of a job of this process."""
-    short = summary(entry, watch, position, host)
+    look = watch.look(after=0)
     return {
-        **short,
-        "history": history(watch.curves_now()),
-        "components": job_components(watch),
-        "samples": [sample(entry.id, event) for event in list(entry.job.progress.samples)],
-        "log": log_lines(list(getattr(entry.job.progress, "log", ())), host),
+        **summary(entry, look, position, host),
+        "history": history(look.curves),
+        "components": job_components(look, watch.nus(look)),
+        "samples": [sample(entry.id, event) for event in look.run.samples],
+        "log": log_lines(look.run.log, host),
     }
 
 
@@ -139,36 +135,32 @@ def kept_details(kept: Kept, host: Host, nbytes: int | None) -> dict[str, Any]:
 
 def history(curves: Curves) -> dict[str, list[Any]]:
     """The curves in at most HISTORY_POINTS points each, every peak of the loss among them."""
-    kept = keep_peaks(curves.loss, HISTORY_POINTS)
-    probes = keep_peaks(curves.probe_loss, HISTORY_POINTS)
+    shown = curves.thinned(HISTORY_POINTS)
     return {
-        "steps": [curves.steps[index] for index in kept],
-        "loss": [rounded(curves.loss[index]) for index in kept],
-        "smoothed": [rounded(curves.smoothed[index]) for index in kept],
-        "mean_rank": [rounded(curves.mean_rank[index]) for index in kept],
-        "probe_steps": [curves.probe_steps[index] for index in probes],
-        "probe_loss": [rounded(curves.probe_loss[index]) for index in probes],
+        "steps": shown.steps.tolist(),
+        "loss": [rounded(value) for value in shown.loss],
+        "smoothed": [rounded(value) for value in shown.smoothed],
+        "mean_rank": [rounded(value) for value in shown.mean_rank],
+        "probe_steps": shown.probe_steps.tolist(),
+        "probe_loss": [rounded(value) for value in shown.probe_loss],
     }
 
 
-def job_components(watch: JobWatch) -> list[dict[str, Any]]:
+def job_components(look: Look, nus: Sequence[float | None]) -> list[dict[str, Any]]:
     """The components of a job in the order of the screen; none before there is a network."""
-    glance, plan = watch.look(), watch.plan
+    plan = look.plan
     if plan is None:
         return []
-    ranks = glance.ranks or (0,) * len(plan.places)
-    columns = zip(plan.places, ranks, plan.max_ranks, watch.nus(), watch.nbytes(), strict=True)
+    ranks = look.glance.ranks or (0,) * len(plan.places)
+    columns = zip(plan.places, ranks, plan.max_ranks, nus, look.nbytes(), strict=True)
     return [_component(*column) for column in columns]
 
 
 def file_components(components: Sequence[ComponentInfo]) -> list[dict[str, Any]]:
     """The components of a file in the order of the screen."""
     by_key = {component.key: component for component in components}
-    found = []
-    for place in map_cells(components):
-        info = by_key[place.key]
-        found.append(_component(place, info.rank, None, info.nu, info.nbytes))
-    return found
+    pairs = [(place, by_key[place.key]) for place in map_cells(components)]
+    return [_component(place, info.rank, None, info.nu, info.nbytes) for place, info in pairs]
 
 
 def _component(
@@ -194,21 +186,18 @@ def sample(job_id: str, event: SampleEvent) -> dict[str, Any]:
 
 def sample_png(samples: Sequence[SampleEvent], step: int, n: int) -> bytes | None:
     """One of the pictures as a PNG; None when there is none of this step and number."""
-    event = next((found for found in samples if found.step == step), None)
+    event = next((sample for sample in samples if sample.step == step), None)
     if event is None or not 0 <= n < len(event.pictures):
         return None
     return png(Image.fromarray(np.asarray(event.pictures[n])))
 
 
-def report_png(job: TrainingJob, host: Host) -> bytes | None:
-    """The report of a job whose file is written; None before."""
-    result = job.result
-    if result is None:
-        return None
-    title = host.file_name(result.path) or result.path.name
-    headline = lora_file.headline(result.file.metadata)
-    stem = Path(title).stem
-    return png(training_picture(result.components, result.history, stem, headline))
+def report_png(trained: TrainedLoRA, host: Host) -> bytes:
+    """The report of a job whose file is written."""
+    title = host.file_name(trained.path) or trained.path.name
+    headline = lora_file.headline(trained.file.metadata)
+    stem, history = Path(title).stem, training_history(trained)
+    return png(training_picture(trained.components, history, stem, headline))
 
 
 def file_report_png(path: Path) -> bytes:
@@ -225,20 +214,20 @@ def png(image: Image.Image) -> bytes:
 
 def inspected(name: str, path: Path) -> dict[str, Any]:
     """What is in a LoRA file, by its header. Raises LoRAFileError where it is none."""
-    found = inspector.inspect(path)
-    metadata = found.metadata
+    report = inspector.inspect(path)
+    metadata = report.metadata
     return {
         "name": name,
-        "bytes": found.nbytes,
-        "mean_rank": _mean(found.components),
-        "trigger": found.trigger[:_LINE],
+        "bytes": report.nbytes,
+        "mean_rank": _mean(report.components),
+        "trigger": report.trigger[:_LINE],
         # Not the base's file name, which may hold a folder of its maker's machine.
-        "base": found.family.text,
-        "kinds": found.kinds,
-        "hashes": found.hashes,
-        "components": file_components(found.components),
+        "base": report.family.text,
+        "kinds": report.kinds,
+        "hashes": report.hashes,
+        "components": file_components(report.components),
         "headline": lora_file.headline(metadata)[:_LINE],
-        "thumbnail": metadata["modelspec.thumbnail"] if found.thumbnail() else None,
+        "thumbnail": metadata["modelspec.thumbnail"] if report.thumbnail() else None,
         "metadata": short_metadata(metadata),
     }
 

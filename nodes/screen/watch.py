@@ -15,7 +15,6 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
 
 from ...lora2_core.adapters.budget import file_bytes
 from ...lora2_core.adapters.network import AdaptiveRankNetwork
@@ -24,7 +23,9 @@ from ...lora2_core.files.encode import kohya_key
 from ...lora2_core.files.places import PROJECTIONS, group_label, sort_components
 from ...lora2_core.files.read import ComponentInfo
 from ...lora2_core.jobs.job import TrainingJob
-from ...lora2_core.jobs.progress import ENDED
+from ...lora2_core.jobs.progress import ENDED, Snapshot
+from ...lora2_core.jobs.queue import Entry
+from ...lora2_core.jobs.saving import TrainedLoRA
 from ...lora2_core.training.trainer import StepEvent
 from .curves import Smoother, decay_for, keep_peaks
 
@@ -50,13 +51,13 @@ class MapCell:
 def map_cells(components: Sequence[ComponentInfo]) -> list[MapCell]:
     """Every component once, rows in forward order."""
     grid, kinds = sort_components(components)
-    found: list[MapCell] = []
+    cells: list[MapCell] = []
     for (group, block), by_column in grid.items():
         row = f"{group_label(group)} · {block}"
-        found += [_place(by_column[n], row, COLUMNS[n]) for n in sorted(by_column)]
+        cells += [_place(by_column[n], row, COLUMNS[n]) for n in sorted(by_column)]
     for kind, members in kinds.items():
-        found += [_place(component, kind, str(n)) for n, component in enumerate(members)]
-    return found
+        cells += [_place(component, kind, str(n)) for n, component in enumerate(members)]
+    return cells
 
 
 def infos_of_targets(targets: Sequence[Target]) -> list[ComponentInfo]:
@@ -76,23 +77,40 @@ _POINTS = 2000  # of a curve of a run that is over
 _PACE = 50  # steps from whose mean the time that is left is told
 
 
-class HasJob(Protocol):
-    """A :class:`lora2_core.jobs.queue.Entry`, or whatever else has an id and a job."""
-
-    id: str
-    job: TrainingJob
-
-
 @dataclass
 class Curves:
-    """One value a step, and the probes; grown by :meth:`JobWatch.look`."""
+    """One value a step, and the probes."""
 
     steps: array[int] = field(default_factory=lambda: array("q"))
     loss: array[float] = field(default_factory=lambda: array("d"))
     smoothed: array[float] = field(default_factory=lambda: array("d"))
     mean_rank: array[float] = field(default_factory=lambda: array("d"))
-    probe_steps: list[int] = field(default_factory=list)
-    probe_loss: list[float] = field(default_factory=list)
+    probe_steps: array[int] = field(default_factory=lambda: array("q"))
+    probe_loss: array[float] = field(default_factory=lambda: array("d"))
+
+    def after(self, step: float) -> Curves:
+        """A copy of what came after ``step``."""
+        first, first_probe = bisect_right(self.steps, step), bisect_right(self.probe_steps, step)
+        return Curves(
+            self.steps[first:],
+            self.loss[first:],
+            self.smoothed[first:],
+            self.mean_rank[first:],
+            self.probe_steps[first_probe:],
+            self.probe_loss[first_probe:],
+        )
+
+    def thinned(self, limit: int) -> Curves:
+        """At most ``limit`` steps and as many probes, every peak of the loss among them."""
+        kept, probes = keep_peaks(self.loss, limit), keep_peaks(self.probe_loss, limit)
+        return Curves(
+            array("q", [self.steps[n] for n in kept]),
+            array("d", [self.loss[n] for n in kept]),
+            array("d", [self.smoothed[n] for n in kept]),
+            array("d", [self.mean_rank[n] for n in kept]),
+            array("q", [self.probe_steps[n] for n in probes]),
+            array("d", [self.probe_loss[n] for n in probes]),
+        )
 
 
 @dataclass(frozen=True)
@@ -111,7 +129,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Glance:
-    """A job as of its newest step; ranks in the order of its plan, empty before there are any."""
+    """The figures of the newest step; ranks in the order of the plan, empty before a plan."""
 
     step: int = 0
     loss: float = math.nan
@@ -122,14 +140,35 @@ class Glance:
     nbytes: int | None = None  # of the file if it were written now
 
 
+@dataclass(frozen=True)
+class Look:
+    """A job at one moment: whatever is told of it at once is told from one of these."""
+
+    run: Snapshot
+    glance: Glance
+    curves: Curves
+    plan: Plan | None  # None where the model was gone without a file before anybody looked
+
+    def nbytes(self) -> list[int]:
+        """Bytes of every place's tensors, in fp16 as long as nothing is saved."""
+        if self.plan is None:
+            return []
+        if self.run.result is not None:
+            saved = {c.key: c.nbytes for c in self.run.result.components}
+            return [saved.get(place.key, 0) for place in self.plan.places]
+        ranks = self.glance.ranks or (0,) * len(self.plan.places)
+        pairs = zip(self.plan.places, ranks, strict=True)
+        return [2 * place.parameters_per_rank * rank for place, rank in pairs]
+
+
 class JobWatch:
     """Looks at one job from any thread."""
 
     def __init__(self, job: TrainingJob):
         self.job = job
-        self.curves = Curves()
-        self.plan: Plan | None = None
         self._lock = threading.RLock()
+        self._curves = Curves()
+        self._plan: Plan | None = None
         self._smoother = Smoother(decay_for(job.config.steps))
         self._pace: deque[float] = deque(maxlen=_PACE)
         self._glance = Glance()
@@ -138,76 +177,55 @@ class JobWatch:
         self._saved: tuple[int, ...] = ()  # the ranks of the file, once it is written
         self._nbytes: int | None = None  # and its size
 
-    def look(self) -> Glance:
-        """Read what is new; costs little more than the steps since the last look."""
+    def look(self, after: float = math.inf) -> Look:
+        """The job now, and its curves after step ``after``.
+
+        Costs little more than the steps since the last look.
+        """
         with self._lock:
-            self._find_plan()
-            self._read(self.job.progress.events)
-            self._thin()
-            if self.curves.loss:
+            self._plan_run()  # first: ranks before any step must not be those of a later one
+            run = self.job.progress.snapshot()
+            self._plan_file(run.result)
+            self._read(run.events)
+            if run.state in ENDED and len(self._curves.steps) > _POINTS:
+                self._curves = self._curves.thinned(_POINTS)
+            if self._curves.loss:
                 self._glance = self._newest()
-            return self._final() or self._glance
+            glance = self._final(run.result) or self._glance
+            return Look(run, glance, self._curves.after(after), self._plan)
 
-    def curves_now(self, after: int = 0) -> Curves:
-        """A copy, which nobody changes any more, of what came after step ``after``."""
-        with self._lock:
-            self.look()
-            kept, start = self.curves, bisect_right(self.curves.steps, after)
-            first = bisect_right(kept.probe_steps, after)
-            return Curves(
-                kept.steps[start:],
-                kept.loss[start:],
-                kept.smoothed[start:],
-                kept.mean_rank[start:],
-                kept.probe_steps[first:],
-                kept.probe_loss[first:],
-            )
-
-    def nus(self) -> list[float | None]:
-        """ν of every place: as trained now, or as saved; None where nothing is known."""
-        with self._lock:
-            self._find_plan()
-            plan, network = self.plan, _network(self.job)
-        if plan is None:
-            return []
-        if self.job.result is not None:
-            saved = {c.key: c.nu for c in self.job.result.components}
-            return [saved.get(place.key) for place in plan.places]
-        if network is None:
-            return [None] * len(plan.places)
-        values: list[float] = network.log_nu.detach().float().exp().cpu().tolist()
-        return [values[index] for index in plan.order]
-
-    def nbytes(self) -> list[int]:
-        """Bytes of every place's tensors, in fp16 as long as nothing is saved."""
-        glance, plan, result = self.look(), self.plan, self.job.result
+    def nus(self, look: Look) -> list[float | None]:
+        """ν of every place: as trained by now, or as saved; None where nothing is known."""
+        plan, result, setup = look.plan, look.run.result, self.job.setup
         if plan is None:
             return []
         if result is not None:
-            saved = {c.key: c.nbytes for c in result.components}
-            return [saved.get(place.key, 0) for place in plan.places]
-        ranks = glance.ranks or (0,) * len(plan.places)
-        pairs = zip(plan.places, ranks, strict=True)
-        return [2 * place.parameters_per_rank * rank for place, rank in pairs]
+            saved = {c.key: c.nu for c in result.components}
+            return [saved.get(place.key) for place in plan.places]
+        if setup is None:
+            return [None] * len(plan.places)
+        values: list[float] = setup.network.log_nu.detach().float().exp().cpu().tolist()
+        return [values[index] for index in plan.order]
 
-    def _find_plan(self) -> None:
-        """The plan, from the network as long as there is one, else from the file it left."""
-        if self.plan is not None:
-            return
-        network, result = _network(self.job), self.job.result
-        if network is not None:
-            self.plan = _plan_of(network)
-            ranks = self.plan.sort(network.ranks)
+    def _plan_run(self) -> None:
+        """The plan of the network, as long as there is one."""
+        setup = self.job.setup
+        if self._plan is None and setup is not None:
+            self._plan = _plan_of(setup.network)
+            ranks = self._plan.sort(setup.network.ranks)
             self._glance = replace(self._glance, ranks=ranks, nbytes=self._size(ranks))
-        elif result is not None:
-            found = map_cells(result.components)
+
+    def _plan_file(self, result: TrainedLoRA | None) -> None:
+        """The plan of the file that the network left, if nobody looked before."""
+        if self._plan is None and result is not None:
+            cells = map_cells(result.components)
             place_of = {c.key: n for n, c in enumerate(result.components)}
-            order = tuple(place_of[place.key] for place in found)
-            self.plan = Plan(tuple(found), order, (None,) * len(found), 0)
+            order = tuple(place_of[cell.key] for cell in cells)
+            self._plan = Plan(tuple(cells), order, (None,) * len(cells), 0)
 
     def _read(self, events: Sequence[StepEvent]) -> None:
         """Take over the steps that are new; found by number, as a run that is over forgets some."""
-        curves = self.curves
+        curves = self._curves
         last = curves.steps[-1] if curves.steps else 0
         for index in range(bisect_right(events, last, key=lambda e: e.step), len(events)):
             event = events[index]
@@ -221,27 +239,12 @@ class JobWatch:
                 curves.probe_loss.append(event.probe)
             self._ranks = event.ranks or self._ranks
 
-    def _thin(self) -> None:
-        """Of a run that is over, keep what a screen can show."""
-        kept = self.curves
-        if len(kept.steps) <= _POINTS or self.job.progress.state not in ENDED:
-            return
-        for indices, names in (
-            (keep_peaks(kept.loss, _POINTS), ("steps", "loss", "smoothed", "mean_rank")),
-            (keep_peaks(kept.probe_loss, _POINTS), ("probe_steps", "probe_loss")),
-        ):
-            for name in names:
-                old = getattr(kept, name)
-                new = [old[index] for index in indices]
-                setattr(kept, name, array(old.typecode, new) if isinstance(old, array) else new)
-
     def _newest(self) -> Glance:
         """The glance at the newest step."""
-        curves, glance, ranks = self.curves, self._glance, self._ranks
-        fits = self.plan is not None and len(ranks) == len(self.plan.order)
-        if self.plan is not None and fits and ranks is not self._seen:
+        curves, glance, ranks, plan = self._curves, self._glance, self._ranks, self._plan
+        if plan is not None and len(ranks) == len(plan.order) and ranks is not self._seen:
             self._seen = ranks
-            ordered = self.plan.sort(ranks)
+            ordered = plan.sort(ranks)
             glance = replace(glance, ranks=ordered, nbytes=self._size(ordered))
         return replace(
             glance,
@@ -254,16 +257,17 @@ class JobWatch:
 
     def _size(self, ranks: Sequence[int]) -> int | None:
         """The file at these ranks: what was learnt beyond a size is cut when it is saved."""
-        if self.plan is None or not self.plan.frame:
+        plan = self._plan
+        if plan is None or not plan.frame:
             return None
-        pairs = zip(self.plan.places, ranks, strict=True)
-        size = self.plan.frame + 2 * sum(place.parameters_per_rank * rank for place, rank in pairs)
+        pairs = zip(plan.places, ranks, strict=True)
+        size = plan.frame + 2 * sum(place.parameters_per_rank * rank for place, rank in pairs)
         megabytes = self.job.config.rank.target_megabytes
         return size if megabytes is None else min(size, int(megabytes * 1e6))
 
-    def _final(self) -> Glance | None:
+    def _final(self, result: TrainedLoRA | None) -> Glance | None:
         """The glance at a job whose file is written: the file's own ranks and size."""
-        result, plan = self.job.result, self.plan
+        plan = self._plan
         if result is None or plan is None:
             return None
         if not self._saved:
@@ -281,12 +285,12 @@ class Watches:
         self._lock = threading.Lock()
         self._watches: dict[str, JobWatch] = {}
 
-    def of(self, entry: HasJob) -> JobWatch:
+    def of(self, entry: Entry) -> JobWatch:
         with self._lock:
-            found = self._watches.get(entry.id)
-            if found is None:
-                found = self._watches[entry.id] = JobWatch(entry.job)
-            return found
+            watch = self._watches.get(entry.id)
+            if watch is None:
+                watch = self._watches[entry.id] = JobWatch(entry.job)
+            return watch
 
     def keep_only(self, ids: set[str]) -> None:
         """Forget jobs that are no longer listed."""
@@ -303,17 +307,13 @@ def size_of(path: Path) -> int | None:
         return None
 
 
-def _network(job: TrainingJob) -> AdaptiveRankNetwork | None:
-    return getattr(job, "network", None)  # a job that is over has none
-
-
 def _plan_of(network: AdaptiveRankNetwork) -> Plan:
     targets = network.targets
     components = infos_of_targets(targets)
     place_of = {component.key: n for n, component in enumerate(components)}
-    found = map_cells(components)
-    order = tuple(place_of[place.key] for place in found)
+    cells = map_cells(components)
+    order = tuple(place_of[cell.key] for cell in cells)
     limits = network.max_ranks.tolist()
     tensors = 2 * sum(target.parameters_per_rank for target in targets)
     frame = file_bytes(targets, [1] * len(targets)) - tensors
-    return Plan(tuple(found), order, tuple(limits[index] for index in order), frame)
+    return Plan(tuple(cells), order, tuple(limits[index] for index in order), frame)

@@ -22,9 +22,11 @@ from lora2_pack.lora2_core.jobs.job import TrainingJob
 from lora2_pack.lora2_core.jobs.sampling import StripFile
 from lora2_pack.lora2_core.reports.strip import strip_png
 from lora2_pack.lora2_core.training.objective import Prediction
+from lora2_pack.lora2_core.training.setup import TrainingSetup
 from lora2_pack.tests.core import toy
 from torch import Tensor
 
+_OF_THE_SETUP = {"captions", "base_hash", "data_hash", "enable_checkpointing"}
 LENGTHS = (6, 4, 6, 4, 6)  # tokens of each photo: two shapes that no batch mixes
 
 
@@ -128,14 +130,35 @@ def job(path: Path, settings: TrainConfig, width: int = 16, **options: Any) -> T
     targets = find_targets(model, settings.targets)
     network = AdaptiveRankNetwork(model, targets, settings.rank, settings.seed)
     painter = ToyPainter(model) if settings.samples.prompts else None
-    defaults = {
-        "captions": ("a cat", "a dog"),
-        "base_hash": "b",
-        "data_hash": "d",
-        "checkpoints": path.parent / "checkpoints",
-        "painter": painter,
-    }
-    return TrainingJob(network, PhotosTask(model), None, settings, path, **{**defaults, **options})
+    of_the_setup = {name: options.pop(name) for name in _OF_THE_SETUP & options.keys()}
+    defaults = {"captions": ("a cat", "a dog"), "base_hash": "b", "data_hash": "d"}
+    setup = TrainingSetup(
+        settings,
+        network,
+        PhotosTask(model),
+        entropy=None,
+        painter=painter,
+        **{**defaults, **of_the_setup},
+    )
+    return TrainingJob(setup, path, checkpoints=path.parent / "checkpoints", **options)
+
+
+def setup_of(found: TrainingJob) -> TrainingSetup:
+    """What a job that is not over yet trains."""
+    assert found.setup is not None
+    return found.setup
+
+
+def task_of(found: TrainingJob) -> PhotosTask:
+    task = setup_of(found).task
+    assert isinstance(task, PhotosTask)
+    return task
+
+
+def painter_of(found: TrainingJob) -> ToyPainter:
+    painter = setup_of(found).painter
+    assert isinstance(painter, ToyPainter)
+    return painter
 
 
 def prompts(*texts: str, every: int = 8) -> SampleConfig:
@@ -151,8 +174,7 @@ def at_draw(found: TrainingJob, number: int, act: Callable[[], None]) -> Trainin
         if left[0] == 0:
             act()
 
-    assert isinstance(found.task, PhotosTask)
-    found.task.before_draw = before_draw
+    task_of(found).before_draw = before_draw
     return found
 
 

@@ -19,6 +19,7 @@ from lora2_pack.lora2_core.config.train import DataConfig, TextConfig
 from lora2_pack.lora2_core.data.photos import Photo
 from lora2_pack.lora2_core.training.denoising import DenoisingTask
 from lora2_pack.lora2_core.training.objective import loss_parts
+from lora2_pack.lora2_core.training.setup import TrainingSetup
 from lora2_pack.lora2_core.training.trainer import train
 from lora2_pack.tests.host import demo
 from torch import Tensor
@@ -69,7 +70,7 @@ def _prepare(
     given: Sequence[Photo] = (),
     photos: Sequence[Photo] | None = None,
     **data: Any,
-) -> comfy_host.TrainingSetup:
+) -> TrainingSetup:
     changes = {name: data.pop(name) for name in ("text", "seed") if name in data}
     settings = {"class_prompt": PROMPT, "class_images": 2, **data}
     config = demo.settings(data=DataConfig(**settings), **changes)
@@ -84,7 +85,7 @@ def _pictures(count: int) -> list[Photo]:
     return [Photo(torch.rand(70, 70, 3, generator=generator), "") for _ in range(count)]
 
 
-def _latents(setup: comfy_host.TrainingSetup) -> list[Tensor]:
+def _latents(setup: TrainingSetup) -> list[Tensor]:
     return [sample.latent for found in setup.task.classes.values() for sample in found]
 
 
@@ -254,7 +255,7 @@ def test_every_size_has_all_of_them(trained: Parts, tmp_path: Path):
 # --- what they are for ------------------------------------------------------------------------
 
 
-def _class_loss(setup: comfy_host.TrainingSetup, classes: DenoisingTask) -> float:
+def _class_loss(setup: TrainingSetup, classes: DenoisingTask) -> float:
     """Mean loss of the class images on fixed noise and timesteps."""
     setup.network.refresh_importance()
     with torch.no_grad():

@@ -23,6 +23,7 @@ from lora2_pack.lora2_core.training.denoising import (
     timestep_range,
 )
 from lora2_pack.lora2_core.training.objective import Prediction, loss_parts
+from lora2_pack.lora2_core.training.setup import TrainingSetup
 from lora2_pack.tests.host import demo
 from torch import Tensor
 
@@ -39,7 +40,7 @@ def _masked(photo: Photo) -> Photo:
 
 
 @pytest.fixture(scope="module")
-def setup(parts: tuple[Any, Any, Any]) -> comfy_host.TrainingSetup:
+def setup(parts: tuple[Any, Any, Any]) -> TrainingSetup:
     """Two photos and one with a mask, of two shapes; two class images in both shapes."""
     square, tall, third = demo.photos(3)
     given = [Photo(square.pixels, TAGS), _masked(Photo(tall.pixels, "a photo of sks cat"))]
@@ -53,7 +54,7 @@ def setup(parts: tuple[Any, Any, Any]) -> comfy_host.TrainingSetup:
 
 
 def _task(
-    setup: comfy_host.TrainingSetup,
+    setup: TrainingSetup,
     samples: list[Sample] | None = None,
     classes: list[Sample] | None = None,
     **changes: Any,
@@ -71,7 +72,7 @@ def _task(
     )
 
 
-def _classes(setup: comfy_host.TrainingSetup, shape: torch.Size) -> list[Sample]:
+def _classes(setup: TrainingSetup, shape: torch.Size) -> list[Sample]:
     return setup.task.classes[tuple(shape)]
 
 
@@ -99,7 +100,7 @@ def check_same_draw(first: Batch, second: Batch) -> None:
 # --- masks ------------------------------------------------------------------------------------
 
 
-def _masked_prediction(setup: comfy_host.TrainingSetup) -> tuple[Prediction, Tensor]:
+def _masked_prediction(setup: TrainingSetup) -> tuple[Prediction, Tensor]:
     [sample] = [sample for sample in setup.task.samples if sample.mask is not None]
     task = _task(setup, [sample])
     said = task.predict(_batch(task, [sample], []))
@@ -107,7 +108,7 @@ def _masked_prediction(setup: comfy_host.TrainingSetup) -> tuple[Prediction, Ten
     return said, sample.mask[None].expand_as(said.value)
 
 
-def test_the_masked_region_has_no_gradient(setup: comfy_host.TrainingSetup):
+def test_the_masked_region_has_no_gradient(setup: TrainingSetup):
     setup.network.refresh_importance()
     said, mask = _masked_prediction(setup)
     off = mask == 0
@@ -120,7 +121,7 @@ def test_the_masked_region_has_no_gradient(setup: comfy_host.TrainingSetup):
     assert slope[~off].all()
 
 
-def test_what_is_wanted_under_the_mask_changes_no_gradient(setup: comfy_host.TrainingSetup):
+def test_what_is_wanted_under_the_mask_changes_no_gradient(setup: TrainingSetup):
     network = setup.network
     network.refresh_importance()
     said, mask = _masked_prediction(setup)
@@ -144,7 +145,7 @@ def test_what_is_wanted_under_the_mask_changes_no_gradient(setup: comfy_host.Tra
     )
 
 
-def test_a_photo_without_a_mask_counts_in_full_beside_one_with(setup: comfy_host.TrainingSetup):
+def test_a_photo_without_a_mask_counts_in_full_beside_one_with(setup: TrainingSetup):
     [masked] = [sample for sample in setup.task.samples if sample.mask is not None]
     plain = Sample(masked.latent, masked.sizes, masked.captions)
     task = _task(setup, [masked, plain])
@@ -176,7 +177,7 @@ def test_min_snr_weights(prediction: str, gamma: float):
 
 
 @pytest.mark.parametrize("name", ["eps", "v_prediction"])
-def test_min_snr_reaches_the_loss(parts: Any, setup: comfy_host.TrainingSetup, name: str):
+def test_min_snr_reaches_the_loss(parts: Any, setup: TrainingSetup, name: str):
     kind = {"eps": "EPS", "v_prediction": "V_PREDICTION"}[name]
     model = ModelSamplingDiscrete().patch(parts[0], name, False)[0]
     private = comfy_host.private_copy(model)
@@ -211,7 +212,7 @@ def test_v_and_noise_are_weighed_alike_below_the_knee():
 
 
 @pytest.mark.parametrize("offset", [0.0, 0.1, 0.5])
-def test_noise_offset_s_variance(setup: comfy_host.TrainingSetup, offset: float):
+def test_noise_offset_s_variance(setup: TrainingSetup, offset: float):
     sample = setup.task.samples[0]
     task = _task(setup, [sample], objective=ObjectiveConfig(noise_offset=offset))
     noise = task.draw(_generator(), 2048).noise  # (2048, 4, h, w)
@@ -224,7 +225,7 @@ def test_noise_offset_s_variance(setup: comfy_host.TrainingSetup, offset: float)
     assert (between - torch.eye(4)).abs().max() < 0.12
 
 
-def test_all_timesteps_of_the_range_and_no_other(setup: comfy_host.TrainingSetup):
+def test_all_timesteps_of_the_range_and_no_other(setup: TrainingSetup):
     sample = setup.task.samples[0]
     limits = ObjectiveConfig(timestep_low=0.57, timestep_high=0.58)
     task = _task(setup, [sample], objective=limits)
@@ -234,14 +235,14 @@ def test_all_timesteps_of_the_range_and_no_other(setup: comfy_host.TrainingSetup
     assert probes == [float(sigma) for sigma in task.sigmas[570:580]]
 
 
-def test_probes_lie_in_the_middle_of_equal_parts(setup: comfy_host.TrainingSetup):
+def test_probes_lie_in_the_middle_of_equal_parts(setup: TrainingSetup):
     batches = _task(setup).spread(_generator(), 4, 1)
     assert [float(batch.sigma) for batch in batches] == [
         float(setup.task.sigmas[step]) for step in (125, 375, 625, 875)
     ]
 
 
-def test_all_timesteps_are_drawn_alike(setup: comfy_host.TrainingSetup):
+def test_all_timesteps_are_drawn_alike(setup: TrainingSetup):
     task = _task(setup, [setup.task.samples[0]])
     sigma = task.draw(_generator(), 20_000).sigma
     steps = torch.searchsorted(task.sigmas, sigma)
@@ -265,7 +266,7 @@ def test_every_share_of_the_schedule_is_met_exactly():
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
-def test_caption_dropout(setup: comfy_host.TrainingSetup, share: float):
+def test_caption_dropout(setup: TrainingSetup, share: float):
     task = _task(setup, [setup.task.samples[0]], data=DataConfig(caption_dropout=share))
     count = 4000
     empty = task.draw(_generator(), count).texts.count("")
@@ -273,7 +274,7 @@ def test_caption_dropout(setup: comfy_host.TrainingSetup, share: float):
     assert abs(empty - count * share) <= 4 * spread, empty
 
 
-def test_probes_and_class_images_keep_their_captions(setup: comfy_host.TrainingSetup):
+def test_probes_and_class_images_keep_their_captions(setup: TrainingSetup):
     sample = setup.task.samples[0]
     classes = _classes(setup, sample.latent.shape)
     data = DataConfig(caption_dropout=1, class_prompt=CLASS)
@@ -284,7 +285,7 @@ def test_probes_and_class_images_keep_their_captions(setup: comfy_host.TrainingS
     assert not any(batch.class_images for batch in probes)
 
 
-def test_orders_of_a_caption_are_drawn_alike(setup: comfy_host.TrainingSetup):
+def test_orders_of_a_caption_are_drawn_alike(setup: TrainingSetup):
     sample = setup.task.samples[0]
     assert len(sample.captions) == 6
     assert all(caption.startswith("sks cat, ") for caption in sample.captions)
@@ -301,7 +302,7 @@ def test_orders_of_a_caption_are_drawn_alike(setup: comfy_host.TrainingSetup):
 @pytest.mark.parametrize(("photos", "classes"), [(1, 1), (3, 1), (1, 2), (2, 3)])
 @pytest.mark.parametrize("prior_weight", [0.0, 0.4, 1.0])
 def test_the_loss_is_that_of_the_photos_and_the_weighted_one_of_the_class(
-    setup: comfy_host.TrainingSetup, photos: int, classes: int, prior_weight: float
+    setup: TrainingSetup, photos: int, classes: int, prior_weight: float
 ):
     [masked] = [sample for sample in setup.task.samples if sample.mask is not None]
     extra = _classes(setup, masked.latent.shape)
@@ -326,7 +327,7 @@ def test_the_loss_is_that_of_the_photos_and_the_weighted_one_of_the_class(
     torch.testing.assert_close(of_photos + of_classes, whole)
 
 
-def test_every_draw_has_as_many_class_images_of_its_shape(setup: comfy_host.TrainingSetup):
+def test_every_draw_has_as_many_class_images_of_its_shape(setup: TrainingSetup):
     generator, shapes = _generator(), Counter()
     for _ in range(12):
         batch = setup.task.draw(generator, 2)
@@ -343,7 +344,7 @@ def test_every_draw_has_as_many_class_images_of_its_shape(setup: comfy_host.Trai
 
 
 @pytest.mark.parametrize("size", [1, 2])  # with 2 an epoch of class images ends at every draw
-def test_the_order_of_draws_goes_on_where_it_was(setup: comfy_host.TrainingSetup, size: int):
+def test_the_order_of_draws_goes_on_where_it_was(setup: TrainingSetup, size: int):
     def fresh() -> DenoisingTask:
         task = setup.task
         classes = [sample for found in task.classes.values() for sample in found]
@@ -366,7 +367,7 @@ def test_the_order_of_draws_goes_on_where_it_was(setup: comfy_host.TrainingSetup
     check_same_draw(first.draw(generator, size), wanted[0])
 
 
-def test_what_is_switched_off_draws_no_number(setup: comfy_host.TrainingSetup):
+def test_what_is_switched_off_draws_no_number(setup: TrainingSetup):
     sample = Sample(setup.task.samples[0].latent, setup.task.samples[0].sizes, ("one",))
     task = _task(setup, [sample])
     found, wanted = _generator(3), _generator(3)
@@ -388,7 +389,7 @@ def test_what_is_switched_off_draws_no_number(setup: comfy_host.TrainingSetup):
         {"entropy_weight": 0.0, "gradient_checkpointing": True},
     ],
 )
-def test_what_only_weighs_changes_no_draw(setup: comfy_host.TrainingSetup, changes: Any):
+def test_what_only_weighs_changes_no_draw(setup: TrainingSetup, changes: Any):
     plain, other = _task(setup), _task(setup, **changes)
     generators = _generator(1), _generator(1)
     for _ in range(4):

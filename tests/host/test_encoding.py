@@ -18,6 +18,7 @@ from lora2_pack.lora2_core.data.cache import TensorCache
 from lora2_pack.lora2_core.data.cropping import Crop
 from lora2_pack.lora2_core.data.photos import Photo
 from lora2_pack.lora2_core.data.samples import Sample
+from lora2_pack.lora2_core.training.setup import TrainingSetup
 from lora2_pack.tests.host import demo
 from torch import Tensor, nn
 
@@ -44,7 +45,7 @@ def _photo(width: int, height: int, caption: str = "sks cat", seed: int = 0) -> 
 
 def _prepare(
     parts: Parts, photos: Sequence[Photo], cache: Path | None = None, **changes: Any
-) -> comfy_host.TrainingSetup:
+) -> TrainingSetup:
     with torch.inference_mode():  # as nodes are
         return comfy_host.prepare_training(*parts, photos, demo.settings(**changes), cache=cache)
 

@@ -17,6 +17,7 @@ from lora2_pack.lora2_core.config.train import DataConfig, SampleConfig
 from lora2_pack.lora2_core.data.cache import TensorCache
 from lora2_pack.lora2_core.data.cropping import Crop
 from lora2_pack.lora2_core.data.photos import Photo
+from lora2_pack.lora2_core.training.setup import TrainingSetup
 from lora2_pack.tests.host import demo
 from torch import Tensor
 
@@ -41,7 +42,7 @@ def _photo(width: int, height: int, caption: str = "sks cat", seed: int = 0) -> 
 
 def _prepare(
     parts: Parts, photos: Sequence[Photo], cache: Path | None = None, **changes: Any
-) -> comfy_host.TrainingSetup:
+) -> TrainingSetup:
     with torch.inference_mode():  # as nodes are
         return comfy_host.prepare_training(*parts, photos, demo.settings(**changes), cache=cache)
 
@@ -71,7 +72,7 @@ DATA = DataConfig(buckets=True, flip=True, caption_shuffle=True, caption_dropout
 PHOTOS = [_photo(96, 64, "sks cat, red, old", 1), _photo(64, 96, "sks cat", 2)]
 
 
-def _whole(setup: comfy_host.TrainingSetup) -> list[Tensor]:
+def _whole(setup: TrainingSetup) -> list[Tensor]:
     samples = setup.task.samples
     texts = sorted({text for sample in samples for text in sample.captions} | {""})
     return (

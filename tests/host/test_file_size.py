@@ -31,9 +31,7 @@ def test_a_run_meets_half_a_megabyte(
     with torch.inference_mode():  # as ComfyUI runs nodes
         setup = comfy_host.prepare_training(*parts, photos(), config)
     path = tmp_path / "small.safetensors"
-    job = TrainingJob(
-        setup.network, setup.task, setup.entropy, setup.config, path, base_hash=setup.base_hash
-    )
+    job = TrainingJob(setup, path)
     job.start()
     assert job.wait(300) and job.progress.error is None
     assert SMALLEST <= path.stat().st_size / 1e6 <= MEGABYTES

@@ -22,6 +22,7 @@ from lora2_pack.lora2_core.config.ranks import RankConfig
 from lora2_pack.lora2_core.config.train import OptimizerConfig
 from lora2_pack.lora2_core.tiny_sdxl.model import UNET_CONFIG
 from lora2_pack.lora2_core.training.denoising import Batch
+from lora2_pack.lora2_core.training.setup import TrainingSetup
 from lora2_pack.lora2_core.training.trainer import Trainer
 from lora2_pack.tests.host import demo
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ Grads = dict[str, list[Tensor]]  # "down", "up" and "nu"
 class Step:
     """One real step of the trainer: what it saw, its gradients, and the tensors before it."""
 
-    setup: comfy_host.TrainingSetup
+    setup: TrainingSetup
     trainer: Trainer
     batches: list[Batch]
     before: Grads
@@ -52,7 +53,7 @@ class Step:
     loss: float
 
 
-def _prepare(parts: Any, **changes: Any) -> comfy_host.TrainingSetup:
+def _prepare(parts: Any, **changes: Any) -> TrainingSetup:
     settings = {"probes": 0, "batch_size": 2, "entropy_weight": ENTROPY, **changes}
     setup = comfy_host.prepare_training(*parts, demo.photos(), demo.settings(**settings))
     generator = torch.Generator().manual_seed(2)

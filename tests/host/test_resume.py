@@ -26,6 +26,7 @@ from lora2_pack.lora2_core.data.photos import Photo
 from lora2_pack.lora2_core.jobs.job import TrainingJob
 from lora2_pack.lora2_core.jobs.sampling import StripFile
 from lora2_pack.lora2_core.reports.strip import strip_png
+from lora2_pack.nodes.screen.curves import training_history
 from lora2_pack.tests.host import demo
 from PIL import Image
 
@@ -73,18 +74,10 @@ def job(parts: Parts, path: Path, config: TrainConfig, **options: Any) -> Traini
     with torch.inference_mode():
         setup = comfy_host.prepare_training(*parts, given, config, classes)
     return TrainingJob(
-        setup.network,
-        setup.task,
-        setup.entropy,
-        setup.config,
+        setup,
         path,
-        captions=tuple(photo.caption for photo in given),
-        base_hash=setup.base_hash,
         guard=comfy_host.deaf_to_cancel,
-        data_hash=setup.data_hash,
         checkpoints=path.parent / "checkpoints",
-        painter=setup.painter,
-        enable_checkpointing=setup.enable_checkpointing,
         **options,
     )
 
@@ -98,7 +91,9 @@ def finish(found: TrainingJob) -> TrainingJob:
 
 
 def at_draw(found: TrainingJob, number: int, act: Callable[[], None]) -> TrainingJob:
-    draw, count = found.task.draw, [0]
+    assert found.setup is not None
+    task, count = found.setup.task, [0]
+    draw = task.draw
 
     def counted(*args: Any) -> Any:
         count[0] += 1
@@ -106,7 +101,7 @@ def at_draw(found: TrainingJob, number: int, act: Callable[[], None]) -> Trainin
             act()
         return draw(*args)
 
-    found.task.draw = counted  # type: ignore[method-assign]
+    task.draw = counted  # type: ignore[method-assign]
     return found
 
 
@@ -122,12 +117,12 @@ def test_a_stopped_run_ends_with_the_same_bytes(
     assert first.progress.state == "stopped" and 0 < first.progress.step < config.steps
     assert lora_file.load(path).state
     second = job(parts, tmp_path / "cat_00002_.safetensors", config)
-    assert second.run == first.run
+    assert second.run_hash == first.run_hash
     finish(second)
     assert second.path == path
     assert path.read_bytes() == whole.path.read_bytes()
     assert second.result is not None and whole.result is not None
-    assert second.result.history == whole.result.history
+    assert training_history(second.result) == training_history(whole.result)
     roots = {key.split("_")[1] for key in lora_file.component_keys(lora_file.load(path).state)}
     assert roots == ({"unet", "te1", "te2"} if "text" in RUNS[name] else {"unet"})
 

@@ -25,30 +25,21 @@ from lora2_pack.lora2_core.files.component import Component
 from lora2_pack.lora2_core.jobs.job import TrainingJob
 from lora2_pack.lora2_core.tiny_sdxl.model import UNET_CONFIG, fill_seeded
 from lora2_pack.lora2_core.training.denoising import output_scale
+from lora2_pack.lora2_core.training.setup import TrainingSetup
 from lora2_pack.tests.host import demo
 from lora2_pack.tests.host.demo import photos, settings, weights
 
 Parts = tuple[Any, Any, Any]
 
 
-def _prepare(parts: Parts, config: TrainConfig) -> comfy_host.TrainingSetup:
+def _prepare(parts: Parts, config: TrainConfig) -> TrainingSetup:
     with torch.inference_mode():  # as ComfyUI runs nodes
         return comfy_host.prepare_training(*parts, photos(), config)
 
 
 def _train(parts: Parts, path: Path, **changes: Any) -> TrainingJob:
     config = settings(**changes)
-    setup = _prepare(parts, config)
-    job = TrainingJob(
-        setup.network,
-        setup.task,
-        setup.entropy,
-        config,
-        path,
-        base_hash=setup.base_hash,
-        guard=comfy_host.deaf_to_cancel,
-    )
-    del setup
+    job = TrainingJob(_prepare(parts, config), path, guard=comfy_host.deaf_to_cancel)
     job.start()
     assert job.wait(120)
     if job.progress.error is not None:
@@ -84,7 +75,7 @@ def test_the_copy_is_freed_with_the_job(parts: Parts, model: Any, tmp_path: Path
     config = settings()
     setup = _prepare(parts, config)
     copy = weakref.ref(setup.task.model.diffusion_model)
-    job = TrainingJob(setup.network, setup.task, setup.entropy, config, tmp_path / "x.safetensors")
+    job = TrainingJob(setup, tmp_path / "x.safetensors")
     del setup
     job.start()
     assert job.wait(120)
@@ -212,12 +203,12 @@ def test_adapters_are_fp32_in_every_precision(
 ):
     config = settings(precision=precision, steps=4)
     setup = _prepare(parts, config)
-    network, task = setup.network, setup.task
+    network = setup.network
     assert {parameter.dtype for parameter in network.parameters() if parameter.requires_grad} == {
         torch.float32
     }
     before = [weight.detach().clone() for weight in network.weights()]
-    job = TrainingJob(network, task, setup.entropy, config, tmp_path / "x.safetensors")
+    job = TrainingJob(setup, tmp_path / "x.safetensors")
     job.start()
     assert job.wait(120)
     assert job.progress.error is None
@@ -244,7 +235,8 @@ def test_a_patched_model_is_trained_as_patched(parts: Parts, model: Any, tmp_pat
     plain = _train(parts, tmp_path / "plain.safetensors", steps=1)
     again = _train((patched, *parts[1:]), tmp_path / "again.safetensors", steps=1)
     assert again.progress.events[0].loss < plain.progress.events[0].loss - 1e-3
-    assert again.base_hash != plain.base_hash
+    made = [job.result.file.metadata for job in (plain, again) if job.result is not None]
+    assert made[0]["lora2.base_model_hash"] != made[1]["lora2.base_model_hash"]
 
 
 def _predicting(name: str) -> ModelPatcher:

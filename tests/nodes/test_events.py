@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from lora2_pack.lora2_core.jobs.progress import Progress
 from lora2_pack.lora2_core.jobs.queue import Entry, JobQueue, Origin
+from lora2_pack.lora2_core.jobs.sampling import SampleEvent
+from lora2_pack.lora2_core.jobs.saving import TrainedLoRA
+from lora2_pack.lora2_core.training.trainer import StepEvent
 from lora2_pack.nodes.screen.events import Announcer
 from lora2_pack.nodes.screen.trainings import JobList, Told, news_of
 from lora2_pack.nodes.screen.watch import JobWatch
@@ -41,6 +48,72 @@ def test_an_event_tells_what_is_new_and_no_more(queue: JobQueue, tmp_path: Path)
     check(last, "lora2.progress")
     assert last["job"]["state"] == "finished" and last["points"][-1][0] == 24
     assert last["sample"] == 24
+
+
+PARTS = {field.name for field in dataclasses.fields(Progress)}
+
+
+def move_between_reads(progress: Progress, move: Callable[[], None]) -> None:
+    """From here on ``move()`` comes after every read of a part of ``progress``."""
+    moving = False
+
+    class Moving(Progress):
+        def __getattribute__(self, name: str) -> Any:
+            nonlocal moving
+            value = super().__getattribute__(name)
+            if name in PARTS and not moving:
+                moving = True
+                move()
+                moving = False
+            return value
+
+    progress.__class__ = Moving
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> TrainedLoRA:
+    path = tmp_path_factory.mktemp("trained") / "cat.safetensors"
+    result = toy_job.finish(toy_job.job(path, toy_job.config(steps=1))).result
+    assert result is not None
+    return result
+
+
+@pytest.mark.parametrize("steps", range(1, 13))
+def test_an_event_is_of_one_moment(tmp_path: Path, trained: TrainedLoRA, steps: int):
+    """A step, its picture and at last the end, wherever they fall between two reads of the job."""
+    job = toy_job.job(tmp_path / "cat.safetensors", toy_job.config(steps=steps))
+    entry, watch, progress = Entry(job, Origin("cat"), True), JobWatch(job), job.progress
+    plain = StepEvent(0, steps, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0, (), 0, 0.01, None)
+    picture = torch.zeros(1, 8, 8, 3, dtype=torch.uint8)
+
+    def move() -> None:
+        if progress.state == "finished":
+            return
+        step = progress.step + 1
+        ranks = tuple(step + n for n in range(16))
+        mean = statistics.fmean(ranks)
+        progress.add(
+            dataclasses.replace(plain, step=step, loss=1 / step, mean_rank=mean, ranks=ranks)
+        )
+        progress.samples.append(SampleEvent(step, ("a cat",), picture))
+        if step == steps:
+            progress.result, progress.state = trained, "finished"
+
+    progress.state = "running"
+    move_between_reads(progress, move)
+    told, points = Told(), []
+    for _ in range(3):
+        event, told = news_of(entry, watch, None, HOST, told)
+        shown, points = event["job"], points + event["points"]
+        assert points[-1][:2] == [shown["step"], shown["loss"]]
+        assert [point[0] for point in points] == list(range(1, shown["step"] + 1))
+        assert shown["mean_rank"] == pytest.approx(statistics.fmean(told.ranks), rel=1e-4)
+        assert told.step == shown["step"] and told.sample == shown["samples"] <= shown["step"]
+        if shown["state"] == "finished":
+            assert told.step == told.sample == steps and shown["file"] == "cat.safetensors"
+        if shown["file"] is None:
+            assert min(told.ranks) == shown["step"], "ranks of another step"
+    assert shown["step"] == steps, "it never moved"
 
 
 class Line:
@@ -104,6 +177,20 @@ def test_a_change_of_state_goes_before_steps():
     screen.wait_for(lambda: len(screen.seen) == 10)
     # The slot that was free at once may have taken a step; the next one is the change's.
     assert "paused" in [seen[2] for seen in screen.seen[5:7]]
+
+
+def test_nothing_is_remembered_of_jobs_that_are_over():
+    screen = Screen()
+    announcer = Announcer(screen.tell, screen.send, interval=0.0)
+    alive = Line("alive")
+    announcer.listen(alive)
+    for number in range(300):
+        line = Line(f"job {number}", "queued")
+        for state in ("queued", "running", "finished"):
+            line.state = state
+            announcer.listen(line)
+        assert announcer._states.keys() == {"alive"}
+    screen.wait_for(lambda: len({s[1] for s in screen.seen if s[2] == "finished"}) == 300)
 
 
 def test_an_error_costs_one_message():

@@ -18,7 +18,7 @@ from lora2_pack.lora2_core import lora_file
 from lora2_pack.lora2_core.jobs.queue import JobQueue, Origin, UnknownJob, WrongState
 from lora2_pack.lora2_core.lora_file import ComponentInfo
 from lora2_pack.nodes.screen import views
-from lora2_pack.nodes.screen.curves import keep_peaks, rounded, smoothed
+from lora2_pack.nodes.screen.curves import Smoother, keep_peaks, rounded
 from lora2_pack.nodes.screen.trainings import JobList
 from lora2_pack.nodes.screen.watch import COLUMNS, JobWatch, map_cells
 from lora2_pack.tests.core import toy, toy_job
@@ -55,6 +55,11 @@ def test_a_single_peak_among_thousands_stays():
     values[31_337] = 9.0
     kept = keep_peaks(values, 2000)
     assert len(kept) <= 2000 and 31_337 in kept
+
+
+def smoothed(values: list[float], decay: float) -> list[float]:
+    smoother = Smoother(decay)
+    return [smoother.add(value) for value in values]
 
 
 @given(st.floats(-1e3, 1e3), st.integers(1, 50), st.floats(0.5, 0.99))
@@ -124,22 +129,17 @@ def test_what_is_no_attention_stands_below_by_kind():
 # --- one training, from queued to over --------------------------------------------------------
 
 
-def test_a_training_never_looks_over_at_a_step_before_its_last(queue: JobQueue, tmp_path: Path):
-    """It may come to its end while it is looked at; so may it come to a wait for a prompt."""
+def test_a_look_stays_as_it_was_when_the_training_goes_on(queue: JobQueue, tmp_path: Path):
+    """It may come to its end while it is told of; between two reads of it: test_events.py."""
     held = Held(tmp_path, draw=13)
     entry = queue.add(held.job, Origin("cat_00001_", "12"))
     assert held.there.wait(60)
-
-    class Slow(JobWatch):
-        def look(self):
-            before = super().look()
-            held.go.set()
-            assert entry.over.wait(60)
-            return before
-
-    shown = views.summary(entry, Slow(held.job), None, HOST)
+    look = JobWatch(held.job).look()
+    held.go.set()
+    assert entry.over.wait(60)
+    shown = views.summary(entry, look, None, HOST)
     assert shown["step"] < shown["steps"] and shown["state"] == "running"
-    shown = views.summary(entry, JobWatch(held.job), None, HOST)
+    shown = views.summary(entry, JobWatch(held.job).look(), None, HOST)
     assert shown["step"] == shown["steps"] and shown["state"] == "finished"
 
 
@@ -250,7 +250,7 @@ def test_a_long_run_is_shown_in_2000_points(tmp_path: Path):
         _replaced(event, step=n, loss=99.0 if n == 777 else 1 + n / 1e5) for n in range(1, 25_001)
     ]
     watch = JobWatch(job)
-    found = check(views.history(watch.curves_now()), "history")
+    found = check(views.history(watch.look(after=0).curves), "history")
     assert 1900 < len(found["steps"]) <= 2000
     assert found["steps"][0] == 1 and found["steps"][-1] == 25_000
     assert found["loss"][found["steps"].index(777)] == 99.0
@@ -268,17 +268,17 @@ def test_a_run_that_is_over_and_forgot_most_steps_is_read_on(tmp_path: Path):
     job.progress.events += [_replaced(event, step=n, loss=float(n)) for n in range(5001, 9001)]
     job.progress.step, job.progress.state = 9000, "finished"
     job.progress.slim()
-    glance = watch.look()
+    glance = watch.look().glance
     assert (glance.step, glance.loss) == (9000, 9000.0)
     assert len(glance.ranks) == 16
-    steps = list(watch.curves_now().steps)
+    steps = list(watch.look(after=0).curves.steps)
     assert steps == sorted(set(steps)) and steps[-1] == 9000 and len(steps) <= 2000
 
 
 def _event(job: Any, step: int) -> Any:
     from lora2_pack.lora2_core.training.trainer import StepEvent
 
-    ranks = tuple(job.network.ranks)
+    ranks = tuple(toy_job.setup_of(job).network.ranks)
     return StepEvent(step, 9, 1.0, 0.0, 0.0, 0.0, 1.0, 3.0, ranks, 0, 0.01, None)
 
 
@@ -339,7 +339,7 @@ def test_trainings_of_earlier_sessions(queue: JobQueue, tmp_path: Path):
 def test_a_resumed_training_takes_the_place_of_the_interrupted_one(queue: JobQueue, tmp_path: Path):
     jobs = JobList(queue, HOST)
     job = toy_job.job(tmp_path / "cat.safetensors", toy_job.config())
-    _earlier(tmp_path / "jobs", "interrupted1", run=job.run)
+    _earlier(tmp_path / "jobs", "interrupted1", run=job.run_hash)
     assert [found["id"] for found in jobs.summaries()] == ["interrupted1"]
     entry = queue.add(job, Origin("cat"))
     assert [found["id"] for found in jobs.summaries()] == [entry.id]

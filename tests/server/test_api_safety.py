@@ -154,9 +154,10 @@ def test_which_page_is_foreign(headers: dict[str, str], allowed: str | None, for
 
 
 def test_without_a_server_there_is_nothing_to_offer():
+    from lora2_pack.lora2_core.jobs.queue import JobQueue
     from lora2_pack.nodes.screen import routes
 
-    routes.register()
+    routes.register(JobQueue())
     assert routes.prompt_running() is False
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from lora2_pack.lora2_core.jobs import shutdown
 from lora2_pack.lora2_core.jobs.job import TrainingJob
 from lora2_pack.lora2_core.jobs.log import pack_events, unpack_events
 from lora2_pack.lora2_core.training.memory import OutOfMemory
-from lora2_pack.lora2_core.training.trainer import TrainingError
+from lora2_pack.lora2_core.training.trainer import StepEvent, TrainingError
 from lora2_pack.tests.core import toy, toy_job
 from lora2_pack.tests.core.toy_job import at_draw, config, finish
 
@@ -34,9 +35,18 @@ def settings(name: str = "adamw", **changes: Any) -> TrainConfig:
     return config(optimizer=OPTIMIZERS[name], **{**rate, **changes})
 
 
-def whole(folder: Path, wanted: TrainConfig) -> TrainingJob:
-    """A run without any accident, in a folder of its own."""
-    return finish(toy_job.job(folder / "whole" / NAME, wanted))
+Whole = Callable[[TrainConfig], TrainingJob]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """A run without any accident, in a folder of its own; each of these settings trains once."""
+
+    @cache
+    def run(wanted: TrainConfig) -> TrainingJob:
+        return finish(toy_job.job(tmp_path_factory.mktemp("whole") / NAME, wanted))
+
+    return run
 
 
 def stopped(path: Path, wanted: TrainConfig, draw: int, **options: Any) -> TrainingJob:
@@ -58,37 +68,41 @@ def _raise(error: BaseException) -> Callable[[], None]:
     return act
 
 
+def timeless(events: Sequence[StepEvent]) -> list[StepEvent]:
+    """``events`` without what the clock said."""
+    return [dataclasses.replace(event, seconds=0) for event in events]
+
+
 def check_same_end(first: TrainingJob, second: TrainingJob) -> None:
     """The same file, the same steps and the same curves; only the clock may differ."""
     assert first.path.read_bytes() == second.path.read_bytes()
-    for one, other in zip(first.progress.events, second.progress.events, strict=True):
-        assert dataclasses.replace(one, seconds=0) == dataclasses.replace(other, seconds=0)
+    assert timeless(first.progress.events) == timeless(second.progress.events)
     assert first.result is not None and second.result is not None
-    assert first.result.history == second.result.history
+    assert timeless(first.result.events) == timeless(second.result.events)
+    assert first.result.config.rank == second.result.config.rank
     assert first.result.components == second.result.components
 
 
 def exploding(path: Path, wanted: TrainConfig, draw: int, factor: float) -> TrainingJob:
     """From that draw on the target is ``factor`` times as far away."""
     job = toy_job.job(path, wanted)
-    task = job.task
-    assert isinstance(task, toy_job.PhotosTask)
-    return at_draw(job, draw, lambda: task.matrix.mul_(factor))
+    matrix = toy_job.task_of(job).matrix
+    return at_draw(job, draw, lambda: matrix.mul_(factor))
 
 
 # --- going on ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_stopped_run_ends_as_if_it_had_not_stopped(tmp_path: Path, name: str):
+def test_a_stopped_run_ends_as_if_it_had_not_stopped(tmp_path: Path, whole: Whole, name: str):
     wanted = settings(name)
-    reference = whole(tmp_path, wanted)
+    reference = whole(wanted)
     assert len({event.ranks for event in reference.progress.events}) > 1, "no rank moved"
     path = tmp_path / NAME
     for draw in (9, 14):  # of two a step: the second stop meets a resumed run
         job = stopped(path, wanted, draw)
         assert lora_file.load(path).state, "an early end leaves a usable LoRA"
-        assert [file.name for file in checkpoints(path)] == [f"{job.run}.safetensors"]
+        assert [file.name for file in checkpoints(path)] == [f"{job.run_hash}.safetensors"]
     resumed = finish(toy_job.job(path, wanted))
     assert resumed.progress.state == "finished"
     assert "Going on after step" in resumed.progress.message
@@ -102,22 +116,22 @@ def test_many_moments_fit_into_eight_bits(tmp_path: Path):
 
     def job(path: Path) -> TrainingJob:
         made = toy_job.job(path, wanted, width=512)
-        assert max(weight.numel() for weight in made.network.weights()) >= 4096
+        assert max(weight.numel() for weight in toy_job.setup_of(made).network.weights()) >= 4096
         return made
 
     reference = finish(job(tmp_path / "whole" / NAME))
     path = tmp_path / NAME
     first = job(path)
     finish(at_draw(first, 7, first.stop))
-    kept = checkpoint.read(checkpoints(path)[0], first.run)
+    kept = checkpoint.read(checkpoints(path)[0], first.run_hash)
     parameters = kept.state["trainer"]["optimizer"]["parameters"]
     assert any(state["state1"].dtype == torch.uint8 for state in parameters.values())
     check_same_end(finish(job(path)), reference)
 
 
-def test_an_error_leaves_a_lora_and_a_checkpoint(tmp_path: Path):
+def test_an_error_leaves_a_lora_and_a_checkpoint(tmp_path: Path, whole: Whole):
     wanted = settings()
-    reference = whole(tmp_path, wanted)
+    reference = whole(wanted)
     path = tmp_path / NAME
     job = at_draw(toy_job.job(path, wanted), 12, _raise(ValueError("the dog ate it")))
     with pytest.raises(ValueError, match="the dog ate it"):
@@ -148,7 +162,7 @@ def test_a_process_that_ends_stops_its_runs_first(tmp_path: Path):
 # --- the run's own name -------------------------------------------------------------------------
 
 
-def test_a_resumed_run_replaces_its_own_unfinished_file(tmp_path: Path):
+def test_a_resumed_run_replaces_its_own_unfinished_file(tmp_path: Path, whole: Whole):
     """The node names the next free number, since the stopped run left a LoRA behind."""
     wanted = settings()
     stopped(tmp_path / NAME, wanted, 9)
@@ -156,7 +170,7 @@ def test_a_resumed_run_replaces_its_own_unfinished_file(tmp_path: Path):
     assert resumed.path == tmp_path / NAME
     assert resumed.result is not None and resumed.result.path == resumed.path
     assert [file.name for file in tmp_path.glob("*.safetensors")] == [NAME]
-    check_same_end(resumed, whole(tmp_path, wanted))
+    check_same_end(resumed, whole(wanted))
 
 
 @pytest.mark.parametrize("other", ["another run", "no LoRA"])
@@ -186,14 +200,14 @@ def test_another_name_goes_on_but_leaves_the_first_file(tmp_path: Path):
     assert first.path.read_bytes() == data
 
 
-def test_how_a_run_is_kept_and_watched_leaves_its_file_alone(tmp_path: Path):
+def test_how_a_run_is_kept_and_watched_leaves_its_file_alone(tmp_path: Path, whole: Whole):
     """Other intervals and samples after a stop: the same run, the same bytes."""
     plain = settings()
     watched = settings(
         keep=KeepConfig(checkpoint_steps=5, checkpoint_minutes=3.0),
         samples=toy_job.prompts("a cat", "a dog on the moon", every=4),
     )
-    reference = whole(tmp_path, plain)
+    reference = whole(plain)
     path = tmp_path / NAME
     stopped(path, plain, 9)
     resumed = finish(toy_job.job(path, watched, strip_path=tmp_path / "strip.png"))
@@ -218,21 +232,21 @@ def test_whatever_decides_a_run_makes_another_run(tmp_path: Path, change: dict[s
     first = stopped(path, settings(), 9)
     options = dict(change)
     second = toy_job.job(path, settings(**options.pop("config", {})), **options)
-    assert second.run != first.run
+    assert second.run_hash != first.run_hash
     finish(second)
     assert len({event.step for event in second.progress.events}) == second.config.steps
     assert not second.progress.message, "it went on from another run"
-    assert [file.stem for file in checkpoints(path)] == [first.run], "the other run can go on"
+    assert [file.stem for file in checkpoints(path)] == [first.run_hash], "the other run can go on"
 
 
-def test_resume_switched_off_starts_anew(tmp_path: Path):
+def test_resume_switched_off_starts_anew(tmp_path: Path, whole: Whole):
     wanted = settings()
     path = tmp_path / NAME
     stopped(path, wanted, 9)
     job = toy_job.job(path, settings(keep=KeepConfig(resume=False)))
     finish(job)
     assert job.progress.message == ""
-    check_same_end(job, whole(tmp_path, wanted))
+    check_same_end(job, whole(wanted))
 
 
 # --- accidents ------------------------------------------------------------------------------------
@@ -257,9 +271,9 @@ def test_a_loss_that_is_no_number_keeps_the_step_before(tmp_path: Path):
     assert not checkpoints(path), "the one of step 6 would only lead here again"
 
 
-def test_a_disk_that_is_full_costs_only_the_checkpoint(tmp_path: Path, caplog):
+def test_a_disk_that_is_full_costs_only_the_checkpoint(tmp_path: Path, whole: Whole, caplog):
     wanted = settings()
-    reference = whole(tmp_path, wanted)
+    reference = whole(wanted)
     size = reference.path.stat().st_size
     path = tmp_path / NAME
     caplog.clear()
@@ -272,7 +286,7 @@ def test_a_disk_that_is_full_costs_only_the_checkpoint(tmp_path: Path, caplog):
     assert not checkpoints(path), "no half file is left"
 
 
-def test_a_damaged_checkpoint_is_put_aside(tmp_path: Path):
+def test_a_damaged_checkpoint_is_put_aside(tmp_path: Path, whole: Whole):
     wanted = settings()
     path = tmp_path / NAME
     job = stopped(path, wanted, 9)
@@ -282,18 +296,20 @@ def test_a_damaged_checkpoint_is_put_aside(tmp_path: Path):
     kept.write_bytes(data)
     again = finish(toy_job.job(path, wanted))
     assert "is damaged" in again.progress.message and "starting anew" in again.progress.message
-    assert [file.name for file in checkpoints(path)] == [f"{job.run}.safetensors.damaged"]
+    assert [file.name for file in checkpoints(path)] == [f"{job.run_hash}.safetensors.damaged"]
     assert checkpoints(path)[0].read_bytes() == bytes(data)
-    check_same_end(again, whole(tmp_path, wanted))
+    check_same_end(again, whole(wanted))
 
 
-def test_a_checkpoint_of_other_layers_starts_anew_from_untouched_weights(tmp_path: Path):
+def test_a_checkpoint_of_other_layers_starts_anew_from_untouched_weights(
+    tmp_path: Path, whole: Whole
+):
     wanted = settings()
     path = tmp_path / NAME
     stopped(path, wanted, 9, width=32)  # the same settings on a larger model
     again = finish(toy_job.job(path, wanted))
     assert "does not fit this run" in again.progress.message
-    check_same_end(again, whole(tmp_path, wanted))
+    check_same_end(again, whole(wanted))
 
 
 def test_minutes_are_counted_too(tmp_path: Path):
@@ -302,7 +318,9 @@ def test_minutes_are_counted_too(tmp_path: Path):
     job = toy_job.job(path, settings(keep=keep))
     seen: list[int] = []
     finish(
-        at_draw(job, 9, lambda: seen.append(checkpoint.read(checkpoints(path)[0], job.run).step))
+        at_draw(
+            job, 9, lambda: seen.append(checkpoint.read(checkpoints(path)[0], job.run_hash).step)
+        )
     )
     assert seen == [4]
 
@@ -316,28 +334,26 @@ def hungry(path: Path, until_checkpointed: bool) -> tuple[TrainingJob, list[int]
     job = toy_job.job(
         path, settings(), enable_checkpointing=lambda: on_at.append(job.progress.step)
     )
-    task = job.task
-    assert isinstance(task, toy_job.PhotosTask)
 
     def allocate() -> None:
         if job.progress.step == 5 and not (until_checkpointed and on_at):
             torch.empty(10**15)
 
-    task.before_draw = allocate
+    toy_job.task_of(job).before_draw = allocate
     return job, on_at
 
 
-def test_a_lack_of_memory_is_met_by_checkpointing(tmp_path: Path):
+def test_a_lack_of_memory_is_met_by_checkpointing(tmp_path: Path, whole: Whole):
     job, on_at = hungry(tmp_path / NAME, until_checkpointed=True)
     finish(job)
     assert on_at == [5]
     assert job.progress.state == "finished"
     assert "Out of memory in step 6" in job.progress.message
     assert "trying again with gradient checkpointing" in job.progress.message
-    check_same_end(job, whole(tmp_path, settings()))
+    check_same_end(job, whole(settings()))
 
 
-def test_a_second_lack_of_memory_says_what_would_fit(tmp_path: Path):
+def test_a_second_lack_of_memory_says_what_would_fit(tmp_path: Path, whole: Whole):
     path = tmp_path / NAME
     job, on_at = hungry(path, until_checkpointed=False)
     with pytest.raises(OutOfMemory) as caught:
@@ -351,7 +367,7 @@ def test_a_second_lack_of_memory_says_what_would_fit(tmp_path: Path):
     # Later, with memory to spare, it goes on with checkpointing on from the start.
     switched: list[bool] = []
     again = toy_job.job(path, settings(), enable_checkpointing=lambda: switched.append(True))
-    check_same_end(finish(again), whole(tmp_path, settings()))
+    check_same_end(finish(again), whole(settings()))
     assert switched == [True]
 
 
@@ -365,8 +381,8 @@ def test_without_a_switch_the_first_lack_ends_the_run(tmp_path: Path):
 # --- what a checkpoint tells ---------------------------------------------------------------------
 
 
-def test_the_steps_survive_as_a_few_arrays(tmp_path: Path):
-    events = whole(tmp_path, settings()).progress.events
+def test_the_steps_survive_as_a_few_arrays(tmp_path: Path, whole: Whole):
+    events = whole(settings()).progress.events
     packed = pack_events(events)
     assert all(torch.is_tensor(column) for column in packed.values())
     assert unpack_events(packed, events[0].steps) == events

@@ -1,4 +1,4 @@
-"""Many trainings, one after the other; at random: test_job_queue_at_random.py."""
+"""Many trainings, one after the other; at random: test_queue_at_random.py."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_positions_move_up(tmp_path: Path, queue: JobQueue):
 def test_a_queued_one_that_is_stopped_was_never_there(tmp_path: Path, queue: JobQueue):
     add(queue, job(tmp_path / "1", LONG))
     made = job(tmp_path / "2")
-    network = weakref.ref(made.network)
+    network = weakref.ref(toy_job.setup_of(made).network)
     second = add(queue, made)
     queue.stop(second.id)
     assert queue.wait(second.id, 1) and second.state == "stopped"
@@ -113,8 +113,8 @@ def test_an_error_lets_the_next_one_start(tmp_path: Path, queue: JobQueue):
     assert queue.wait(second.id, 60) and second.state == "finished"
     assert first.state == "failed" and first.job.path.is_file()
     assert queue.store is not None
-    kept = queue.store.find(first.id)
-    assert kept is not None and kept.error is not None and "memory" in kept.error
+    [error] = [kept.error for kept in queue.store.all() if kept.id == first.id]
+    assert error is not None and "memory" in error
 
 
 def test_without_a_thread_to_spare_it_fails_and_says_so(
@@ -148,7 +148,7 @@ def test_two_that_were_to_have_the_same_name(tmp_path: Path, queue: JobQueue):
     assert [entry.job.path.name for entry in found] == [NAME, "cat_00002_.safetensors"]
     assert [entry.origin.name for entry in found] == ["cat_00001_", "cat_00002_"]
     runs = [lora_file.load(entry.job.path).metadata["lora2.run"] for entry in found]
-    assert runs == [entry.job.run for entry in found]
+    assert runs == [entry.job.run_hash for entry in found]
     assert not queue.paths()
 
 
@@ -294,7 +294,7 @@ def test_what_a_run_tells(tmp_path: Path, queue: JobQueue):
     assert before <= progress.started <= time.time()
     assert progress.seconds == pytest.approx(sum(event.seconds for event in progress.events))
     for number in range(300):
-        entry.job._tell(f"line {number}", logging.DEBUG)
+        entry.job.progress.tell(f"line {number}", logging.DEBUG)
     assert len(progress.log) == 200 and progress.log[-1] == "line 299"
 
 
@@ -308,10 +308,11 @@ def test_of_one_that_is_over_only_the_story_is_kept(
         toy_job.job(tmp_path / str(n) / NAME, wanted, strip_path=tmp_path / "strip.png")
         for n in range(5)
     ]
-    gone = [weakref.ref(part) for one in made for part in (one.network, one.task)]
+    setups = [toy_job.setup_of(one) for one in made]
+    gone = [weakref.ref(part) for one in setups for part in (one.network, one.task)]
     found = [add(queue, one) for one in made]
     assert queue.wait(found[-1].id, 120)
-    del made
+    del made, setups
     gc.collect()
     assert not [reference for reference in gone if reference() is not None]
     assert queue.entries() == found[:1:-1]
@@ -321,7 +322,7 @@ def test_of_one_that_is_over_only_the_story_is_kept(
     for entry in queue.entries():
         result = entry.job.result
         assert result is not None and not result.file.state and result.components
-        assert result.file.metadata and len(result.history.steps) == 6
+        assert result.file.metadata and len(result.events) == 6
         assert max(entry.job.progress.samples[-1].pictures.shape[1:3]) <= 224
         assert [bool(event.ranks) for event in entry.job.progress.events] == [False] * 5 + [True]
         assert [event.step for event in entry.job.progress.events] == [*range(1, 7)]

@@ -46,8 +46,7 @@ def test_the_weights_that_are_painted_are_those_that_are_saved(tmp_path: Path):
     """The averages: with them the last picture shows what a network of the saved file paints."""
     wanted = config(steps=20, samples=prompts("a", every=20))
     job = toy_job.job(tmp_path / NAME, wanted)
-    network, painter = job.network, job._strip.painter if job._strip else None
-    assert isinstance(painter, toy_job.ToyPainter)
+    network, painter = toy_job.setup_of(job).network, toy_job.painter_of(job)
     ups: list[torch.Tensor] = []
     importances: list[torch.Tensor] = []
 
@@ -75,9 +74,7 @@ def test_a_painter_that_fails_costs_only_the_samples(tmp_path: Path):
 
     wanted = config(samples=prompts("a", every=8))
     job = toy_job.job(tmp_path / NAME, wanted, strip_path=tmp_path / "strip.png")
-    assert job._strip is not None
-    painter = job._strip.painter
-    assert isinstance(painter, toy_job.ToyPainter)
+    painter = toy_job.painter_of(job)
     painter.before = fail
     finish(job)
     assert job.progress.message == "Samples are off for the rest of this run: no paint left"
@@ -100,9 +97,7 @@ def test_a_strip_that_cannot_be_written_costs_only_the_samples(tmp_path: Path):
 
 def test_a_stop_is_not_kept_waiting_by_the_painter(tmp_path: Path):
     job = toy_job.job(tmp_path / NAME, config(samples=prompts("a", "b", "c", every=8)))
-    assert job._strip is not None
-    painter = job._strip.painter
-    assert isinstance(painter, toy_job.ToyPainter)
+    painter = toy_job.painter_of(job)
     painter.before = job.stop  # in the middle of the first painting
     finish(job)
     assert painter.painted == 1

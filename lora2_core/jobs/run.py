@@ -1,0 +1,250 @@
+"""The training of a job, in the job's thread: from its first step or a checkpoint to its file.
+
+Whatever ends a run after its first step, be it the last step, a stop or an error, the LoRA as of
+the last complete step is written before the job is over, and so is a checkpoint from which the
+same run goes on exactly. Steps, losses and pictures of before come back with it: the file of a
+run that was stopped and resumed has the same bytes as that of one that was not.
+"""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..files.atomic import remove_leftovers
+from ..files.checkpoint import Checkpoint
+from ..training import memory
+from ..training.memory import OutOfMemory
+from ..training.setup import TrainingSetup
+from ..training.trainer import Trainer, TrainingError
+from . import keeper
+from .gate import StepGate
+from .keeper import RunKeeper
+from .log import pack_events, unpack_events
+from .progress import Progress
+from .sampling import SampleStrip, StripFile
+from .saving import save_lora
+
+
+@dataclass
+class RunFiles:
+    """Where a run writes; that may change until its first step."""
+
+    lora: Path
+    strip: StripFile | None
+
+    def move_to(self, lora: Path) -> None:
+        """Write to ``lora`` instead, and the strip beside it."""
+        if self.strip is not None:
+            old = self.strip.path
+            moved = old.with_name(old.name.replace(self.lora.stem, lora.stem))
+            self.strip = replace(self.strip, path=moved)
+        self.lora = lora
+
+
+class Run:
+    """Trains what ``setup`` holds, once, and writes ``files``; what comes of it is in ``progress``.
+
+    It holds the model, and must go when the job is over. ``watch``: called after every step and
+    change.
+    """
+
+    def __init__(
+        self,
+        setup: TrainingSetup,
+        files: RunFiles,
+        run_keeper: RunKeeper,
+        progress: Progress,
+        gate: StepGate,
+        watch: Callable[[], None],
+    ):
+        self.setup, self.config, self.files, self.keeper = setup, setup.config, files, run_keeper
+        self.progress, self.gate, self.watch = progress, gate, watch
+        self.trainer = Trainer(setup.network, setup.task, setup.config, setup.entropy)
+        self.checkpointing = setup.config.gradient_checkpointing
+        self.strip: SampleStrip | None = None
+        if setup.painter is not None and setup.config.samples.prompts:
+            self.strip = SampleStrip(setup.painter, setup.config, files.strip, files.lora.stem)
+
+    def go(self) -> None:
+        """Train to the end, and save. Raises what ended it early, after saving."""
+        self._resume()
+        for path in (self.files.lora, *([self.files.strip.path] if self.files.strip else [])):
+            remove_leftovers(path)
+        self.progress.note(
+            f"training {len(self.setup.network.targets)} components for {self.config.steps} steps "
+            f"({self.config.rank.mode} mode) towards {self.files.lora.name}."
+        )
+        try:
+            self._steps()
+        except BaseException as error:
+            # Its frames hold the last step's graph: after running out of memory that must go
+            # before anything can be saved.
+            traceback.clear_frames(error.__traceback__)
+            self._end_by(error)
+        if not self.progress.events:
+            return
+        if self.trainer.step < self.config.steps:
+            self._checkpoint()  # before the LoRA, whose folding takes longer
+        self._save()
+        if self.trainer.step == self.config.steps:
+            self.keeper.remove()
+            self._paint()
+
+    # --- steps ------------------------------------------------------------------------------
+
+    def _steps(self) -> None:
+        """Every step that is left; a first lack of memory is met by gradient checkpointing."""
+        try:
+            self._run_steps()
+            return
+        except Exception as error:
+            if not memory.is_out_of_memory(error):
+                raise
+            traceback.clear_frames(error.__traceback__)
+            if self.checkpointing or self.setup.enable_checkpointing is None:
+                raise self._out_of_memory(error) from error
+            needed, _ = memory.needed_and_free(str(error))
+        # Outside of the handler, which holds the error and by it what had been computed.
+        self._switch_checkpointing_on()
+        asked = "" if needed is None else f" ({memory.size(needed)} more were needed)"
+        self.progress.tell(
+            f"Out of memory in step {self.trainer.step + 1}{asked}: trying again with gradient "
+            "checkpointing, which computes every block twice. Setting gradient_checkpointing on "
+            "saves the failed try next time."
+        )
+        try:
+            self._run_steps()
+        except Exception as error:
+            if not memory.is_out_of_memory(error):
+                raise
+            traceback.clear_frames(error.__traceback__)
+            raise self._out_of_memory(error) from error
+
+    def _run_steps(self) -> None:
+        for event in self.trainer.run(self.gate):
+            self.progress.add(event)
+            self.watch()
+            if event.step < self.config.steps:  # at the end the LoRA is saved first
+                self._paint()
+                if self.keeper.due(event.step):
+                    self._checkpoint()
+
+    def _switch_checkpointing_on(self) -> None:
+        if self.setup.enable_checkpointing is not None:
+            self.setup.enable_checkpointing()
+            self.checkpointing = True
+
+    def _out_of_memory(self, error: Exception) -> OutOfMemory:
+        needed, free = memory.needed_and_free(str(error))
+        if free is None and self.setup.network.log_nu.device.type == "cpu":
+            free = memory.free_ram()
+        step = self.trainer.step + 1
+        return OutOfMemory(memory.message(self.config, step, needed, free, self.checkpointing))
+
+    def _end_by(self, error: BaseException) -> None:
+        """Keep what there is after an error, and raise it."""
+        if isinstance(error, TrainingError):
+            # The same settings lead to the same end from any checkpoint of this run, and other
+            # settings are another run.
+            self.keeper.remove()
+        elif self.progress.events:
+            self._checkpoint()
+        if self.progress.events:
+            try:
+                self._save()
+            except Exception as second:  # the first error is the one to tell
+                logging.error("LoRA²: after the failure nothing could be saved: %s", second)
+        if isinstance(error, TrainingError) and self.keeper.path is not None:
+            raise TrainingError(
+                f"{error} No checkpoint is kept: from it the run would end the same way."
+            ) from error
+        raise error
+
+    # --- going on later ---------------------------------------------------------------------
+
+    def _checkpoint(self) -> None:
+        def state() -> dict[str, Any]:
+            return {
+                "trainer": self.trainer.state(),
+                "events": pack_events(self.progress.events),
+                "samples": self.strip.state() if self.strip else {},
+                "checkpointing": self.checkpointing,
+            }
+
+        self.keeper.save(self.trainer.step, self.files.lora, state)
+
+    def _resume(self) -> None:
+        kept = self.keeper.load()
+        if kept is None or not self._take(kept):
+            return
+        self.files.move_to(keeper.target_of(self.files.lora, kept))
+        self.progress.tell(
+            f"Going on after step {kept.step} of {self.config.steps} from the checkpoint of "
+            f"this run; the LoRA goes to {self.files.lora.name}. (To start anew, switch resume "
+            "off.)",
+            logging.INFO,
+        )
+        if self.strip is not None:
+            self.strip.file, self.strip.title = self.files.strip, self.files.lora.stem
+
+    def _take(self, kept: Checkpoint) -> bool:
+        """Become the run that ``kept`` is of; if that fails, the one that it is anew."""
+        fresh = self.trainer.state()
+        try:
+            self.trainer.load_state(kept.state["trainer"])
+            events = unpack_events(kept.state["events"], self.config.steps)
+            if self.strip is not None and kept.state["samples"]:
+                self.strip.load_state(kept.state["samples"])
+        except Exception as error:  # a whole file that another state of the code has written
+            self.trainer.load_state(fresh)
+            self.keeper.set_aside(f"it does not fit this run ({error}).")
+            return False
+        self.progress.take(events, self.trainer.step)
+        if self.strip is not None:
+            self.progress.samples[:] = self.strip.events
+        if kept.state["checkpointing"] and not self.checkpointing:
+            self._switch_checkpointing_on()
+        return True
+
+    # --- what comes out ---------------------------------------------------------------------
+
+    @contextmanager
+    def _as_saved(self) -> Iterator[None]:
+        """Inside, the network is what would be saved now: averages if any, fresh importances."""
+        with self.trainer.averaged(), torch.no_grad():
+            self.setup.network.refresh_importance()
+            yield
+
+    def _paint(self) -> None:
+        """Pictures of the samples' prompts, when they are due; no accident here ends the run."""
+        if self.strip is None or not self.strip.due(self.trainer.step):
+            return
+        try:
+            with self._as_saved():
+                self.strip.paint(self.trainer.step, self.gate)
+        except Exception as error:
+            traceback.clear_frames(error.__traceback__)
+            self.strip = None
+            self.progress.tell(f"Samples are off for the rest of this run: {error}")
+            return
+        self.progress.samples[:] = self.strip.events
+        self.watch()
+
+    def _save(self) -> None:
+        with self._as_saved():
+            components = self.setup.network.components()
+        # An explosion put an earlier state back; the file tells of the steps that are in it.
+        events, steps, path = self.progress.events, self.trainer.step, self.files.lora
+        trained = save_lora(path, self.setup, components, events, steps, self.keeper.run_hash)
+        size = path.stat().st_size / 1e6
+        self.progress.log.append(f"Wrote {path.name}, {size:.2f} MB.")
+        logging.info("LoRA²: wrote %s, %.2f MB, after %d steps.", path, size, steps)
+        self.progress.result = trained

@@ -1,0 +1,57 @@
+"""What a run leaves behind: its file, and what is known of how it came about."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from .. import lora_file
+from ..config.train import TrainConfig
+from ..files.component import Component
+from ..files.metadata import describe_run
+from ..files.read import ComponentInfo
+from ..training.setup import TrainingSetup
+from ..training.trainer import StepEvent
+
+
+@dataclass(frozen=True)
+class TrainedLoRA:
+    """What a run leaves behind; the value of the LORA2 socket."""
+
+    path: Path
+    file: lora_file.LoRAFile  # exactly what was written
+    components: tuple[ComponentInfo, ...]
+    config: TrainConfig
+    events: tuple[StepEvent, ...]  # the steps, without their ranks
+
+
+def save_lora(
+    path: Path,
+    setup: TrainingSetup,
+    components: Sequence[Component],
+    events: Sequence[StepEvent],
+    steps: int,
+    run_hash: str,
+) -> TrainedLoRA:
+    """Write ``components``, learnt in the first ``steps`` of ``events``. Raises LoRAFileError."""
+    config = setup.config
+    learnt = events[:steps]
+    text = describe_run(
+        config=config,
+        captions=setup.captions,
+        base_hash=setup.base_hash,
+        ranks=[int(c.importance.numel()) for c in components],
+        losses=[event.loss for event in learnt],
+        probes=[event.probe for event in learnt if event.probe is not None],
+        title=path.stem,
+        run=run_hash,
+    )
+    lora_file.save(path, components, text, config.rank.target_megabytes, config.rank.min_rank)
+    return TrainedLoRA(
+        path=path,
+        file=lora_file.load(path),
+        components=tuple(lora_file.inspect(path)[0]),
+        config=config,
+        events=tuple(replace(event, ranks=()) for event in events),
+    )
