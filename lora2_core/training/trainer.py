@@ -25,7 +25,7 @@ from .ema import AveragedWeights
 from .loss_guard import LossGuard
 from .memory import is_out_of_memory
 from .objective import CrossAttentionEntropy, Prediction, loss_parts
-from .optimizer_state import load_optimizer_state, optimizer_state
+from .optimizer_state import follow, load_optimizer_state, optimizer_state
 from .optimizers import make_nu_optimizer, make_optimizer, schedule_factor
 from .rank_control import RankControl
 
@@ -252,11 +252,14 @@ class Trainer:
     def _follow_nu(self, nu: Tensor, loss: float) -> int:
         """Let ranks and the weight of their term follow a step; returns how many ranks changed."""
         self.network.clamp_nu()
-        resized = self.network.resize(nu, self.optimizer, self.average)
+        change = self.network.resize(nu)
+        follow(self.optimizer, change)
+        if self.average:
+            self.average.follow(change)
         self.control.observe(loss, self.network.mean_rank())
-        if resized:
+        if change.count:
             self.ranks = tuple(self.network.ranks)
-        return resized
+        return change.count
 
     def _backward(self) -> list[Tensor]:
         """Gradients of one step; returns what _TERMS names, on the device."""
