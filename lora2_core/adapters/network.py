@@ -93,11 +93,6 @@ class AdaptiveRankNetwork(nn.Module):
         for layer, values in zip(self.adapters, flat.split(self._ranks), strict=True):
             vars(layer)["importance"] = values  # past nn.Module's checks: hundreds of them a step
 
-    def set_enabled(self, enabled: bool) -> None:
-        """Switch all adapters on or off; off leaves exactly the frozen model."""
-        for layer in self.layers:
-            layer.enabled = enabled
-
     def mean_rank(self) -> tuple[float, ...]:
         """Mean of the ranks in use of every group, (G,), weighted as its budget is."""
         return self.budget.mean_ranks(self._ranks)

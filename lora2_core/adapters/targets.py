@@ -36,7 +36,7 @@ PRESETS = {
     "b-lora": f"{_CONTENT}|{_STYLE}",
 }
 
-# rank_config.GROUPS, by what a name holds.
+# config.ranks.GROUPS, by what a name holds.
 _GROUPS = {
     "self": re.compile(r"\.attn1\."),
     "cross": re.compile(r"\.attn2\."),
@@ -65,7 +65,7 @@ class Target:
         return min(self.in_features, self.out_features)
 
     def is_in(self, group: str) -> bool:
-        """Whether the layer lies in one of ``rank_config.GROUPS``.
+        """Whether the layer lies in one of ``config.ranks.GROUPS``.
 
         "self" and "cross": part of such an attention; "down", "mid" and "up": the half of the
         U-Net. The text encoders are in none of them.

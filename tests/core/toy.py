@@ -272,6 +272,13 @@ def resize(net: AdaptiveRankNetwork, ranks: Sequence[float], optimizer) -> RankC
     return change
 
 
+@torch.no_grad()
+def silence(net: AdaptiveRankNetwork) -> None:
+    """B = 0 everywhere: what is left is the frozen model."""
+    for layer in net.layers:
+        layer.lora_up.zero_()
+
+
 def infos_in_memory(components: Sequence[Component]) -> list[lora_file.ComponentInfo]:
     """What ``inspect`` should say of an fp16 file of these components, told without a file."""
     return [
