@@ -130,7 +130,7 @@ def _estimates() -> list[dict[str, Any]]:
                 "batch_size": batch,
                 "resolution": size,
                 "checkpointing": checkpointing,
-                "told_mb": told[0].memory / 1e6,
+                "told_mb": told[0].memory.total / 1e6,
                 "taken_mb": peak_mb,
                 "told_s": told[0].seconds,
                 "taken_s": time.perf_counter() - started[0],

@@ -29,9 +29,10 @@ from ..files.checkpoint import Checkpoint
 from ..files.metadata import describe_run
 from ..files.read import ComponentInfo
 from ..reports.report import TrainingHistory
-from ..training import memory
-from ..training.memory import OutOfMemory
+from ..training import out_of_memory
+from ..training.memory import size
 from ..training.objective import CrossAttentionEntropy
+from ..training.out_of_memory import OutOfMemory
 from ..training.trainer import Task, Trainer, TrainingError
 from . import keeper, shutdown
 from .gate import StepGate
@@ -228,15 +229,15 @@ class TrainingJob:
             self._run_steps(trainer)
             return
         except Exception as error:
-            if not memory.is_out_of_memory(error):
+            if not out_of_memory.is_out_of_memory(error):
                 raise
             traceback.clear_frames(error.__traceback__)
             if self._checkpointing or self.enable_checkpointing is None:
                 raise self._out_of_memory(error, trainer) from error
-            needed, _ = memory.needed_and_free(str(error))
+            needed, _ = out_of_memory.needed_and_free(str(error))
         # Outside of the handler, which holds the error and by it what had been computed.
         self._switch_checkpointing_on()
-        asked = "" if needed is None else f" ({memory.size(needed)} more were needed)"
+        asked = "" if needed is None else f" ({size(needed)} more were needed)"
         self._tell(
             f"Out of memory in step {trainer.step + 1}{asked}: trying again with gradient "
             "checkpointing, which computes every block twice. Setting gradient_checkpointing on "
@@ -245,7 +246,7 @@ class TrainingJob:
         try:
             self._run_steps(trainer)
         except Exception as error:
-            if not memory.is_out_of_memory(error):
+            if not out_of_memory.is_out_of_memory(error):
                 raise
             traceback.clear_frames(error.__traceback__)
             raise self._out_of_memory(error, trainer) from error
@@ -265,11 +266,13 @@ class TrainingJob:
             self._checkpointing = True
 
     def _out_of_memory(self, error: Exception, trainer: Trainer) -> OutOfMemory:
-        needed, free = memory.needed_and_free(str(error))
+        needed, free = out_of_memory.needed_and_free(str(error))
         if free is None and self.network.log_nu.device.type == "cpu":
-            free = memory.free_ram()
+            free = out_of_memory.free_ram()
         step = trainer.step + 1
-        return OutOfMemory(memory.message(self.config, step, needed, free, self._checkpointing))
+        return OutOfMemory(
+            out_of_memory.message(self.config, step, needed, free, self._checkpointing)
+        )
 
     def _end_by(self, error: BaseException, trainer: Trainer) -> None:
         """Keep what there is after an error, and raise it."""

@@ -23,7 +23,7 @@ from ..adaptive_rank import gaussian_prior
 from ..config.train import TrainConfig
 from .ema import AveragedWeights
 from .loss_guard import LossGuard
-from .memory import is_out_of_memory
+from .out_of_memory import is_out_of_memory
 from .objective import CrossAttentionEntropy, Prediction, loss_parts
 from .optimizer_state import follow, load_optimizer_state, optimizer_state
 from .optimizers import make_nu_optimizer, make_optimizer, schedule_factor
