@@ -1,7 +1,9 @@
 """The adapters of one model: which layers, their ν, their ranks, and how those change.
 
-The network knows torch modules and nothing of ComfyUI. It replaces the chosen layers of the
-model it is given by adapters around them; give it a private copy.
+The network knows torch modules, and nothing of ComfyUI or of optimizers. It replaces the chosen
+layers of the model it is given by adapters around them; give it a private copy. What it may take
+stands in :mod:`.budget`, one adapter in :mod:`.layers`, which of them compute together in
+:mod:`.grouping`, and what others must know of new ranks in :mod:`.rank_change`.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ class AdaptiveRankNetwork(nn.Module):
 
     ``log_nu``: (L,) parameter; ``ranks``: the L ranks in use now. ν is learnt as its logarithm
     (ours; the paper is silent): 500 Adam steps then span rank 512 to 1, which a plain ν at
-    5e-5 a step cannot.
+    5e-5 a step cannot. A step is :meth:`refresh_importance`, forward and backward, an optimizer's
+    step, :meth:`clamp_nu` and :meth:`resize`; what is saved is :meth:`components`, and what goes
+    on in another process :meth:`state`.
     """
 
     def __init__(
@@ -131,7 +135,7 @@ class AdaptiveRankNetwork(nn.Module):
         stds = adaptive_rank.init_std(nu, wanted)[changed]
         layers = [self.layers[index] for index in changed]
         sizes = list(zip(layers, wanted[changed].tolist(), strict=True))
-        # All of them before any is put to use: for want of memory none changes.
+        # All are made before one is put to use, so that a lack of memory changes none.
         downs = [ResizedWeight.of(layer.lora_down, 0, rank) for layer, rank in sizes]
         ups = [ResizedWeight.of(layer.lora_up, 1, rank) for layer, rank in sizes]
         for layer, down, up, std in zip(layers, downs, ups, stds, strict=True):

@@ -128,11 +128,10 @@ class Trainer:
         network, config = self.network, self.config
         network.log_nu.requires_grad_(True)  # steps that went on further may have frozen it
         self.ranks = tuple(network.ranks)  # made anew only when they change: events keep it
-        self.rates = (config.learning_rate, config.text.learning_rate)
-        parts = (network.weights(text=False), network.weights(text=True))
-        groups = [(part, rate) for part, rate in zip(parts, self.rates, strict=True) if part]
-        self.rates = tuple(rate for _, rate in groups)
-        self.optimizer = make_optimizer(config.optimizer, groups)
+        unet = network.weights(text=False), config.learning_rate
+        texts = network.weights(text=True), config.text.learning_rate
+        self.optimizer = make_optimizer(config.optimizer, [unet, texts])
+        self.rates = tuple(group["lr"] for group in self.optimizer.param_groups)
         self.nu_optimizer = make_nu_optimizer(network.log_nu, config.rank.rank_learning_rate)
         decay = config.optimizer.ema
         self.average = AveragedWeights(network.weights(), decay) if decay else None
