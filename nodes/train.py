@@ -18,8 +18,8 @@ from ..lora2_core.jobs.sampling import StripFile
 from ..lora2_core.jobs.saving import TrainedLoRA
 from ..lora2_core.reports.report import training_picture
 from ..lora2_core.reports.strip import strip_png
-from ..lora2_core.training import memory
-from ..lora2_core.training.estimate import size
+from ..lora2_core.training.memory import size
+from ..lora2_core.training.out_of_memory import suggestions
 from ..lora2_core.training.setup import TrainingSetup
 from .background import job_queue
 from .common import CATEGORY, LoRA2Socket, advanced, to_image
@@ -162,10 +162,10 @@ def _about_run(setup: TrainingSetup) -> Iterator[str]:
     if expected is None:
         return
     yield f"This run takes {expected.text()}."
-    needed = expected.learning + expected.activations  # the model is there by now
+    needed = expected.memory.learning + expected.memory.activations  # the model is there by now
     free = comfy_host.free_memory()
     if needed > free:
-        ways = memory.suggestions(setup.config, needed, free)
+        ways = suggestions(setup.config, needed, free, expected=expected)
         text = f"That may be too much: {size(free)} are free for {size(needed)}."
         help_ = f" What would help: {'; or '.join(way.text for way in ways)}." if ways else ""
         yield text + help_

@@ -40,7 +40,7 @@ def train(
     losses: list[float] = []
     started = time.perf_counter()
     for step in range(1, config.steps + 1):
-        factor = schedule_factor(config.schedule, step, config.steps, None)
+        factor = schedule_factor(config, step)
         optimizer.param_groups[0]["lr"] = config.learning_rate * factor
         said = task.predict(task.draw(generator, config.batch_size))
         loss = denoising_loss(said.value, said.target)

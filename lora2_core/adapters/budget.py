@@ -34,7 +34,7 @@ _USUAL_NU = 0.14391157031059265  # as many digits as most
 
 @dataclass(frozen=True)
 class RankBudget:
-    """The budget of a network of L components in G groups. Made by :func:`plan`."""
+    """The budget of a network of L components in G groups. Made by :func:`plan_budget`."""
 
     min_ranks: Tensor  # (L,) int64
     max_ranks: Tensor  # (L,) int64

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from .layers import AdaptiveLoRA
 from .projections import project
-
-if TYPE_CHECKING:
-    from .layers import AdaptiveLoRA
 
 # By the names that diffusion U-Nets and CLIP text towers give them. The query of a cross-attention
 # reads the image, its key and value read the text.
@@ -63,10 +60,6 @@ class ProjectionGroup:
             self._ready = {n: out for n, out in enumerate(outputs) if n != place}
             self._asked = asked
         return outputs[place]
-
-    def clear(self) -> None:
-        """Forget what an interrupted pass left."""
-        self._asked, self._ready = (), {}
 
 
 def groups_of(names: Sequence[str]) -> list[list[int]]:

@@ -9,16 +9,23 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .grouping import ProjectionGroup
+
+class SharedInput(Protocol):
+    """Layers that read one input and compute together, see :mod:`.grouping`."""
+
+    def takes(self, x: Tensor) -> bool: ...
+
+    def output(self, place: int, x: Tensor) -> Tensor: ...
 
 
 class AdaptiveLoRA(nn.Module, ABC):
-    """What the two kinds of adapter share: the parameters, and how they are resized.
+    """What the two kinds of adapter share: the parameters, and how they are drawn.
 
     ``base``: the frozen layer. ``in_features`` and ``out_features`` are those of the unrolled
     weight (out, in · kernel area).
@@ -38,8 +45,7 @@ class AdaptiveLoRA(nn.Module, ABC):
         self.base = base
         self.in_features = in_features
         self.out_features = out_features
-        self.enabled = True
-        self.group: tuple[ProjectionGroup, int] | None = None  # with the place in it
+        self.group: tuple[SharedInput, int] | None = None  # with the place in it
         device = next(base.parameters()).device
         self.lora_down = nn.Parameter(torch.zeros(rank, in_features, device=device))
         self.lora_up = nn.Parameter(torch.zeros(out_features, rank, device=device))
@@ -50,8 +56,6 @@ class AdaptiveLoRA(nn.Module, ABC):
         return self.lora_down.shape[0]
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        if not self.enabled:
-            return self.base(x, *args, **kwargs)
         if self.group is not None and self.group[0].takes(x):
             group, place = self.group
             return group.output(place, x)
@@ -60,11 +64,6 @@ class AdaptiveLoRA(nn.Module, ABC):
     @abstractmethod
     def delta(self, x: Tensor) -> Tensor:
         """B Λ A x, in the dtype and on the device of ``x``."""
-
-    def delta_weight(self) -> Tensor:
-        """ΔW = B Λ A of eq. 10 as (out_features, in_features), fp32, detached."""
-        scaled = self.lora_up.detach() * self.importance.detach()  # (out, rank)
-        return scaled @ self.lora_down.detach()
 
     @torch.no_grad()
     def init_down(self, std: float | None, rows: slice, generator: torch.Generator) -> None:

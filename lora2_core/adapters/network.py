@@ -1,13 +1,14 @@
 """The adapters of one model: which layers, their ν, their ranks, and how those change.
 
-The network knows torch modules and nothing of ComfyUI. It replaces the chosen layers of the
-model it is given by adapters around them; give it a private copy.
+The network knows torch modules, and nothing of ComfyUI or of optimizers. It replaces the chosen
+layers of the model it is given by adapters around them; give it a private copy. What it may take
+stands in :mod:`.budget`, one adapter in :mod:`.layers`, which of them compute together in
+:mod:`.grouping`, and what others must know of new ranks in :mod:`.rank_change`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,11 +17,10 @@ from torch import Tensor, nn
 from .. import adaptive_rank
 from ..config.ranks import RankConfig
 from ..files.component import Component
-from ..training.ema import AveragedWeights
-from ..training.optimizer_state import begin_rows, replace_parameters
 from .budget import file_bytes, plan_budget
 from .grouping import join_projections
 from .layers import AdaptiveLoRA, wrap
+from .rank_change import RankChange, ResizedWeight
 from .targets import Target
 
 
@@ -29,7 +29,9 @@ class AdaptiveRankNetwork(nn.Module):
 
     ``log_nu``: (L,) parameter; ``ranks``: the L ranks in use now. ν is learnt as its logarithm
     (ours; the paper is silent): 500 Adam steps then span rank 512 to 1, which a plain ν at
-    5e-5 a step cannot.
+    5e-5 a step cannot. A step is :meth:`refresh_importance`, forward and backward, an optimizer's
+    step, :meth:`clamp_nu` and :meth:`resize`; what is saved is :meth:`components`, and what goes
+    on in another process :meth:`state`.
     """
 
     def __init__(
@@ -95,11 +97,6 @@ class AdaptiveRankNetwork(nn.Module):
         for layer, values in zip(self.adapters, flat.split(self._ranks), strict=True):
             vars(layer)["importance"] = values  # past nn.Module's checks: hundreds of them a step
 
-    def set_enabled(self, enabled: bool) -> None:
-        """Switch all adapters on or off; off leaves exactly the frozen model."""
-        for layer in self.layers:
-            layer.enabled = enabled
-
     def mean_rank(self) -> tuple[float, ...]:
         """Mean of the ranks in use of every group, (G,), weighted as its budget is."""
         return self.budget.mean_ranks(self._ranks)
@@ -121,16 +118,12 @@ class AdaptiveRankNetwork(nn.Module):
         self.log_nu.clamp_(*self._log_nu_bounds)
 
     @torch.no_grad()
-    def resize(
-        self,
-        nu: Tensor,
-        optimizer: torch.optim.Optimizer,
-        average: AveragedWeights | None = None,
-    ) -> int:
-        """Grow or shrink every component to the rank its ν asks for; returns how many changed.
+    def resize(self, nu: Tensor) -> RankChange:
+        """Grow or shrink every component to the rank its ν asks for.
 
-        ``nu``: (L,) on the CPU. Rows that stay keep their weights and their optimizer state; new
-        columns of B are zero or random as configured (section 3.3). ``average`` follows.
+        ``nu``: (L,) on the CPU. Rows that stay keep their weights; new rows of A are drawn, new
+        columns of B are zero or drawn as configured (section 3.3). Optimizers and averages of the
+        replaced parameters must follow the change.
         """
         current = torch.tensor(self._ranks)
         wanted = self._ranks_for(nu)
@@ -138,16 +131,20 @@ class AdaptiveRankNetwork(nn.Module):
             wanted = adaptive_rank.hysteresis(current, wanted)
         changed = (wanted != current).nonzero().flatten().tolist()
         if not changed:
-            return 0
-        stds = adaptive_rank.init_std(nu, wanted)
+            return RankChange()
+        stds = adaptive_rank.init_std(nu, wanted)[changed]
         layers = [self.layers[index] for index in changed]
-        sizes = [int(wanted[index]) for index in changed]
-        old_ranks = [layer.rank for layer in layers]
-        self._replace(layers, sizes, optimizer, average)
-        for layer, old, std in zip(layers, old_ranks, stds[changed], strict=True):
-            self._init_new_rows(layer, old, std, optimizer, average)
+        sizes = list(zip(layers, wanted[changed].tolist(), strict=True))
+        # All are made before one is put to use, so that a lack of memory changes none.
+        downs = [ResizedWeight.of(layer.lora_down, 0, rank) for layer, rank in sizes]
+        ups = [ResizedWeight.of(layer.lora_up, 1, rank) for layer, rank in sizes]
+        for layer, down, up, std in zip(layers, downs, ups, stds, strict=True):
+            rows = slice(layer.rank, None)
+            layer.lora_down, layer.lora_up = down.new, up.new
+            if down.grew:
+                self._draw_rows(layer, rows, std)
         self._index_ranks()
-        return len(changed)
+        return RankChange((*downs, *ups))
 
     @torch.no_grad()
     def components(self) -> list[Component]:
@@ -217,47 +214,10 @@ class AdaptiveRankNetwork(nn.Module):
         # None: the usual Kaiming initialisation, better with f/f₁ (measured .156 against .173).
         return float(std) if self.config.mode == "paper" else None
 
-    def _replace(
-        self,
-        layers: list[AdaptiveLoRA],
-        sizes: list[int],
-        optimizer: torch.optim.Optimizer,
-        average: AveragedWeights | None,
-    ) -> None:
-        downs = [
-            (layer.lora_down, partial(_resized, dim=0, size=size))
-            for layer, size in zip(layers, sizes, strict=True)
-        ]
-        ups = [
-            (layer.lora_up, partial(_resized, dim=1, size=size))
-            for layer, size in zip(layers, sizes, strict=True)
-        ]
-        resizes = downs + ups
-        new = replace_parameters(optimizer, resizes)
-        if average is not None:
-            average.follow({old: (now, cut) for (old, cut), now in zip(resizes, new, strict=True)})
-        for layer, down, up in zip(layers, new, new[len(layers) :], strict=False):
-            layer.lora_down, layer.lora_up = down, up
-
-    def _init_new_rows(
-        self,
-        layer: AdaptiveLoRA,
-        old_rank: int,
-        std: Tensor,
-        optimizer: torch.optim.Optimizer,
-        average: AveragedWeights | None,
-    ) -> None:
-        if layer.rank <= old_rank:
-            return
-        rows = slice(old_rank, layer.rank)
+    def _draw_rows(self, layer: AdaptiveLoRA, rows: slice, std: Tensor) -> None:
         layer.init_down(self._down_std(std), rows, self._generator)
         if self.config.growth == "random":
             layer.init_up(self.config.growth_std, rows, self._generator)
-        begin_rows(optimizer, layer.lora_down, rows, dim=0)
-        begin_rows(optimizer, layer.lora_up, rows, dim=1)
-        if average is not None:
-            average.start_rows(layer.lora_down, rows, dim=0)
-            average.start_rows(layer.lora_up, rows, dim=1)
 
     def _index_ranks(self) -> None:
         """Which component and which 1-based position each entry of the flat Λ belongs to."""
@@ -269,16 +229,6 @@ class AdaptiveRankNetwork(nn.Module):
         self._position = (torch.arange(1, len(component) + 1) - first[component]).to(self._device)
         with torch.no_grad():
             self.refresh_importance()
-
-
-def _resized(tensor: Tensor, dim: int, size: int) -> Tensor:
-    """``tensor`` cut along ``dim``, or padded with zeros, to ``size`` entries."""
-    keep = min(size, tensor.shape[dim])
-    shape = list(tensor.shape)
-    shape[dim] = size
-    out = tensor.new_zeros(shape)
-    out.narrow(dim, 0, keep).copy_(tensor.narrow(dim, 0, keep))
-    return out
 
 
 def _component(target: Target, layer: AdaptiveLoRA, nu: float) -> Component:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..config.load import B_LORA
 from .layers import layer_shape
 
 # The paper adapts q, k, v and out of every self- and cross-attention (560 in SDXL).
@@ -21,10 +22,7 @@ _CONVOLUTIONS = (
     r"\.(in_layers\.2|out_layers\.3|emb_layers\.1|skip_connection|op|proj_in|proj_out)$"
     r"|^output_blocks\.\d+\.\d+\.conv$"
 )
-# B-LoRA, arXiv 2403.14572: in SDXL the first attention of the way up holds the content and the
-# second the style. Diffusers calls them up_blocks.0.attentions.0 and .1.
-_CONTENT = r"^output_blocks\.0\.1\..*" + _BOTH
-_STYLE = r"^output_blocks\.1\.1\..*" + _BOTH
+_CONTENT, _STYLE = (f"^{re.escape(B_LORA[part])}.*{_BOTH}" for part in ("content", "style"))
 PRESETS = {
     "attention": _BOTH,
     "self-attention": _ATTENTION.format("1"),
@@ -36,7 +34,7 @@ PRESETS = {
     "b-lora": f"{_CONTENT}|{_STYLE}",
 }
 
-# rank_config.GROUPS, by what a name holds.
+# config.ranks.GROUPS, by what a name holds.
 _GROUPS = {
     "self": re.compile(r"\.attn1\."),
     "cross": re.compile(r"\.attn2\."),
@@ -65,7 +63,7 @@ class Target:
         return min(self.in_features, self.out_features)
 
     def is_in(self, group: str) -> bool:
-        """Whether the layer lies in one of ``rank_config.GROUPS``.
+        """Whether the layer lies in one of ``config.ranks.GROUPS``.
 
         "self" and "cross": part of such an attention; "down", "mid" and "up": the half of the
         U-Net. The text encoders are in none of them.

@@ -7,16 +7,14 @@ from dataclasses import dataclass
 
 from .checks import choice, number, whole
 
-BLOCKS = ("all", "content", "style")
 WAYS = ("auto", "merge", "bypass")
 _SIGNS = re.compile(r"^diffusion_model\.(input_blocks|middle_block|output_blocks)\.")
 _HALVES = {"input_blocks": "down", "middle_block": "mid", "output_blocks": "up"}
 _ATTENTION = re.compile(r"\.attn([12])\.")
-# B-LoRA, arXiv 2403.14572: where SDXL keeps the content of a picture, and where its style.
-_B_LORA = {
-    "content": "diffusion_model.output_blocks.0.1.",
-    "style": "diffusion_model.output_blocks.1.1.",
-}
+# B-LoRA, arXiv 2403.14572: in SDXL the first attention of the way up holds the content of a picture
+# and the second its style. Diffusers calls them up_blocks.0.attentions.0 and .1.
+B_LORA = {"content": "output_blocks.0.1.", "style": "output_blocks.1.1."}
+BLOCKS = ("all", *B_LORA)
 _LIMIT = 100.0
 
 
@@ -45,7 +43,7 @@ class Strengths:
         ``diffusion_model.input_blocks.4.1.….attn1.to_q.weight``."""
         if not key.startswith("diffusion_model."):
             return 1.0
-        if self.blocks != "all" and not key.startswith(_B_LORA[self.blocks]):
+        if self.blocks != "all" and not key.startswith(f"diffusion_model.{B_LORA[self.blocks]}"):
             return 0.0
         half, attention = _SIGNS.match(key), _ATTENTION.search(key)
         factor = getattr(self, _HALVES[half[1]]) if half else 1.0

@@ -21,6 +21,7 @@ SCHEDULES: tuple[Schedule, ...] = ("constant", "cosine", "linear")
 OptimizerName = Literal["adamw", "adamw8bit", "prodigy"]
 OPTIMIZERS: tuple[OptimizerName, ...] = ("adamw", "adamw8bit", "prodigy")
 MAX_PROMPTS = 4
+PROBE_DRAWS = 8  # images, noises and timesteps on which the comparable loss is measured
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class OptimizerConfig:
 
     name: OptimizerName = "adamw"  # the paper: 8-bit Adam, which is adamw8bit without decay
     weight_decay: float = 0.0  # per step and learning rate; the paper: none
-    warm_up: float | None = None  # share of the steps; None: 0.05, but 0 for `constant`
+    warm_up: float | None = None  # share of the steps; None: see TrainConfig.warm_up
     accumulation: int = 1  # batches whose mean gradient makes one step; field
     clip_norm: float = 0.0  # largest norm of the gradient of A and B together; 0: off; field: 1
     ema: float = 0.0  # decay per step of the averaged A and B that are saved; 0: off; field: 0.99
@@ -183,6 +184,14 @@ class TrainConfig:
         _text("targets", self.targets, "use 'attention'")
         for name, kind in _PARTS.items():
             checks.is_a(name, getattr(self, name), kind)
+
+    @property
+    def warm_up(self) -> float:
+        """Share of the steps over which the learning rate rises: a twentieth, or nothing for
+        ``constant``, unless it is set."""
+        if self.optimizer.warm_up is not None:
+            return self.optimizer.warm_up
+        return 0.0 if self.schedule == "constant" else 0.05
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for a file's metadata."""

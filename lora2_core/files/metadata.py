@@ -168,10 +168,7 @@ def _kohya(config: TrainConfig, captions: Sequence[str], title: str, steps: int)
 def _kohya_options(config: TrainConfig) -> dict[str, str]:
     """Settings that may be off, by kohya's names and in his way: "None" is off."""
     data, optimizer, objective = config.data, config.optimizer, config.objective
-    warm_up = optimizer.warm_up
-    if warm_up is None:
-        warm_up = 0.0 if config.schedule == "constant" else 0.05
-    warm_steps = round(warm_up * config.steps)
+    warm_steps = round(config.warm_up * config.steps)
     constant = config.schedule == "constant" and warm_steps > 0
     return {
         "ss_optimizer": _optimizer(optimizer),

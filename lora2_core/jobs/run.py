@@ -20,8 +20,9 @@ import torch
 
 from ..files.atomic import remove_leftovers
 from ..files.checkpoint import Checkpoint
-from ..training import memory
-from ..training.memory import OutOfMemory
+from ..training import out_of_memory
+from ..training.memory import size
+from ..training.out_of_memory import OutOfMemory
 from ..training.setup import TrainingSetup
 from ..training.trainer import Trainer, TrainingError
 from . import keeper
@@ -106,15 +107,15 @@ class Run:
             self._run_steps()
             return
         except Exception as error:
-            if not memory.is_out_of_memory(error):
+            if not out_of_memory.is_out_of_memory(error):
                 raise
             traceback.clear_frames(error.__traceback__)
             if self.checkpointing or self.setup.enable_checkpointing is None:
                 raise self._out_of_memory(error) from error
-            needed, _ = memory.needed_and_free(str(error))
+            needed, _ = out_of_memory.needed_and_free(str(error))
         # Outside of the handler, which holds the error and by it what had been computed.
         self._switch_checkpointing_on()
-        asked = "" if needed is None else f" ({memory.size(needed)} more were needed)"
+        asked = "" if needed is None else f" ({size(needed)} more were needed)"
         self.progress.tell(
             f"Out of memory in step {self.trainer.step + 1}{asked}: trying again with gradient "
             "checkpointing, which computes every block twice. Setting gradient_checkpointing on "
@@ -123,7 +124,7 @@ class Run:
         try:
             self._run_steps()
         except Exception as error:
-            if not memory.is_out_of_memory(error):
+            if not out_of_memory.is_out_of_memory(error):
                 raise
             traceback.clear_frames(error.__traceback__)
             raise self._out_of_memory(error) from error
@@ -143,11 +144,15 @@ class Run:
             self.checkpointing = True
 
     def _out_of_memory(self, error: Exception) -> OutOfMemory:
-        needed, free = memory.needed_and_free(str(error))
+        needed, free = out_of_memory.needed_and_free(str(error))
         if free is None and self.setup.network.log_nu.device.type == "cpu":
-            free = memory.free_ram()
+            free = out_of_memory.free_ram()
         step = self.trainer.step + 1
-        return OutOfMemory(memory.message(self.config, step, needed, free, self.checkpointing))
+        return OutOfMemory(
+            out_of_memory.message(
+                self.config, step, needed, free, self.checkpointing, self.setup.estimate
+            )
+        )
 
     def _end_by(self, error: BaseException) -> None:
         """Keep what there is after an error, and raise it."""

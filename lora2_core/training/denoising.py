@@ -76,7 +76,7 @@ class DenoisingTask:
     """Draws images, noise and timesteps, and asks the model about them.
 
     ``model``: a private copy of ComfyUI's BaseModel, which takes noised latents and returns its
-    estimate of the clean ones. ``options``: its transformer options. ``prediction``: what its
+    guess of the clean ones. ``options``: its transformer options. ``prediction``: what its
     network puts out, see :func:`output_scale`. ``class_samples``: each draw adds as many of them
     as it has photos, for prior preservation (DreamBooth).
     """

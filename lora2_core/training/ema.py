@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-Resize = Callable[[Tensor], Tensor]
+from ..adapters.rank_change import RankChange
 
 
 class AveragedWeights:
@@ -33,22 +33,12 @@ class AveragedWeights:
             self._averages, [weight.detach() for weight in weights], 1 - decay
         )
 
-    def follow(self, new_of: Mapping[nn.Parameter, tuple[nn.Parameter, Resize]]) -> None:
-        """Resize as the weights were: each old one with its successor and the way to it.
-
-        A new row of A starts at its weight and not at 0: its average is what was drawn.
-        """
-        for old, (new, resize) in new_of.items():
-            place = self._place.pop(old)
-            self._place[new] = place
-            self._averages[place] = resize(self._averages[place])
-
-    @torch.no_grad()
-    def start_rows(self, weight: nn.Parameter, rows: slice, dim: int) -> None:
-        """Begin the average of new ``rows`` of ``weight``, along ``dim``, at their values."""
-        start, stop, _ = rows.indices(weight.shape[dim])
-        average = self._averages[self._place[weight]].narrow(dim, start, stop - start)
-        average.copy_(weight.detach().narrow(dim, start, stop - start))
+    def follow(self, change: RankChange) -> None:
+        """Resize as the weights were. New rows begin at their weight: at what was drawn, not 0."""
+        for weight in change.weights:
+            place = self._place.pop(weight.old)
+            self._place[weight.new] = place
+            self._averages[place] = weight.begun(self._averages[place])
 
     @contextmanager
     def swapped(self, weights: Sequence[nn.Parameter]) -> Iterator[None]:

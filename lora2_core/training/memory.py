@@ -1,208 +1,200 @@
-"""Out of memory: what was asked for, what was free, and which settings need less.
+"""What a training holds in memory: frozen weights, what learns, and activations.
 
-The figures of the advice are those of SDXL, rounded; they order the settings and say "about".
+Counted, not guessed: one forward pass of the very model tells every tensor that the backward pass
+will want. What other settings would make of that are ratios, see :func:`scaled`.
 """
 
 from __future__ import annotations
 
-import re
-import sys
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from ..config.train import TrainConfig
+from ..adapters.network import AdaptiveRankNetwork
+from ..config.train import OptimizerConfig, TrainConfig
+from .objective import CrossAttentionEntropy, loss_parts
 
-_SIGNS = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed")
-_UNITS = {"": 1, "bytes": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
-_AMOUNT = r"([\d.]+)\s*([kmgt]|bytes)i?b?"
+# Bytes a number of A and B: itself, its gradient, and what the optimizer remembers of it.
+_LEARNING_BYTES = {"adamw": 16, "adamw8bit": 10.1, "prodigy": 24}
+# The peak over what is kept: gradients on their way, and what the allocator cannot fill. Measured
+# on the demo model at 192 and 384 px, batch 1 and 2 (bench/memory.py): 1.36 to 1.6.
+_SPARE = 1.45
 
-# SDXL: its U-Net, both text encoders, and parameters of all attention adapters per rank.
-_MODEL, _TEXT, _PER_RANK = 2.57e9, 0.82e9, 1.45e6
-# Of a step in 16 bits at batch 1 and 1024 px, as estimate.py counts on the real shapes: 8.5 GB, and
-# 1.5 GB with gradient checkpointing.
-_ACTIVATIONS, _CHECKPOINTED = 8.5e9, 0.18
-_SHARE_OF_TARGETS = {"attention+ff": 1.9, "attention+ff+conv": 2.6, "cross-attention": 0.5}
-_OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "prodigy": 16}
-_SMALLEST_SIDE = 256  # px; below it nothing recognisable is learnt
-
-
-class OutOfMemory(RuntimeError):
-    """A step does not fit into memory; the message says what would."""
+# Ratios of SDXL, counted on its real shapes.
+_TEXT = 0.32  # both text encoders to the U-Net
+_CHECKPOINTED, _ENTROPY = 0.18, 1.05  # activations with it to those without
+_TARGETS = {"attention+ff": 1.9, "attention+ff+conv": 2.6, "cross-attention": 0.5}  # to attention
+_MEGABYTES_PER_RANK = 2.9  # of attention, in a file
 
 
 @dataclass(frozen=True)
-class Advice:
-    """One change of settings, and the share of memory that it saves, about."""
+class Memory:
+    """Bytes that a run holds on its device."""
 
-    text: str
-    saving: float  # 0 … 1
+    frozen: int  # weights that stay as they are
+    learning: int  # A and B, their gradients, and the optimizer's memory
+    activations: int  # kept from the forward pass for the backward pass, with some to spare
 
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` is an allocation that failed, on whichever device."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(sign in text for sign in _SIGNS)
+    @property
+    def total(self) -> int:
+        """What has to be free before the model is copied there."""
+        return self.frozen + self.learning + self.activations
 
 
-def needed_and_free(text: str) -> tuple[int | None, int | None]:
-    """Bytes that an allocator's message says were asked for and free; None where it says nothing.
-
-    Of CUDA ("Tried to allocate 20.00 GiB … of which 5.03 GiB is free"), MPS (which names what is
-    allocated and the maximum) and the CPU ("you tried to allocate 4000 bytes").
-    """
-    text = text.lower()
-    needed = _bytes(rf"tried to allocate {_AMOUNT}", text)
-    free = _bytes(rf"of which {_AMOUNT} is free", text)
-    largest = _bytes(rf"max allowed: {_AMOUNT}", text)
-    if free is None and largest is not None:
-        used = [rf"mps allocated: {_AMOUNT}", rf"other allocations: {_AMOUNT}"]
-        free = max(0, largest - sum(_bytes(pattern, text) or 0 for pattern in used))
-    return needed, free
+SDXL = Memory(5_135_000_000, 372_000_000, 8_533_000_000)  # counted with TrainConfig(), 16 bits
 
 
-def free_ram() -> int | None:
-    """Bytes that this process may still allocate; None where the system does not tell.
-
-    The lower of what Linux calls available and what is left of a limit on the process.
-    """
-    found: list[int] = []
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
-        if sys.platform != "win32":
-            import resource
-
-            limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-            if limit != resource.RLIM_INFINITY:
-                pages = int(Path("/proc/self/statm").read_text().split()[0])
-                found.append(max(0, limit - pages * resource.getpagesize()))
-    except (OSError, ValueError, ImportError):
-        return None
-    return min(found, default=None)
-
-
-def message(
-    config: TrainConfig, step: int, needed: int | None, free: int | None, checkpointing: bool
-) -> str:
-    """What a person reads. ``checkpointing``: whether gradients are checkpointed by now."""
-    asked = f"{size(needed)} more were needed" if needed is not None else "more was needed"
-    there = f"{size(free)} were free" if free is not None else "how much was free is not known"
-    advice = suggestions(config, needed, free, checkpointing)
-    ways = "; or ".join(part.text for part in advice)
-    again = " even with gradient checkpointing" if checkpointing else ""
-    lead = f"Out of memory in step {step}{again}: {asked} and {there}."
-    if not advice:
-        return f"{lead} Every setting is at its leanest already: free memory, or use a larger card."
-    return f"{lead} What would fit: {ways}. Or close what else uses this memory."
-
-
-def suggestions(
+def counted(
+    network: AdaptiveRankNetwork,
+    task: Any,
+    entropy: CrossAttentionEntropy | None,
+    roots: Mapping[str, nn.Module],
+    blocks: Sequence[nn.Module],
     config: TrainConfig,
-    needed: int | None = None,
-    free: int | None = None,
-    checkpointing: bool = False,
-) -> tuple[Advice, ...]:
-    """The three changes that save the most and are not in use yet, the best first.
+    batch: Any,
+) -> Memory:
+    """What ``config`` takes on the models of ``roots``; meta tensors do too.
 
-    Fewer when so few are left. The resolution is lowered so far that its share of tokens brings
-    ``needed`` below ``free``.
+    Adapters are in and checkpoints not yet; ``blocks``: those that checkpointing computes twice.
     """
-    if checkpointing:
-        config = replace(config, gradient_checkpointing=True)
-    before = estimate(config)
-    found = []
-    for text, changed in _changes(config, needed, free):
-        saving = 1 - estimate(changed) / before
-        if saving > 0:
-            found.append(Advice(f"{text} (about {max(1, round(100 * saving))} % less)", saving))
-    return tuple(sorted(found, key=lambda advice: -advice.saving)[:3])
+    outside, inside, inputs = _kept(network, task, entropy, roots, blocks, batch)
+    kept = outside + sum(inside.values())
+    if config.gradient_checkpointing:
+        kept = outside + inputs + max(inside.values(), default=0)
+    frozen = {id(p): p for root in roots.values() for p in _weights(root) if not p.requires_grad}
+    parameters = sum(weight.numel() for weight in network.weights())
+    return Memory(
+        frozen=sum(_bytes(weight) for weight in frozen.values()),
+        learning=int(_learning_bytes(config.optimizer) * parameters),
+        activations=int(_SPARE * kept),
+    )
 
 
-def estimate(config: TrainConfig) -> float:
-    """Bytes of a training of SDXL with these settings, roughly. Pure."""
+def scaled(memory: Memory, before: TrainConfig, after: TrainConfig) -> Memory:
+    """What ``memory``, of a run with the settings ``before``, becomes with ``after``; about."""
+    old, new = _factors(before), _factors(after)
+    return Memory(
+        frozen=round(memory.frozen * new[0] / old[0]),
+        learning=round(memory.learning * new[1] / old[1]),
+        activations=round(memory.activations * new[2] / old[2]),
+    )
+
+
+def size(nbytes: float) -> str:
+    """Bytes for people, in powers of ten as files and cards are sold."""
+    if nbytes >= 1e9:
+        return f"{nbytes / 1e9:,.1f} GB"
+    if nbytes >= 1e7:
+        return f"{nbytes / 1e6:.0f} MB"
+    return f"{nbytes / 1e6:.1f} MB" if nbytes >= 5e4 else f"{nbytes / 1e3:.1f} kB"
+
+
+def _learning_bytes(optimizer: OptimizerConfig) -> float:
+    return _LEARNING_BYTES[optimizer.name] + 4 * (optimizer.ema > 0)
+
+
+def _factors(config: TrainConfig) -> tuple[float, float, float]:
+    """How settings scale frozen weights, what learns, and activations. Only the ratios between two
+    configurations mean something."""
     value = 4 if config.precision == "fp32" else 2
-    text = config.text.learning_rate > 0
-    frozen = value * (_MODEL + text * _TEXT)
+    text = _TEXT * (config.text.learning_rate > 0)
     rank = config.rank
     if rank.target_megabytes is not None:
-        parameters = rank.target_megabytes * 1e6 / 2
+        ranks = rank.target_megabytes / _MEGABYTES_PER_RANK
     else:
         wanted = max([rank.target_rank, *(target for _, target in rank.group_targets)])
-        parameters = _PER_RANK * wanted * _SHARE_OF_TARGETS.get(config.targets, 1.0)
-    state = 8 + _OPTIMIZER_BYTES[config.optimizer.name] + 4 * (config.optimizer.ema > 0)
+        ranks = wanted * _TARGETS.get(config.targets, 1.0)
     images = config.batch_size * (1 + (config.data.class_images > 0))
-    activations = _ACTIVATIONS * value / 2 * images * (config.resolution / 1024) ** 2
-    if config.entropy_weight:
-        activations *= 1.05
-    if config.gradient_checkpointing:
-        activations *= _CHECKPOINTED
-    return frozen + state * parameters + activations
+    activations = value * images * config.resolution**2
+    activations *= _ENTROPY if config.entropy_weight else 1
+    activations *= _CHECKPOINTED if config.gradient_checkpointing else 1
+    return value * (1 + text), ranks * _learning_bytes(config.optimizer), activations
 
 
-def lower_resolution(resolution: int, needed: int | None, free: int | None) -> int | None:
-    """The next resolution whose tokens fit, a multiple of 64 px (of 32 below 512); None if none.
+def _kept(
+    network: AdaptiveRankNetwork,
+    task: Any,
+    entropy: CrossAttentionEntropy | None,
+    roots: Mapping[str, nn.Module],
+    blocks: Sequence[nn.Module],
+    batch: Any,
+) -> tuple[int, dict[int, int], int]:
+    """Bytes kept for the backward pass outside of ``blocks``, in each of them, and their inputs."""
+    counter = _Counter([weight for root in roots.values() for weight in _weights(root)])
+    try:
+        looking = entropy.collecting() if entropy else nullcontext()
+        with torch.enable_grad(), counter.counting(blocks), looking:
+            network.refresh_importance()
+            total = sum(loss_parts(task.predict(batch)))
+            if entropy:
+                total = total + entropy.value()
+    finally:
+        network.refresh_importance()  # not of the graph whose tensors are gone
+    return counter.outside, counter.inside, counter.inputs
 
-    Without figures three quarters: from 1024 to 768.
+
+class _Counter:
+    """Counts the memory of what autograd saves, each only once, by the block it is saved in.
+
+    Nothing is held: what is counted is free again at once, so that looking ahead takes no more
+    memory than a forward pass without gradients.
     """
-    share = 0.75**2
-    if needed and free is not None:
-        share = min(share, 0.9 * free / needed)
-    step = 64 if resolution > 512 else 32
-    found = max(_SMALLEST_SIDE, int(resolution * share**0.5) // step * step)
-    return found if found < resolution else None
+
+    def __init__(self, own: Sequence[Tensor]):
+        self.outside, self.inputs = 0, 0
+        self.inside: dict[int, int] = {}
+        # Weak references keep the identity of a storage from being given to a later one.
+        self._seen = {StorageWeakRef(weight.untyped_storage()) for weight in own}
+        self._block: int | None = None
+
+    @contextmanager
+    def counting(self, blocks: Sequence[nn.Module]) -> Iterator[None]:
+        handles = []
+        for number, block in enumerate(blocks):
+            handles.append(block.register_forward_pre_hook(self._entering(number)))
+            handles.append(block.register_forward_hook(self._leaving))
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(self._pack, _forgotten):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _entering(self, number: int) -> Callable[..., None]:
+        def enter(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            self._block = number
+            self.inputs += sum(_bytes(part) for part in args[:1] if torch.is_tensor(part))
+
+        return enter
+
+    def _leaving(self, *_: Any) -> None:
+        self._block = None
+
+    def _pack(self, tensor: Tensor) -> None:
+        storage = StorageWeakRef(tensor.untyped_storage())
+        if storage in self._seen:
+            return
+        self._seen.add(storage)
+        nbytes = tensor.untyped_storage().nbytes()
+        if self._block is None:
+            self.outside += nbytes
+        else:
+            self.inside[self._block] = self.inside.get(self._block, 0) + nbytes
 
 
-def size(nbytes: int) -> str:
-    """Bytes for people, in powers of two as allocators and cards count."""
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if nbytes >= scale:
-            return f"{nbytes / scale:,.1f} {unit}"
-    return f"{nbytes} bytes"
+def _forgotten(_: Any) -> Tensor:
+    raise RuntimeError("Counting what a backward pass wants is no preparation of one.")
 
 
-def _changes(
-    config: TrainConfig, needed: int | None, free: int | None
-) -> Iterable[tuple[str, TrainConfig]]:
-    """Every change that leaves the subject learnable, with what to say of it."""
-    optimizer, rank = config.optimizer, config.rank
-    if not config.gradient_checkpointing:
-        yield "set gradient_checkpointing on", replace(config, gradient_checkpointing=True)
-    if config.batch_size > 1:
-        parts = optimizer.accumulation * config.batch_size
-        text = f"set batch_size to 1 and accumulation to {parts}, which learns the same"
-        yield text, replace(config, batch_size=1)
-    if config.precision == "fp32":
-        yield "set precision to bf16", replace(config, precision="bf16")
-    if optimizer.name != "adamw8bit":
-        leaner = replace(optimizer, name="adamw8bit")
-        yield "set optimizer to adamw8bit", replace(config, optimizer=leaner)
-    if side := lower_resolution(config.resolution, needed, free):
-        text = f"lower resolution from {config.resolution} to {side}"
-        yield text, replace(config, resolution=side)
-    if rank.target_megabytes is not None and rank.target_megabytes > 1:
-        half = rank.target_megabytes / 2
-        text = f"lower target_megabytes from {rank.target_megabytes:g} to {half:g}"
-        yield text, replace(config, rank=replace(rank, target_megabytes=half))
-    elif rank.target_megabytes is None and rank.target_rank > 1 and not rank.group_targets:
-        half = max(1.0, rank.target_rank // 2)
-        text = f"lower target_rank from {rank.target_rank:g} to {half:g}"
-        yield text, replace(config, rank=replace(rank, target_rank=half))
-    if config.targets in ("attention+ff", "attention+ff+conv"):
-        yield "set targets to attention", replace(config, targets="attention")
-    elif config.targets == "attention":
-        yield "set targets to cross-attention", replace(config, targets="cross-attention")
-    if config.text.learning_rate:
-        leaner_text = replace(config.text, learning_rate=0.0)
-        yield "set text_learning_rate to 0", replace(config, text=leaner_text)
-    if config.entropy_weight:
-        yield "set entropy_weight to 0", replace(config, entropy_weight=0.0)
+def _weights(root: nn.Module) -> Iterator[Tensor]:
+    yield from root.parameters()
+    yield from root.buffers()
 
 
-def _bytes(pattern: str, text: str) -> int | None:
-    found = re.search(pattern, text)
-    return None if found is None else int(float(found[1]) * _UNITS[found[2]])
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

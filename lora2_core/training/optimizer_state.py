@@ -2,61 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-Resize = Callable[[Tensor], Tensor]
+from ..adapters.rank_change import RankChange, ResizedWeight
 
 _BLOCK = 256  # numbers that share one scale in bitsandbytes' blockwise states
 _SMALLEST_EIGHT_BIT = 4096  # numbers below which bitsandbytes keeps fp32
 _QUANTIZED = (1, 2)  # its two moments: state1 with qmap1 and absmax1, and so on
 _NOT_KEPT = ("params", "lr")  # of a group; the schedule sets the rate before every step
-_FLAT = ("s", "p0")  # of Prodigy: as many numbers as the parameter, in one row
+_FLAT, _ORIGIN = "s", "p0"  # of Prodigy: as many numbers as the parameter, in one row
 
 
 @torch.no_grad()
-def replace_parameters(
-    optimizer: torch.optim.Optimizer, resizes: Sequence[tuple[nn.Parameter, Resize]]
-) -> list[nn.Parameter]:
-    """Resized copies of parameters that take their places, state included, in ``optimizer``.
+def follow(optimizer: torch.optim.Optimizer, change: RankChange) -> None:
+    """Let ``optimizer`` hold the new weights of ``change`` in place of the old ones.
 
-    Each resize is applied to the weight and to every state tensor of its size (the moments of
-    Adam), so a surviving row trains on as if nothing had happened. Measured on a toy transformer
-    with known true ranks: keeping the moments ends at FVU .173, dropping them at .191. 8-bit
-    states are opened, resized and closed again, which moves them by a quantization step at most.
+    Each state tensor of a weight's size (the moments of Adam) is resized as it was, so a surviving
+    row trains on as if nothing had happened. Measured on a toy transformer with known true ranks:
+    keeping the moments ends at FVU .173, dropping them at .191. 8-bit states are opened, resized
+    and closed again, which moves them by a quantization step at most.
     """
-    new_of = {old: nn.Parameter(resize(old.data)) for old, resize in resizes}
+    new_of = {weight.old: weight.new for weight in change.weights}
     for group in optimizer.param_groups:
         group["params"] = [new_of.get(p, p) for p in group["params"]]
-    for old, resize in resizes:
-        state = optimizer.state.pop(old, None)
+    for weight in change.weights:
+        state = optimizer.state.pop(weight.old, None)
         if state:
-            optimizer.state[new_of[old]] = _resized(optimizer, state, old, new_of[old], resize)
-    return [new_of[old] for old, _ in resizes]
-
-
-@torch.no_grad()
-def begin_rows(
-    optimizer: torch.optim.Optimizer, weight: nn.Parameter, rows: slice, dim: int
-) -> None:
-    """Tell ``optimizer`` that new ``rows`` of a resized ``weight``, along ``dim``, begin where
-    they are now.
-
-    Call it once they are drawn. Prodigy takes its step size from the way since the start: rows
-    drawn far from the zeros that :func:`replace_parameters` puts there would count as travelled.
-    """
-    state = optimizer.state.get(weight, {})
-    origin = state.get("p0")
-    if origin is None:
-        return
-    if not origin.ndim:  # how Prodigy keeps an origin of zeros only
-        origin = state["p0"] = origin.expand(weight.numel()).clone()
-    first, stop, _ = rows.indices(weight.shape[dim])
-    new = weight.detach().narrow(dim, first, stop - first)
-    origin.view_as(weight).narrow(dim, first, stop - first).copy_(new)
+            optimizer.state[weight.new] = _resized(optimizer, state, weight)
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -103,35 +79,47 @@ def _is_plain(value: object) -> bool:
 
 
 def _resized(
-    optimizer: torch.optim.Optimizer,
-    state: dict[str, Any],
-    old: nn.Parameter,
-    new: nn.Parameter,
-    resize: Resize,
+    optimizer: torch.optim.Optimizer, state: dict[str, Any], weight: ResizedWeight
 ) -> dict[str, Any]:
     if "state1" in state:
-        return _resized_blocks(optimizer, state, new, resize)
+        return _resized_blocks(optimizer, state, weight)
+    shape = weight.old.shape
     out = {}
     for name, value in state.items():
-        if torch.is_tensor(value) and value.shape == old.shape:
-            value = resize(value)
-        elif name in _FLAT and torch.is_tensor(value) and value.ndim:
-            value = resize(value.view_as(old)).flatten()
-        out[name] = value
+        if name == _ORIGIN:
+            out[name] = _resized_origin(value, weight)
+        elif torch.is_tensor(value) and value.shape == shape:
+            out[name] = weight.resized(value)
+        elif name == _FLAT:
+            out[name] = weight.resized(value.view(shape)).flatten()
+        else:
+            out[name] = value
     return out
 
 
+def _resized_origin(origin: Tensor, weight: ResizedWeight) -> Tensor:
+    """Where Prodigy saw a weight begin; new rows begin where they were drawn.
+
+    It takes its step size from the way since then: from zeros, that draw would count as travelled.
+    """
+    if not origin.ndim:  # one 0 for all: the weight began at zeros
+        if not weight.grew:
+            return origin
+        origin = origin.expand(weight.old.numel())
+    return weight.begun(origin.view(weight.old.shape)).flatten()
+
+
 def _resized_blocks(
-    optimizer: torch.optim.Optimizer, state: dict[str, Any], new: nn.Parameter, resize: Resize
+    optimizer: torch.optim.Optimizer, state: dict[str, Any], weight: ResizedWeight
 ) -> dict[str, Any]:
     """bitsandbytes' moments, opened, resized, and closed again unless the tensor is too small."""
     out = {"step": state["step"]}
     for number in _QUANTIZED:
-        out[f"state{number}"] = resize(_opened(state, number))
-    if new.numel() < _SMALLEST_EIGHT_BIT:
+        out[f"state{number}"] = weight.resized(_opened(state, number))
+    if weight.new.numel() < _SMALLEST_EIGHT_BIT:
         return out
     for number in _QUANTIZED:
-        code = _map(optimizer, number, new)
+        code = _map(optimizer, number, weight.new)
         closed, scales = _closed(out[f"state{number}"], code)
         out |= {f"state{number}": closed, f"absmax{number}": scales, f"qmap{number}": code}
     return out

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config.train import OptimizerConfig
+from ..config.train import OptimizerConfig, TrainConfig
 
 _ONE_KERNEL = ("cpu", "cuda")  # where Adam updates hundreds of small tensors in one call
 _OLDEST_EIGHT_BIT = (0, 44)  # before it bitsandbytes kept a scale for 2048 numbers, not for 256
@@ -43,23 +43,20 @@ def make_nu_optimizer(log_nu: nn.Parameter, learning_rate: float) -> torch.optim
     return torch.optim.Adam([log_nu], learning_rate, fused=log_nu.device.type in _ONE_KERNEL)
 
 
-def schedule_factor(schedule: str, step: int, steps: int, warm_up: float | None = None) -> float:
-    """Share of the learning rate at a step, 1 … ``steps``.
+def schedule_factor(config: TrainConfig, step: int) -> float:
+    """Share of the learning rate at a step, 1 … ``config.steps``.
 
-    ``cosine`` and ``linear`` fall towards 0. ``warm_up``: share of the steps over which the rate
-    rises; None is a twentieth, and nothing for ``constant``. Source: ours; cosine takes higher
-    rates and ends nearer to the subject than ``constant`` (docs/method.md).
+    ``cosine`` and ``linear`` fall towards 0. Source: ours; cosine takes higher rates and ends
+    nearer to the subject than ``constant`` (docs/method.md).
     """
-    if warm_up is None:
-        warm_up = 0.0 if schedule == "constant" else 0.05
-    rise = min(1.0, step / max(1.0, warm_up * steps))
-    done = (step - 1) / steps
+    rise = min(1.0, step / max(1.0, config.warm_up * config.steps))
+    done = (step - 1) / config.steps
     fall = {
         "constant": 1.0,
         "cosine": 0.5 * (1 + math.cos(math.pi * done)),
         "linear": 1 - done,
     }
-    return rise * fall[schedule]
+    return rise * fall[config.schedule]
 
 
 def _eight_bit(parts: list[dict], weight_decay: float) -> torch.optim.Optimizer:

@@ -20,16 +20,15 @@ from torch import Tensor
 
 from ..adapters.network import AdaptiveRankNetwork
 from ..adaptive_rank import gaussian_prior
-from ..config.train import TrainConfig
+from ..config.train import PROBE_DRAWS, TrainConfig
 from .ema import AveragedWeights
 from .loss_guard import LossGuard
-from .memory import is_out_of_memory
 from .objective import CrossAttentionEntropy, Prediction, loss_parts
-from .optimizer_state import load_optimizer_state, optimizer_state
+from .optimizer_state import follow, load_optimizer_state, optimizer_state
 from .optimizers import make_nu_optimizer, make_optimizer, schedule_factor
+from .out_of_memory import is_out_of_memory
 from .rank_control import RankControl
 
-_PROBE_DRAWS = 8  # images, noises and timesteps on which the comparable loss is measured
 _NOISE_SEED = 0x5EED
 _PROBE_SEED = 0x10A2  # the same for every run, so that runs can be compared with each other
 _TERMS = ("loss", "class image loss", "attention entropy", "rank term", "gradient")
@@ -119,7 +118,7 @@ class Trainer:
         probe_generator = torch.Generator().manual_seed(_PROBE_SEED)
         self.probe_every = math.ceil(config.steps / config.probes) if config.probes else 0
         self.probes = (
-            task.spread(probe_generator, _PROBE_DRAWS, config.batch_size) if config.probes else []
+            task.spread(probe_generator, PROBE_DRAWS, config.batch_size) if config.probes else []
         )
         self._freeze_from = config.steps - int(config.steps * config.rank.freeze_fraction)
         self._begin()
@@ -129,11 +128,10 @@ class Trainer:
         network, config = self.network, self.config
         network.log_nu.requires_grad_(True)  # steps that went on further may have frozen it
         self.ranks = tuple(network.ranks)  # made anew only when they change: events keep it
-        self.rates = (config.learning_rate, config.text.learning_rate)
-        parts = (network.weights(text=False), network.weights(text=True))
-        groups = [(part, rate) for part, rate in zip(parts, self.rates, strict=True) if part]
-        self.rates = tuple(rate for _, rate in groups)
-        self.optimizer = make_optimizer(config.optimizer, groups)
+        unet = network.weights(text=False), config.learning_rate
+        texts = network.weights(text=True), config.text.learning_rate
+        self.optimizer = make_optimizer(config.optimizer, [unet, texts])
+        self.rates = tuple(group["lr"] for group in self.optimizer.param_groups)
         self.nu_optimizer = make_nu_optimizer(network.log_nu, config.rank.rank_learning_rate)
         decay = config.optimizer.ema
         self.average = AveragedWeights(network.weights(), decay) if decay else None
@@ -240,8 +238,7 @@ class Trainer:
 
     def _set_rates(self, step: int) -> None:
         # Of A and B alone: ν has a rate of its own, and is held at the end by freeze_fraction.
-        config = self.config
-        factor = schedule_factor(config.schedule, step, config.steps, config.optimizer.warm_up)
+        factor = schedule_factor(self.config, step)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = factor * rate
 
@@ -252,11 +249,14 @@ class Trainer:
     def _follow_nu(self, nu: Tensor, loss: float) -> int:
         """Let ranks and the weight of their term follow a step; returns how many ranks changed."""
         self.network.clamp_nu()
-        resized = self.network.resize(nu, self.optimizer, self.average)
+        change = self.network.resize(nu)
+        follow(self.optimizer, change)
+        if self.average:
+            self.average.follow(change)
         self.control.observe(loss, self.network.mean_rank())
-        if resized:
+        if change.count:
             self.ranks = tuple(self.network.ranks)
-        return resized
+        return change.count
 
     def _backward(self) -> list[Tensor]:
         """Gradients of one step; returns what _TERMS names, on the device."""

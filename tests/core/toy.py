@@ -20,14 +20,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lora2_pack.lora2_core import lora_file
+from lora2_pack.lora2_core import adaptive_rank, lora_file
 from lora2_pack.lora2_core.adapters.layers import AdaptiveLoRA
 from lora2_pack.lora2_core.adapters.network import AdaptiveRankNetwork
+from lora2_pack.lora2_core.adapters.rank_change import RankChange
 from lora2_pack.lora2_core.adapters.targets import find_targets
 from lora2_pack.lora2_core.config.ranks import RankConfig
 from lora2_pack.lora2_core.config.train import OptimizerConfig, TrainConfig
 from lora2_pack.lora2_core.files.component import Component
 from lora2_pack.lora2_core.training.objective import Prediction
+from lora2_pack.lora2_core.training.optimizer_state import follow
 from lora2_pack.lora2_core.training.optimizers import make_optimizer
 from lora2_pack.lora2_core.training.trainer import StepEvent, train
 from PIL import Image
@@ -261,6 +263,20 @@ def trained(net: AdaptiveRankNetwork, steps: int = 3) -> torch.optim.Adam:
     optimizer = make_optimizer(OptimizerConfig(), [(net.weights(), 1e-2)])
     random_steps(net, optimizer, steps)
     return optimizer
+
+
+def resize(net: AdaptiveRankNetwork, ranks: Sequence[float], optimizer) -> RankChange:
+    """To the given ranks, without hysteresis when the network has none; the optimizer follows."""
+    change = net.resize(adaptive_rank.nu_for_rank(1.0, 0.9) / torch.tensor(ranks))
+    follow(optimizer, change)
+    return change
+
+
+@torch.no_grad()
+def silence(net: AdaptiveRankNetwork) -> None:
+    """B = 0 everywhere: what is left is the frozen model."""
+    for layer in net.layers:
+        layer.lora_up.zero_()
 
 
 def infos_in_memory(components: Sequence[Component]) -> list[lora_file.ComponentInfo]:

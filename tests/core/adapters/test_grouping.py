@@ -172,14 +172,6 @@ def test_any_calls_with_any_inputs_are_right(calls: list[tuple[int, int]]) -> No
         torch.testing.assert_close(layers[place](x), by_itself(layers[place], x))
 
 
-def test_one_that_is_switched_off_leaves_the_others_on() -> None:
-    layers, x = attention(), toy.noise(4, 64)
-    layers[0].enabled = False
-    assert torch.equal(layers[0](x), layers[0].base(x))
-    for layer in layers[1:]:
-        assert_right(layer, x)
-
-
 def test_an_input_of_another_kind_goes_the_plain_way() -> None:
     layers = attention()
     for layer in layers:

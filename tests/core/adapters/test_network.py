@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from lora2_pack.lora2_core import adaptive_rank
 from lora2_pack.lora2_core.adapters.layers import AdaptiveLoRA, wrap
 from lora2_pack.lora2_core.adapters.network import AdaptiveRankNetwork
+from lora2_pack.lora2_core.adapters.rank_change import RankChange, ResizedWeight
 from lora2_pack.lora2_core.adapters.targets import find_targets
 from lora2_pack.lora2_core.data.cache import weights_hash
+from lora2_pack.lora2_core.training.optimizer_state import follow
 from lora2_pack.tests.core import toy
 from torch import Tensor, nn
 
@@ -32,15 +34,15 @@ def randomised(adapter: AdaptiveLoRA) -> AdaptiveLoRA:
     return adapter
 
 
+def delta_weight(adapter: AdaptiveLoRA) -> Tensor:
+    """ΔW = B Λ A of eq. 10, (out, in)."""
+    return (adapter.lora_up * adapter.importance).detach() @ adapter.lora_down.detach()
+
+
 def conv(kernel: int | tuple[int, int], **options) -> nn.Conv2d:
     base = nn.Conv2d(6, 8, kernel, **options)
     toy.freeze(base, seed=0)
     return base
-
-
-def ask(net: AdaptiveRankNetwork, ranks: list[float], optimizer) -> int:
-    """Resize to the given ranks, without hysteresis when the network has none."""
-    return net.resize(adaptive_rank.nu_for_rank(1.0, 0.9) / torch.tensor(ranks), optimizer)
 
 
 # --- one adapter ------------------------------------------------------------------------------
@@ -49,7 +51,7 @@ def ask(net: AdaptiveRankNetwork, ranks: list[float], optimizer) -> int:
 def test_linear_delta_is_that_of_its_weight() -> None:
     adapter = randomised(wrap(nn.Linear(6, 9), 4))
     x = toy.noise(2, 5, 6)
-    torch.testing.assert_close(adapter.delta(x), F.linear(x, adapter.delta_weight()))
+    torch.testing.assert_close(adapter.delta(x), F.linear(x, delta_weight(adapter)))
     torch.testing.assert_close(adapter(x), adapter.base(x) + adapter.delta(x))
 
 
@@ -72,7 +74,7 @@ def test_convolution_delta_is_that_of_its_weight(base: nn.Conv2d) -> None:
     adapter = randomised(wrap(base, 3))
     merged = copy.deepcopy(base)
     with torch.no_grad():
-        merged.weight += adapter.delta_weight().view_as(base.weight)
+        merged.weight += delta_weight(adapter).view_as(base.weight)
     x = toy.noise(2, 6, 9, 10)
     torch.testing.assert_close(adapter(x), merged(x), rtol=1e-4, atol=1e-4)
 
@@ -180,7 +182,7 @@ def test_every_nu_lies_in_one_fp32_tensor(mode: str) -> None:
 
 
 @pytest.mark.parametrize(("mode", "rank"), [("balanced", 4), ("paper", 12)])
-def test_a_new_network_changes_nothing_on_or_off(mode: str, rank: int) -> None:
+def test_a_new_network_changes_nothing_until_b_does(mode: str, rank: int) -> None:
     model = toy.Transformer()
     x, context = toy.noise(2, 6, 16), toy.noise(2, 5, 12)
     frozen = model(x, context)
@@ -190,7 +192,7 @@ def test_a_new_network_changes_nothing_on_or_off(mode: str, rank: int) -> None:
     for layer in net.layers:
         randomised(layer)
     assert not torch.allclose(model(x, context), frozen)
-    net.set_enabled(False)
+    toy.silence(net)
     assert torch.equal(model(x, context), frozen)
 
 
@@ -264,7 +266,7 @@ def test_no_rank_falls_below_the_smallest(logs: list[float], least: int) -> None
     with torch.no_grad():
         net.log_nu.copy_(torch.tensor(logs))
     net.clamp_nu()
-    net.resize(net.nu.detach(), toy.trained(net))
+    net.resize(net.nu.detach())
     limits = [min(least, target.largest_rank) for target in net.targets]
     assert all(rank >= limit for rank, limit in zip(net.ranks, limits, strict=True))
     for value, rank, limit in zip(logs, net.ranks, limits, strict=True):
@@ -302,7 +304,7 @@ def test_memory_follows_the_rank() -> None:
 
     per_rank = 3 * 4 * (64 + 48)  # weight and two moments, fp32
     assert held() == [32 * per_rank] * 3
-    assert ask(net, [4.0, 48.0, 32.0], optimizer) == 2
+    assert toy.resize(net, [4.0, 48.0, 32.0], optimizer).count == 2
     assert net.ranks == [4, 48, 32]
     assert held() == [4 * per_rank, 48 * per_rank, 32 * per_rank]
     assert len(optimizer.state) <= 2 * 3 + 1  # nothing of the old parameters is left
@@ -316,7 +318,7 @@ def test_growth_leaves_the_forward_unchanged(options) -> None:
     x = toy.noise(2, 6, 5, 6)
     net.refresh_importance()
     before = model(x)
-    assert ask(net, [8.0, 7.0, 20.0], optimizer) == 3
+    assert toy.resize(net, [8.0, 7.0, 20.0], optimizer).count == 3
     assert net.ranks == [8, 7, 20]
     torch.testing.assert_close(model(x), before, rtol=1e-5, atol=1e-5)
     assert all(layer.lora_down[6:].any(dim=1).all() for layer in net.layers)  # new rows can learn
@@ -324,7 +326,7 @@ def test_growth_leaves_the_forward_unchanged(options) -> None:
 
 def test_hysteresis_holds_a_rank_until_nu_asks_for_more_than_half_its_root() -> None:
     net = toy.adapt(nn.Sequential(*(nn.Linear(40, 40) for _ in range(4))), "", target_rank=16.0)
-    assert ask(net, [14.0, 15.0, 18.0, 19.0], toy.trained(net)) == 1
+    assert toy.resize(net, [14.0, 15.0, 18.0, 19.0], toy.trained(net)).count == 1
     assert net.ranks == [16, 16, 16, 19]
 
 
@@ -333,7 +335,7 @@ def test_random_growth_draws_new_columns_only() -> None:
     net = toy.adapt(model, "0", mode="paper", start="target", target_rank=4.0)
     optimizer = toy.trained(net)
     old = net.layers[0].lora_up.detach().clone()
-    ask(net, [60.0], optimizer)
+    toy.resize(net, [60.0], optimizer)
     assert torch.equal(net.layers[0].lora_up[:, :4], old)
     assert net.layers[0].lora_up[:, 4:].std().item() == pytest.approx(0.02, rel=0.1)
 
@@ -354,7 +356,7 @@ def test_surviving_rows_keep_weights_and_moments(plan: list[tuple[int, int, int]
     optimizer = toy.trained(net)
     for ranks in plan:
         before = toy.snapshot(net, optimizer)
-        ask(net, [float(rank) for rank in ranks], optimizer)
+        toy.resize(net, [float(rank) for rank in ranks], optimizer)
         assert net.ranks == list(ranks)
         for old, new in zip(before, toy.snapshot(net, optimizer), strict=True):
             keep = min(len(old["weight"]), len(new["weight"]))
@@ -365,11 +367,28 @@ def test_surviving_rows_keep_weights_and_moments(plan: list[tuple[int, int, int]
         toy.random_steps(net, optimizer, 2)
 
 
+def test_a_change_names_every_weight_that_was_replaced() -> None:
+    net = three_layers()
+    before = net.weights()
+    change = toy.resize(net, [8.0, 6.0, 3.0], toy.trained(net))
+    after = net.weights()
+    assert change.count == 2
+    replaced = [(a, b) for a, b in zip(before, after, strict=True) if a is not b]
+    assert [place for place in range(6) if before[place] is after[place]] == [1, 4]
+    for told, (old, new) in zip(change.weights, replaced, strict=True):
+        assert told.old is old and told.new is new
+        assert told.grew == (new.numel() > old.numel())
+        whole = told.begun(old.detach())
+        assert torch.equal(whole, new.detach())
+        kept = told.resized(old.detach())
+        assert torch.equal(whole[kept != 0], kept[kept != 0]) and kept.shape == new.shape
+
+
 def test_survivors_of_a_resize_train_on_as_if_nothing_had_happened() -> None:
     untouched, resized = three_layers(), three_layers()
     optimizers_of = [toy.trained(net) for net in (untouched, resized)]
     for ranks in ([8.0, 7.0, 3.0], [4.0, 8.0, 4.0], [9.0, 6.0, 12.0]):
-        ask(resized, ranks, optimizers_of[1])
+        toy.resize(resized, ranks, optimizers_of[1])
         toy.random_steps(untouched, optimizers_of[0], 2)
         toy.random_steps(resized, optimizers_of[1], 2)
     pairs = zip(*map(toy.snapshot, (untouched, resized), optimizers_of), strict=True)
@@ -384,8 +403,12 @@ def test_a_resize_to_the_same_rank_changes_nothing_at_all() -> None:
     for net in (plain, replaced):
         optimizer = toy.trained(net)
         if net is replaced:
-            assert ask(net, [6.0] * 3, optimizer) == 0
-            net._replace(net.layers, net.ranks, optimizer, None)
+            assert toy.resize(net, [6.0] * 3, optimizer).count == 0
+            for layer in net.layers:
+                down = ResizedWeight.of(layer.lora_down, 0, layer.rank)
+                up = ResizedWeight.of(layer.lora_up, 1, layer.rank)
+                layer.lora_down, layer.lora_up = down.new, up.new
+                follow(optimizer, RankChange((down, up)))
         toy.random_steps(net, optimizer, 3)
         states.append(toy.snapshot(net, optimizer))
     for first, second in zip(*states, strict=True):

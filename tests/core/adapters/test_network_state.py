@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lora2_pack.lora2_core import adaptive_rank
 from lora2_pack.lora2_core.adapters.network import AdaptiveRankNetwork
 from lora2_pack.tests.core import toy
 from torch import nn
 
 torch.set_num_threads(1)
-
-
-def ask(net: AdaptiveRankNetwork, ranks: list[float], optimizer) -> None:
-    net.resize(adaptive_rank.nu_for_rank(1.0, 0.9) / torch.tensor(ranks), optimizer)
 
 
 def layers() -> nn.Sequential:
@@ -26,7 +21,7 @@ def resized(seed: int = 0) -> AdaptiveRankNetwork:
     """A network some steps into a run: weights, ν, ranks and generator have all moved."""
     net = toy.adapt(layers(), "", seed=seed, target_rank=6.0, hysteresis=False)
     optimizer = toy.trained(net)
-    ask(net, [3.0, 8.0, 11.0], optimizer)
+    toy.resize(net, [3.0, 8.0, 11.0], optimizer)
     toy.random_steps(net, optimizer, 2)
     with torch.no_grad():
         net.log_nu += torch.tensor([0.4, -0.1, 0.2])
@@ -58,7 +53,7 @@ def test_a_saved_state_makes_a_new_network_the_old_one() -> None:
     assert all(p.requires_grad for p in new.weights())
     # They go on alike: the same growth draws the same rows, and nothing is shared.
     for net in (old, new):
-        ask(net, [9.0, 4.0, 12.0], toy.trained(net))
+        toy.resize(net, [9.0, 4.0, 12.0], toy.trained(net))
     assert_same(old, new)
     new.load_state(state)
     assert new.ranks == [3, 8, 11]

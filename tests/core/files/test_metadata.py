@@ -97,9 +97,11 @@ def test_the_warm_up_is_that_of_the_schedule(steps: int):
     from lora2_pack.lora2_core.training.optimizers import schedule_factor
 
     for schedule in ("constant", "cosine", "linear"):
-        told = int(describe(TrainConfig(steps=steps, schedule=schedule))["ss_lr_warmup_steps"])
-        flat = [schedule_factor("constant", n, steps, None) for n in range(1, steps + 1)]
-        found = [schedule_factor(schedule, n, steps) for n in range(1, steps + 1)]
+        config = TrainConfig(steps=steps, schedule=schedule)
+        told = int(describe(config)["ss_lr_warmup_steps"])
+        constant = dataclasses.replace(config, schedule="constant")
+        flat = [schedule_factor(constant, n) for n in range(1, steps + 1)]
+        found = [schedule_factor(config, n) for n in range(1, steps + 1)]
         rising = sum(b > a for a, b in zip([0.0, *found], found, strict=False))
         assert flat == [1.0] * steps
         assert abs(rising - (told if schedule != "constant" else 0)) <= 1

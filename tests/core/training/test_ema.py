@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lora2_pack.lora2_core import adaptive_rank, lora_file
+from lora2_pack.lora2_core import lora_file
+from lora2_pack.lora2_core.adapters.rank_change import RankChange, ResizedWeight
 from lora2_pack.lora2_core.config.ranks import RankConfig
 from lora2_pack.lora2_core.config.train import OptimizerConfig
 from lora2_pack.lora2_core.training.ema import AveragedWeights
@@ -124,13 +124,6 @@ def test_the_average_shares_nothing_with_the_weights() -> None:
 # --- a change of rank -------------------------------------------------------------------------
 
 
-def padded(tensor: Tensor, dim: int, size: int) -> Tensor:
-    shape = [size if n == dim else s for n, s in enumerate(tensor.shape)]
-    out, keep = torch.zeros(shape), min(size, tensor.shape[dim])
-    out.narrow(dim, 0, keep).copy_(tensor.narrow(dim, 0, keep))
-    return out
-
-
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 8), st.integers(1, 8), st.integers(0, 1))
 def test_rows_that_stay_keep_their_average_and_new_ones_begin_at_their_weight(
@@ -143,14 +136,12 @@ def test_rows_that_stay_keep_their_average_and_new_ones_begin_at_their_weight(
         moved(weights, step)
         average.update(weights)
     before = averages(average, weights)
-    resize = partial(padded, dim=dim, size=new)
-    grown = nn.Parameter(resize(weights[0].detach()))
-    average.follow({weights[0]: (grown, resize)})
-    keep = min(old, new)
+    resize = ResizedWeight.of(weights[0], dim, new)
+    grown, keep = resize.new, min(old, new)
     if new > old:
         with torch.no_grad():
             grown.narrow(dim, old, new - old).fill_(7.0)
-        average.start_rows(grown, slice(old, new), dim)
+    average.follow(RankChange((resize,)))
     first, second = averages(average, [grown, weights[1]])
     assert torch.equal(first.narrow(dim, 0, keep), before[0].narrow(dim, 0, keep))
     assert torch.equal(second, before[1])
@@ -173,8 +164,7 @@ def test_a_network_that_changes_its_ranks_takes_its_average_along() -> None:
         toy.random_steps(net, optimizer, 1)
         average.update(net.weights())
     before, old = averages(average, net.weights()), net.ranks
-    wanted = torch.tensor([3.0, 8.0, 11.0])
-    net.resize(adaptive_rank.nu_for_rank(1.0, 0.9) / wanted, optimizer, average)
+    average.follow(toy.resize(net, [3.0, 8.0, 11.0], optimizer))
     assert net.ranks == [3, 8, 11] != old
     after = averages(average, net.weights())
     for place, (was, now) in enumerate(zip(before, after, strict=True)):

@@ -14,6 +14,7 @@ from lora2_pack.lora2_core.adapters.network import AdaptiveRankNetwork
 from lora2_pack.lora2_core.config.ranks import RankConfig
 from lora2_pack.lora2_core.config.train import OptimizerConfig, SampleConfig, TrainConfig
 from lora2_pack.lora2_core.training import estimate
+from lora2_pack.lora2_core.training.memory import Memory, counted, size
 from lora2_pack.lora2_core.training.objective import CrossAttentionEntropy, Prediction, loss_parts
 from lora2_pack.tests.core.toy import Transformer, TransformerTask, adapt
 
@@ -28,10 +29,10 @@ class Parts:
         self.task = TransformerTask(self.model)
         self.network = adapt(self.model, **{"target_rank": 2.0, **rank})
 
-    def memory(self, config: TrainConfig = PLAIN, entropy: Any = None) -> tuple[int, int, int]:
+    def memory(self, config: TrainConfig = PLAIN, entropy: Any = None) -> Memory:
         batch = self.task.draw(torch.Generator().manual_seed(0), config.batch_size)
         roots, blocks = {"unet": self.model}, list(self.model.blocks)
-        return estimate.memory(self.network, self.task, entropy, roots, blocks, config, batch)
+        return counted(self.network, self.task, entropy, roots, blocks, config, batch)
 
     def told(self, config: TrainConfig = PLAIN) -> estimate.Estimate:
         return estimate.estimate(*self.arguments(config))
@@ -61,7 +62,7 @@ def kept_by_autograd(network: AdaptiveRankNetwork, task: Any, size: int) -> int:
 def test_frozen_weights_are_counted_to_the_byte():
     parts = Parts()
     frozen = sum(4 * w.numel() for w in parts.model.parameters() if not w.requires_grad)
-    assert parts.memory()[0] == frozen
+    assert parts.memory().frozen == frozen
 
 
 @pytest.mark.parametrize(
@@ -73,14 +74,14 @@ def test_learning_takes_so_many_bytes_a_number(optimizer: Any, each: float, ema:
     layers = parts.network.layers
     numbers = sum(layer.rank * (layer.in_features + layer.out_features) for layer in layers)
     config = dataclasses.replace(PLAIN, optimizer=OptimizerConfig(name=optimizer, ema=ema))
-    assert parts.memory(config)[1] == int((each + 4 * (ema > 0)) * numbers)
+    assert parts.memory(config).learning == int((each + 4 * (ema > 0)) * numbers)
 
 
 @pytest.mark.parametrize("size", [1, 3])
 def test_activations_are_those_that_autograd_keeps(size: int):
     parts = Parts()
     config = dataclasses.replace(PLAIN, batch_size=size)
-    told = parts.memory(config)[2]
+    told = parts.memory(config).activations
     real = kept_by_autograd(parts.network, parts.task, size)
     assert told == pytest.approx(1.45 * real, abs=2)
 
@@ -90,26 +91,27 @@ def test_activations_are_those_that_autograd_keeps(size: int):
 def test_more_of_anything_takes_more(blocks: int, size: int, width: int):
     config = dataclasses.replace(PLAIN, batch_size=size)
     more = dataclasses.replace(config, batch_size=size + 1)
-    frozen, learning, activations = Parts(blocks, width).memory(config)
-    assert min(frozen, learning, activations) > 0
-    assert Parts(blocks, width).memory(more)[2] > activations
-    deeper = Parts(blocks + 1, width).memory(config)
-    assert all(a > b for a, b in zip(deeper, (frozen, learning, activations), strict=True))
+    found = Parts(blocks, width).memory(config)
+    parts = dataclasses.astuple(found)
+    assert min(parts) > 0 and sum(parts) == found.total
+    assert Parts(blocks, width).memory(more).activations > found.activations
+    deeper = dataclasses.astuple(Parts(blocks + 1, width).memory(config))
+    assert all(a > b for a, b in zip(deeper, parts, strict=True))
 
 
 def test_with_checkpointing_one_block_counts_and_the_inputs_of_all():
     checkpointed = dataclasses.replace(PLAIN, gradient_checkpointing=True)
-    shallow, deep = (Parts(blocks, 64).memory(checkpointed)[2] for blocks in (4, 8))
+    shallow, deep = (Parts(blocks, 64).memory(checkpointed).activations for blocks in (4, 8))
     inputs = 1.45 * 4 * TransformerTask(Transformer(width=64)).draw(torch.Generator(), 1)[0].numel()
     assert 4 * inputs <= deep - shallow + 4 < 1.3 * 4 * inputs  # the rest: Λ of more layers
-    kept_shallow, kept_deep = (Parts(blocks, 64).memory()[2] for blocks in (4, 8))
+    kept_shallow, kept_deep = (Parts(blocks, 64).memory().activations for blocks in (4, 8))
     assert kept_deep - kept_shallow > 4 * (deep - shallow)
 
 
 def test_the_entropy_takes_its_share():
     parts = Parts()
     entropy = CrossAttentionEntropy([block.attn2 for block in parts.model.blocks])
-    assert parts.memory(entropy=entropy)[2] > parts.memory()[2]
+    assert parts.memory(entropy=entropy).activations > parts.memory().activations
 
 
 def test_counting_leaves_nothing_behind():
@@ -192,15 +194,23 @@ def test_weights_without_data_can_be_counted():
     batch = [part.to("meta") for part in task.draw(torch.Generator(), 1)]
     task.model = model
     task.matrix = task.matrix.to("meta")
-    found = estimate.memory(network, task, None, {"unet": model}, list(model.blocks), PLAIN, batch)
-    assert found[:2] == real[:2]
+    found = counted(network, task, None, {"unet": model}, list(model.blocks), PLAIN, batch)
+    assert (found.frozen, found.learning) == (real.frozen, real.learning)
     # Attention keeps other tensors where there is no device to say how it is computed.
-    assert found[2] == pytest.approx(real[2], rel=0.15)
+    assert found.activations == pytest.approx(real.activations, rel=0.15)
 
 
 @pytest.mark.parametrize(
     ("nbytes", "text"),
-    [(430_000, "0.4 MB"), (9_940_000, "9.9 MB"), (45e6, "45 MB"), (7.94e9, "7.9 GB")],
+    [
+        (0, "0.0 kB"),
+        (4000, "4.0 kB"),
+        (430_000, "0.4 MB"),
+        (9_940_000, "9.9 MB"),
+        (45e6, "45 MB"),
+        (7.94e9, "7.9 GB"),
+        (4e15, "4,000,000.0 GB"),
+    ],
 )
 def test_sizes_for_people(nbytes: float, text: str):
-    assert estimate.size(nbytes) == text
+    assert size(nbytes) == text

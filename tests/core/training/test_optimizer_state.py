@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import copy
-from functools import partial
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lora2_pack.lora2_core import adaptive_rank
+from lora2_pack.lora2_core.adapters.rank_change import RankChange, ResizedWeight
 from lora2_pack.lora2_core.config.train import OptimizerConfig
 from lora2_pack.lora2_core.training.optimizer_state import (
-    begin_rows,
+    follow,
     load_optimizer_state,
     optimizer_state,
-    replace_parameters,
 )
 from lora2_pack.lora2_core.training.optimizers import make_optimizer
 from lora2_pack.tests.core import toy
@@ -54,7 +52,9 @@ def resized(tensor: Tensor, dim: int, size: int) -> Tensor:
 
 
 def change(optimizer, weight: nn.Parameter, dim: int, size: int) -> nn.Parameter:
-    return replace_parameters(optimizer, [(weight, partial(resized, dim=dim, size=size))])[0]
+    resize = ResizedWeight.of(weight, dim, size)
+    follow(optimizer, RankChange((resize,)))
+    return resize.new
 
 
 def opened(state: dict, number: int, shape: torch.Size) -> tuple[Tensor, Tensor]:
@@ -223,8 +223,9 @@ def test_the_order_of_groups_stays(name: str) -> None:
     weights = [parameter(4, 6, seed=n) for n in range(5)]
     optimizer = made(name, weights[:3], weights[3:])
     walk(optimizer, range(2))
-    keep = partial(resized, dim=0, size=5)
-    first, second = replace_parameters(optimizer, [(weights[4], keep), (weights[1], keep)])
+    resizes = tuple(ResizedWeight.of(weights[place], 0, 5) for place in (4, 1))
+    follow(optimizer, RankChange(resizes))
+    first, second = (resize.new for resize in resizes)
     groups = [group["params"] for group in optimizer.param_groups]
     wanted = [[weights[0], first, weights[2]], [weights[3], second]]
     wanted[0][1], wanted[1][1] = second, first
@@ -253,11 +254,11 @@ def test_rows_drawn_anew_are_no_way_that_prodigy_has_gone(dim: int) -> None:
     origin = optimizer.state[weight]["p0"].view(4, 6).clone()
     assert optimizer.state[zero]["p0"].ndim == 0
     for old, began in ((weight, origin), (zero, torch.zeros(4, 6))):
-        grown = change(optimizer, old, dim, 9)
-        new = slice(old.shape[dim], 9)
+        resize = ResizedWeight.of(old, dim, 9)
+        grown, new = resize.new, slice(old.shape[dim], 9)
         with torch.no_grad():
             grown.narrow(dim, new.start, 9 - new.start).normal_()
-        begin_rows(optimizer, grown, new, dim)
+        follow(optimizer, RankChange((resize,)))
         found = optimizer.state[grown]["p0"].view_as(grown)
         count = 9 - new.start
         assert torch.equal(
@@ -268,16 +269,20 @@ def test_rows_drawn_anew_are_no_way_that_prodigy_has_gone(dim: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
-def test_other_optimizers_need_no_word_of_new_rows(name: str) -> None:
+def test_other_optimizers_take_nothing_of_what_is_drawn(name: str) -> None:
     optimizer = made(name, [weight := parameter(4, 6)])
-    begin_rows(optimizer, weight, slice(2, 4), 0)
-    assert not optimizer.state  # nothing was made by asking
     walk(optimizer, range(1))
     before = copy.deepcopy(optimizer.state[weight])
-    begin_rows(optimizer, weight, slice(2, 4), 0)
+    resize = ResizedWeight.of(weight, 0, 6)
+    with torch.no_grad():
+        resize.new[4:].normal_()
+    follow(optimizer, RankChange((resize,)))
+    after = optimizer.state[resize.new]
+    assert set(before) == set(after)
     for key, value in before.items():
-        same = torch.equal(value, optimizer.state[weight][key]) if torch.is_tensor(value) else True
-        assert same and set(before) == set(optimizer.state[weight])
+        if torch.is_tensor(value):
+            wanted = resized(value, 0, 6) if value.shape == weight.shape else value
+            assert torch.equal(after[key], wanted), key
 
 
 # --- an end of the process --------------------------------------------------------------------
@@ -364,7 +369,7 @@ def test_a_network_that_grows_tells_prodigy_where_its_new_rows_begin() -> None:
     net = toy.adapt(model, "", target_rank=4.0, hysteresis=False, growth="random")
     optimizer = made("prodigy", net.weights())
     walk(optimizer, range(3))
-    net.resize(adaptive_rank.nu_for_rank(1.0, 0.9) / torch.tensor([9.0, 7.0]), optimizer)
+    toy.resize(net, [9.0, 7.0], optimizer)
     assert net.ranks == [9, 7]
     for layer in net.layers:
         for weight, turn in toy.by_rank(layer):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import pytest
 import torch
-from lora2_pack.lora2_core.config.train import OptimizerConfig
+from lora2_pack.lora2_core.config.train import OptimizerConfig, TrainConfig
 from lora2_pack.lora2_core.training.optimizers import (
     OptimizerError,
     make_nu_optimizer,
@@ -206,9 +207,15 @@ def test_nu_moves_by_its_rate_and_never_decays() -> None:
     assert optimizer.state[still]["exp_avg"].dtype == torch.float32
 
 
+def scheduled(schedule: Any, steps: int, warm_up: float | None) -> TrainConfig:
+    optimizer = OptimizerConfig(warm_up=warm_up)
+    return TrainConfig(schedule=schedule, steps=steps, optimizer=optimizer)
+
+
 @pytest.mark.parametrize("steps", [1, 7, 100, 1000])
 def test_a_linear_rate_falls_by_the_same_amount_each_step(steps: int) -> None:
-    factors = [schedule_factor("linear", n, steps, 0.0) for n in range(1, steps + 1)]
+    config = scheduled("linear", steps, 0.0)
+    factors = [schedule_factor(config, n) for n in range(1, steps + 1)]
     assert factors == pytest.approx([1 - n / steps for n in range(steps)])
     assert factors[-1] > 0  # the last step still moves
 
@@ -216,14 +223,14 @@ def test_a_linear_rate_falls_by_the_same_amount_each_step(steps: int) -> None:
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])
 def test_the_warm_up_is_a_straight_line_over_its_share(schedule: str) -> None:
     for step in range(1, 201):
-        with_it = schedule_factor(schedule, step, 200, 0.25)
-        without = schedule_factor(schedule, step, 200, 0.0)
+        with_it = schedule_factor(scheduled(schedule, 200, 0.25), step)
+        without = schedule_factor(scheduled(schedule, 200, 0.0), step)
         assert with_it == pytest.approx(min(1.0, step / 50) * without)
-    assert schedule_factor(schedule, 1, 200, 1.0) > 0
+    assert schedule_factor(scheduled(schedule, 200, 1.0), 1) > 0
 
 
 def test_without_a_word_a_twentieth_warms_up_but_not_at_a_constant_rate() -> None:
     for step in range(1, 201):
         for schedule, share in (("constant", 0.0), ("cosine", 0.05), ("linear", 0.05)):
-            given = schedule_factor(schedule, step, 200, share)
-            assert schedule_factor(schedule, step, 200) == given
+            given = schedule_factor(scheduled(schedule, 200, share), step)
+            assert schedule_factor(scheduled(schedule, 200, None), step) == given

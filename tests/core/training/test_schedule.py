@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lora2_pack.lora2_core.config.train import TrainConfig
 from lora2_pack.lora2_core.training.optimizers import schedule_factor
 from lora2_pack.tests.core import toy
 
@@ -16,12 +17,14 @@ torch.set_num_threads(1)
 
 @given(st.integers(1, 2000))
 def test_a_constant_rate_stays(steps: int):
-    assert {schedule_factor("constant", step, steps) for step in range(1, steps + 1)} == {1.0}
+    config = TrainConfig(schedule="constant", steps=steps)
+    assert {schedule_factor(config, step) for step in range(1, steps + 1)} == {1.0}
 
 
 @given(st.integers(1, 2000))
 def test_a_cosine_warms_up_and_falls_towards_zero(steps: int):
-    factors = [schedule_factor("cosine", step, steps) for step in range(1, steps + 1)]
+    config = TrainConfig(schedule="cosine", steps=steps)
+    factors = [schedule_factor(config, step) for step in range(1, steps + 1)]
     assert all(0 < factor <= 1 for factor in factors)
     top = factors.index(max(factors))
     assert top <= 0.05 * steps

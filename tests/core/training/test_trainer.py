@@ -284,7 +284,7 @@ def test_the_frozen_model_is_bit_identical_after_training() -> None:
     net = toy.adapt(model, target_rank=4)
     toy.run(net, toy.TransformerTask(model), cross(model), steps=20, entropy_weight=1e-3)
     assert not torch.allclose(model(*inputs), output)
-    net.set_enabled(False)
+    toy.silence(net)
     assert torch.equal(model(*inputs), output)
     after = {name.replace(".base.", "."): value for name, value in model.state_dict().items()}
     assert all(torch.equal(value, after[name]) for name, value in before.items())

@@ -12,8 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lora2_pack.lora2_core.config.ranks import RankConfig
 from lora2_pack.lora2_core.config.train import DataConfig, OptimizerConfig, TextConfig, TrainConfig
-from lora2_pack.lora2_core.training import memory
-from lora2_pack.lora2_core.training.memory import suggestions
+from lora2_pack.lora2_core.training import out_of_memory
+from lora2_pack.lora2_core.training.estimate import Estimate
+from lora2_pack.lora2_core.training.memory import SDXL, Memory, scaled
+from lora2_pack.lora2_core.training.out_of_memory import suggestions
 
 CUDA = (
     "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.11 GiB of "
@@ -37,8 +39,8 @@ LEAN = TrainConfig(
 def test_a_failed_allocation_of_the_cpu_is_known_and_read() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(10**15)
-    assert memory.is_out_of_memory(caught.value)
-    assert memory.needed_and_free(str(caught.value)) == (4 * 10**15, None)
+    assert out_of_memory.is_out_of_memory(caught.value)
+    assert out_of_memory.needed_and_free(str(caught.value)) == (4 * 10**15, None)
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux tells what is left")
@@ -52,29 +54,29 @@ def test_a_limit_on_the_process_is_what_is_free() -> None:
         torch.empty(50 * 2**20, dtype=torch.uint8)
         with pytest.raises(RuntimeError) as caught:
             torch.empty(400 * 2**20, dtype=torch.uint8)
-        free = memory.free_ram()
+        free = out_of_memory.free_ram()
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-    assert memory.is_out_of_memory(caught.value)
-    assert memory.needed_and_free(str(caught.value))[0] == 400 * 2**20
+    assert out_of_memory.is_out_of_memory(caught.value)
+    assert out_of_memory.needed_and_free(str(caught.value))[0] == 400 * 2**20
     assert free is not None and 200 * 2**20 < free <= 300 * 2**20
-    unlimited = memory.free_ram()
+    unlimited = out_of_memory.free_ram()
     assert unlimited is not None and unlimited > 0
 
 
 def test_messages_of_graphics_cards_are_read() -> None:
-    assert memory.needed_and_free(CUDA) == (20 * 2**30, int(5.03 * 2**30))
-    needed, free = memory.needed_and_free(MPS)
+    assert out_of_memory.needed_and_free(CUDA) == (20 * 2**30, int(5.03 * 2**30))
+    needed, free = out_of_memory.needed_and_free(MPS)
     assert needed == 512 * 2**20
     assert free == int(20.13 * 2**30) - int(1.5 * 2**30) - 384 * 2**10
-    assert memory.is_out_of_memory(torch.OutOfMemoryError(CUDA))
-    assert memory.is_out_of_memory(RuntimeError(MPS))
-    assert memory.is_out_of_memory(MemoryError())
+    assert out_of_memory.is_out_of_memory(torch.OutOfMemoryError(CUDA))
+    assert out_of_memory.is_out_of_memory(RuntimeError(MPS))
+    assert out_of_memory.is_out_of_memory(MemoryError())
 
 
 @pytest.mark.parametrize("error", [RuntimeError("mat1 and mat2"), ValueError(CUDA), KeyError("a")])
 def test_other_errors_are_none_of_its_business(error: Exception) -> None:
-    assert not memory.is_out_of_memory(error)
+    assert not out_of_memory.is_out_of_memory(error)
 
 
 configs = st.builds(
@@ -108,7 +110,7 @@ def test_advice_helps_and_is_new(
     assert len(found) <= 3
     assert [a.saving for a in found] == sorted((a.saving for a in found), reverse=True)
     assert all(0 < advice.saving < 1 for advice in found)
-    text = memory.message(config, 3, needed, free, checkpointing)
+    text = out_of_memory.message(config, 3, needed, free, checkpointing)
     assert "\n" not in text and text.startswith("Out of memory in step 3")
     assert ("None" not in text) and all(advice.text in text for advice in found)
     if checkpointing or config.gradient_checkpointing:
@@ -117,6 +119,32 @@ def test_advice_helps_and_is_new(
         assert "batch_size" not in text
     if config.optimizer.name == "adamw8bit":
         assert "optimizer to" not in text
+
+
+@given(first=configs, second=configs, third=configs)
+def test_what_settings_make_of_memory_are_ratios(
+    first: TrainConfig, second: TrainConfig, third: TrainConfig
+) -> None:
+    direct = dataclasses.astuple(scaled(SDXL, first, third))
+    by_way_of = dataclasses.astuple(scaled(scaled(SDXL, first, second), second, third))
+    assert by_way_of == pytest.approx(direct, rel=1e-4)
+    assert dataclasses.astuple(scaled(SDXL, first, first)) == dataclasses.astuple(SDXL)
+
+
+@pytest.mark.parametrize(
+    ("counted", "text", "saving"),
+    [
+        (Memory(0, 0, 10**9), "set gradient_checkpointing on", 0.82),
+        (Memory(0, 10**9, 0), "lower target_rank from 16 to 8", 0.5),
+        (Memory(10**9, 0, 10**9), "set gradient_checkpointing on", 0.41),
+    ],
+)
+def test_advice_goes_by_what_was_counted(counted: Memory, text: str, saving: float) -> None:
+    expected = Estimate(counted, seconds=1.0, file=1)
+    first, *_ = suggestions(TrainConfig(precision="bf16"), expected=expected)
+    assert first.text.startswith(text) and first.saving == pytest.approx(saving)
+    told = out_of_memory.message(TrainConfig(precision="bf16"), 3, None, None, False, expected)
+    assert first.text in told
 
 
 def test_there_are_three_ways_out_of_usual_settings() -> None:
@@ -131,7 +159,7 @@ def test_there_are_three_ways_out_of_usual_settings() -> None:
 
 def test_at_the_leanest_it_says_so() -> None:
     assert suggestions(LEAN) == ()
-    assert "at its leanest" in memory.message(LEAN, 1, None, None, True)
+    assert "at its leanest" in out_of_memory.message(LEAN, 1, None, None, True)
 
 
 @given(
@@ -141,7 +169,7 @@ def test_at_the_leanest_it_says_so() -> None:
 )
 def test_the_lower_resolution_fits_by_its_tokens(resolution: int, needed: int, share: float):
     free = int(needed * share)
-    found = memory.lower_resolution(resolution, needed, free)
+    found = out_of_memory.lower_resolution(resolution, needed, free)
     if found is None:
         assert resolution <= 256
         return
@@ -164,7 +192,7 @@ def test_the_lower_resolution_fits_by_its_tokens(resolution: int, needed: int, s
     ],
     ids=lambda changes: next(iter(changes)),
 )
-def test_the_estimate_falls_with_whatever_saves_memory(changes: dict[str, Any]) -> None:
+def test_memory_falls_with_whatever_saves_memory(changes: dict[str, Any]) -> None:
     full = TrainConfig(
         batch_size=2,
         precision="fp32",
@@ -172,4 +200,5 @@ def test_the_estimate_falls_with_whatever_saves_memory(changes: dict[str, Any]) 
         text=TextConfig(learning_rate=1e-5),
     )
     leaner = dataclasses.replace(full, **changes)
-    assert memory.estimate(leaner) < memory.estimate(full)
+    before, after = (scaled(SDXL, TrainConfig(), config) for config in (full, leaner))
+    assert after.total < before.total
