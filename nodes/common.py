@@ -1,4 +1,4 @@
-"""What the node files share: the category, the LORA2 socket, advanced inputs, pictures."""
+"""What the node files share: the category, the choice of no LoRA, advanced inputs, pictures."""
 
 from collections.abc import Iterable
 
@@ -10,12 +10,6 @@ from PIL import Image
 from ..lora2_core import comfy_host
 
 CATEGORY = "LoRA²"
-
-# The value is a lora2_core.jobs.saving.TrainedLoRA.
-LoRA2Socket = io.Custom("LORA2")
-# The value is a lora2_core.config.presets.Options.
-OptionsSocket = io.Custom("LORA2_OPTIONS")
-
 
 NO_LORA = "none"  # the choice of a list that need not be used
 

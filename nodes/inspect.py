@@ -13,9 +13,10 @@ from ..lora2_core.jobs.saving import TrainedLoRA
 from ..lora2_core.reports import comparison, inspector
 from ..lora2_core.reports.inspector import FileReport
 from ..lora2_core.reports.report import training_picture
-from .common import CATEGORY, NO_LORA, LoRA2Socket, advanced, fingerprint, to_image
+from .common import CATEGORY, NO_LORA, advanced, fingerprint, to_image
 from .load import MORE
 from .screen.curves import training_history
+from .widgets.sockets import LoRA2Socket
 
 _FROM_SOCKET = "(the connected LORA2)"
 

@@ -14,8 +14,9 @@ from ..lora2_core.config.train import (
     SampleConfig,
     TextConfig,
 )
-from .common import CATEGORY, OptionsSocket
+from .common import CATEGORY
 from .widgets import options as widgets
+from .widgets.sockets import OptionsSocket
 
 
 class LoRA2DataOptions(io.ComfyNode):

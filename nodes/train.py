@@ -22,13 +22,14 @@ from ..lora2_core.training.memory import size
 from ..lora2_core.training.out_of_memory import suggestions
 from ..lora2_core.training.setup import TrainingSetup
 from .background import job_queue
-from .common import CATEGORY, LoRA2Socket, advanced, to_image
+from .common import CATEGORY, advanced, to_image
 from .prompt_graph import base_of, needed_by
 from .screen import routes
 from .screen.curves import training_history
 from .train_notes import Notes
 from .waiting import wait_for
 from .widgets import train as train_widgets
+from .widgets.sockets import LoRA2Socket
 from .widgets.train import BACKGROUND, WAIT
 
 # Widgets that are no settings of the run itself.

@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from ...lora2_core.adaptive_rank import MODES
 from ...lora2_core.config.presets import AS_SET, PRESETS
 from ...lora2_core.config.train import PRECISIONS, SCHEDULES
-from ..common import OptionsSocket
+from .sockets import OptionsSocket
 
 WAIT, BACKGROUND = "wait", "background"
 
