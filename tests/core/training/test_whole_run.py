@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lora2_tools.tiny_sdxl.training import Run, Schedule, read_average
+from lora2_pack.tools.tiny_sdxl.training.run import Run, Schedule, read_average
 from torch import Tensor, nn
 
 SCHEDULE = Schedule(steps=30, learning_rate=0.05, warm_up=5)

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from ..palette import INDIGO, RGB, WHITE, hexa
+from .palette import INDIGO, RGB, WHITE, hexa
 from .pen import Pen
 
 
