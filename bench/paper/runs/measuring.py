@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -19,6 +20,7 @@ def with_peak(work: Callable[[], T]) -> tuple[T, float]:
     NaN).
     """
     if torch.cuda.is_available():
+        gc.collect()  # or what earlier work has left would count as in use
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         result = work()

@@ -6,7 +6,6 @@ one. The pictures and the LoRA lie beside it.
 
 from __future__ import annotations
 
-import gc
 import json
 import statistics
 from collections.abc import Mapping, Sequence
@@ -99,7 +98,6 @@ class Bench:
         self.file(work).parent.mkdir(parents=True, exist_ok=True)
         found = {"settings": self._settings(work), **self._make(work, self.needs(work))}
         write_json(self.file(work), found)
-        gc.collect()
         return found
 
     def _settings(self, work: Work) -> dict[str, Any]:
