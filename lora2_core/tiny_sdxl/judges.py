@@ -85,14 +85,14 @@ class Judge:
             for question, words in ANSWERS.items()
         ))  # fmt: skip
 
-    def probabilities(self, images: Tensor) -> dict[str, Tensor]:
-        """Return for each question how likely each word is: (n, words)."""
-        return _probabilities(list(self._answers(images)))
-
     def look(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return what ``embed`` and ``probabilities`` do, looking once."""
+        """Return what ``embed`` does, and for each question how likely each word is, (n, words)."""
         answers = list(self._answers(images))
-        return torch.cat([answer.embedding for answer in answers]), _probabilities(answers)
+        said = {
+            question: torch.cat([answer.logits[question] for answer in answers]).softmax(1)
+            for question in ANSWERS
+        }
+        return torch.cat([answer.embedding for answer in answers]), said
 
     def words(self, question: str) -> tuple[str, ...]:
         """Return what a question may be answered with."""
@@ -110,13 +110,6 @@ class Judge:
     def _answers(self, images: Tensor) -> Iterable[Answer]:
         for part in images.float().split(AT_ONCE):
             yield self.network(resized(part, self.side))
-
-
-def _probabilities(answers: Sequence[Answer]) -> dict[str, Tensor]:
-    return {
-        question: torch.cat([answer.logits[question] for answer in answers]).softmax(1)
-        for question in ANSWERS
-    }
 
 
 def new_network(architecture: str, side: int = SIDE) -> nn.Module:

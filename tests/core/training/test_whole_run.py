@@ -69,8 +69,7 @@ def test_the_average_is_what_is_read(tmp_path: Path) -> None:
     run.train(fit.loss)
     average = read_average(tmp_path / "run.safetensors")["weight"]
     assert not torch.equal(average, fit.layer.weight)
-    run.use_average()
-    assert torch.equal(average, fit.layer.weight)
+    assert torch.equal(average, run.average["weight"])
 
 
 def test_a_finished_run_takes_no_more_steps(tmp_path: Path) -> None:

@@ -18,7 +18,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 LINE_SECONDS = 30  # between two lines of the log
 SAVE_SECONDS = 120
 
@@ -80,12 +79,6 @@ class Run:
         self.step += 1
         self._follow()
         return loss.item()
-
-    @torch.no_grad()
-    def use_average(self) -> None:
-        """Put the averaged weights into the model; training does not go on from there."""
-        for name, parameter in self.weights.items():
-            parameter.copy_(self.average[name])
 
     def save(self) -> None:
         """Write the run to its file, whole or not at all."""
