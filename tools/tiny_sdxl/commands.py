@@ -61,7 +61,7 @@ def _add_evaluate(commands: Any) -> None:
 
 
 def _sheet(options: argparse.Namespace) -> int:
-    from .world.sheets import write_sheets
+    from .sheets import write_sheets
 
     for path in write_sheets(options.out, options.size, options.tile):
         print(path)
