@@ -24,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import resident
 import runtime
 
 BYTES = 2_800_000_000
@@ -85,13 +86,6 @@ def _child(name: str, folder: Path) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _resident(field: str) -> float:
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith(field):
-            return float(line.split()[1]) / 1e3  # kB to MB
-    raise RuntimeError(f"no {field} in /proc/self/status")
-
-
 def _timed(work: Callable[[], Any]) -> float:
     started = time.perf_counter()
     work()
@@ -132,10 +126,9 @@ def _inspect(folder: Path) -> dict[str, Any]:
     # Made by a process of its own, and not looked at before: else what this one needs of memory
     # would be there already, and count as nothing.
     path = folder / "sparse.safetensors"
-    before = _resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    before = resident.settled()
     seconds = [_timed(lambda: inspector.inspect(path)) for _ in range(ROUNDS)]
-    mb = _resident("VmHWM") - before
+    mb = resident.risen(before)
     size = path.stat().st_size
     path.unlink()
     return {"ms": 1e3 * statistics.median(seconds), "mb": mb, "file_gb": size / 1e9}
@@ -242,10 +235,9 @@ def _peak(load: Callable[[Any, Path], Any], folder: Path) -> float:
 
     torch.set_num_threads(2)
     model, path = _model(), folder / "lora.safetensors"
-    before = _resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    before = resident.settled()
     _ready(load, model, path)
-    return _resident("VmHWM") - before
+    return resident.risen(before)
 
 
 # --- resizing ---------------------------------------------------------------------------------

@@ -7,8 +7,6 @@ resident memory rises above what it held before the training was prepared.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import json
 import os
 import re
@@ -19,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import resident
 import runtime
 
 CAPS = (8, 64, 512)
@@ -90,17 +89,9 @@ def _measure(name: str) -> Any:
 
 
 def _growth(run: Callable[[], Any]) -> float:
-    before = _settled()
+    before = resident.settled()
     run()
-    return (runtime.resident("VmHWM") - before) / 1e6
-
-
-def _settled() -> int:
-    """Resident bytes, with what is free given back and the peak so far forgotten."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # or what was freed so far would be filled unseen
-    Path("/proc/self/clear_refs").write_text("5")
-    return runtime.resident("VmRSS")
+    return resident.risen(before)
 
 
 def _estimates() -> list[dict[str, Any]]:
@@ -123,7 +114,7 @@ def _estimates() -> list[dict[str, Any]]:
             setup, step = contestants.prepared(parts, settings)
             told.append(setup.estimate)
             del setup
-            _settled()  # photos are encoded by then: the VAE's peak is not the training's
+            resident.settled()  # photos are encoded by then: the VAE's peak is not the training's
             started.append(time.perf_counter())
             _steps(step, ESTIMATED_STEPS)
 

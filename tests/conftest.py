@@ -8,15 +8,14 @@ ComfyUI's `server.py`.
 from __future__ import annotations
 
 import importlib
-import importlib.machinery
 import importlib.util
 import os
+import runpy
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -31,24 +30,8 @@ if os.environ.get("CI"):
     settings.load_profile("ci")
 
 
-def _leave_the_path(folder: Path) -> None:
-    """Take a folder off `sys.path`, where `python -m pytest` puts the current one."""
-    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != folder]
-
-
-def _register_package(name: str, folder: Path) -> None:
-    """Make `name` a package whose modules lie in `folder`, without running its `__init__.py`."""
-    package = ModuleType(name)
-    spec = importlib.machinery.ModuleSpec(name, None, is_package=True)
-    spec.submodule_search_locations = [str(folder)]
-    package.__spec__ = spec
-    package.__path__ = [str(folder)]
-    sys.modules[name] = package
-
-
 def _load_tools() -> None:
     """Import the tools, which find each other in their own folder, as `lora2_tools`."""
-    _register_package("lora2_tools", TOOLS)
     sys.path.insert(0, str(TOOLS))
     try:
         for name in ("environment", "packaged", "comfyui", "client", "demo"):
@@ -60,9 +43,9 @@ def _load_tools() -> None:
         sys.path.remove(str(TOOLS))
 
 
-_leave_the_path(ROOT)
-_leave_the_path(TOOLS)
-_register_package("lora2_pack", ROOT)
+_register = runpy.run_path(str(TOOLS / "pack.py"))["register"]
+_register("lora2_pack", ROOT)
+_register("lora2_tools", TOOLS)
 _load_tools()
 
 

@@ -18,24 +18,18 @@ from typing import Any
 import torch
 
 from ...lora2_core.reports import vision
-from . import (  # fmt: skip
-    archive,
-    methods,
-    plan,
-    report,
-    results,
-    seeded,
-    subjects,
-    sweep,
-    table_a1,
-    tuning,
-    working,
-)
-from .bases import Base, Demo
-from .checkpoints import Checkpoint
+from . import methods, plan
+from .bases import seeded
+from .bases.checkpoint import Checkpoint
+from .bases.demo import Demo
+from .bases.protocol import Base
 from .methods import BASE, OWN, Method
-from .subjects import Study
-from .trial import Bench, Work
+from .records import archive, results
+from .report import page
+from .runs import sweep, tuning, working
+from .runs.trial import Bench, Work
+from .subjects import demo, dreambooth, table_a1
+from .subjects.study import Study
 
 _START = Path(__file__).parent / "__main__.py"
 
@@ -99,8 +93,8 @@ def _report(bench: Bench, found: Sequence[results.Result], wanted: int) -> None:
         f"Base: {bench.base.name}. {much.steps} steps of batch {much.batch}; {much.prompts} prompts"
         f" a subject, {much.pictures} picture(s) of each; {len(found)} of {wanted} records."
     )
-    page = report.write(found, bench.methods, about, bench.folder / "report")
-    print(f"{page}\n\n{report.markdown(found, bench.methods)}", flush=True)
+    written = page.write(found, bench.methods, about, bench.folder / "report")
+    print(f"{written}\n\n{page.markdown(found, bench.methods)}", flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -205,16 +199,16 @@ def _studies(options: argparse.Namespace, prompts: int) -> list[Study]:
             folder = seeded.photographs(options.out / "seeded" / "photographs")
         if folder is None:
             sys.exit("A checkpoint needs --subjects: the folder of the DreamBooth data set.")
-        found = subjects.dreambooth(folder, prompts)
+        found = dreambooth.read(folder, prompts)
         tuned = table_a1.TUNING
         return [study for study in found if (study.name == tuned) == bool(options.tune)]
     if options.subjects is not None:
         sys.exit("The demo base brings subjects of its own; leave --subjects out.")
     if options.tune:
-        return subjects.tuning_of_demo(prompts)
+        return demo.for_tuning(prompts)
     if options.sweep:
-        return subjects.sweep_of_demo(prompts)
-    return subjects.of_demo(prompts)[: 3 if options.quick else None]
+        return demo.for_sweep(prompts)
+    return demo.tested(prompts)[: 3 if options.quick else None]
 
 
 def _chosen(wanted: str, known: Sequence[str], what: str) -> list[str]:

@@ -26,7 +26,6 @@ class Method:
     rank: Mapping[str, Any] = field(default_factory=dict)  # of RankConfig; of PEFT: its own words
     mode: str = ""  # of ours; "adalora" or "dora"; "svd" or "sv_fro"
     entropy: float = 0.0  # weight, λ_e
-    change: str = ""  # of what no setting changes, see variants.CHANGES
     of: str = ""  # a cut: of which method's file
     to: str = ""  # to the bytes of which other's file
     part: int = 1  # to this part of them

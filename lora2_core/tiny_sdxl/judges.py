@@ -1,7 +1,7 @@
 """Judges of what the demo model paints: what is in a picture, and how like a subject it is.
 
 Two small networks of different build (:mod:`.judge_networks`) that know the demo model's drawn
-world and nothing else. ``tools/tiny_sdxl/judges.py`` trained them.
+world and nothing else. ``tools/tiny_sdxl/training/judges.py`` trained them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from .judge_networks import ANSWERS, NETWORKS, Answer
 WEIGHTS = Path(__file__).parent / "judge_weights"
 SIDE = 112  # px that networks see: an emblem's letter is then some 12 px high
 AT_ONCE = 64  # pictures
-_AVERAGE = "average."  # before the names of a run's averaged weights
 
 
 def likeness_judges() -> list[Likeness]:
@@ -67,23 +66,16 @@ class Judge:
         self.architecture, self.side = architecture, side
 
     @classmethod
-    def load(cls, file: Path, architecture: str | None = None) -> Judge:
-        """Read a judge from what was exported, or from a run's file.
-
-        Raises ValueError if its weights are those of no known architecture.
-        """
+    def load(cls, file: Path) -> Judge:
+        """Read a judge as it was exported. Raises ValueError for a file that holds no judge."""
         with safe_open(file, "pt") as stored:
             about = stored.metadata() or {}
-        exported = "architecture" in about
-        weights = load_file(file)
-        if not exported:
-            named = {n: weight for n, weight in weights.items() if n.startswith(_AVERAGE)}
-            weights = {n.removeprefix(_AVERAGE): weight for n, weight in named.items()}
-        side = int(about.get("side", SIDE))
-        name = architecture or about.get("architecture") or architecture_of(weights)
-        network = new_network(name, side)
-        network.load_state_dict(weights)
-        return cls(network, name, side)
+        name = about.get("architecture")
+        if name not in NETWORKS:
+            raise ValueError(f"{file} holds no judge.")
+        network = new_network(name, int(about["side"]))
+        network.load_state_dict(load_file(file))
+        return cls(network, name, int(about["side"]))
 
     def read(self, images: Tensor) -> Reading:
         """Name what (n, 3, h, w) in 0 to 1 show."""
@@ -93,14 +85,14 @@ class Judge:
             for question, words in ANSWERS.items()
         ))  # fmt: skip
 
-    def probabilities(self, images: Tensor) -> dict[str, Tensor]:
-        """Return for each question how likely each word is: (n, words)."""
-        return _probabilities(list(self._answers(images)))
-
     def look(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return what ``embed`` and ``probabilities`` do, looking once."""
+        """Return what ``embed`` does, and for each question how likely each word is, (n, words)."""
         answers = list(self._answers(images))
-        return torch.cat([answer.embedding for answer in answers]), _probabilities(answers)
+        said = {
+            question: torch.cat([answer.logits[question] for answer in answers]).softmax(1)
+            for question in ANSWERS
+        }
+        return torch.cat([answer.embedding for answer in answers]), said
 
     def words(self, question: str) -> tuple[str, ...]:
         """Return what a question may be answered with."""
@@ -120,13 +112,6 @@ class Judge:
             yield self.network(resized(part, self.side))
 
 
-def _probabilities(answers: Sequence[Answer]) -> dict[str, Tensor]:
-    return {
-        question: torch.cat([answer.logits[question] for answer in answers]).softmax(1)
-        for question in ANSWERS
-    }
-
-
 def new_network(architecture: str, side: int = SIDE) -> nn.Module:
     """Return an untrained network of an architecture, always the same."""
     with torch.random.fork_rng(devices=()):
@@ -139,11 +124,3 @@ def resized(images: Tensor, side: int) -> Tensor:
     if images.shape[-2:] == (side, side):
         return images
     return F.interpolate(images, size=(side, side), mode="bilinear", antialias=True)
-
-
-def architecture_of(weights: dict[str, Tensor]) -> str:
-    """Return the architecture that has weights of these names."""
-    for name in NETWORKS:
-        if new_network(name).state_dict().keys() == weights.keys():
-            return name
-    raise ValueError("These are not the weights of a judge.")

@@ -8,12 +8,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+from lora2_pack.bench.paper import app
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 COMMAND = [sys.executable, str(ROOT / "bench" / "paper" / "__main__.py")]
-SMALL = ["--plan=steps=2,prompts=2", "--only=mug-23,clock-79", "--seeds=1"]
+SMALL = ["--plan=steps=1,prompts=1", "--only=mug-23,clock-79", "--seeds=1"]
 
 
 def start(out: Path, *more: str) -> subprocess.Popen[str]:
@@ -60,7 +62,9 @@ def test_a_run_that_is_told_to_end_keeps_what_is_done(tmp_path: Path):
     assert len(kept.read_text("utf-8").splitlines()) == 1 + len(list(out.glob("records/*/*.json")))
 
 
-def test_a_wrong_name_is_told(tmp_path: Path):
-    run = start(tmp_path, "--processes=1", "--base=demo", "--methods=fixed-3")
-    told = run.communicate(timeout=120)[0]
-    assert run.returncode and "fixed-3 is no method; choose among fixed-1," in told
+def test_a_wrong_name_is_told(runtime: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """In this process: a wrong name needs no process of its own."""
+    asked = [f"--out={tmp_path}", "--worker", "--processes=1", "--threads=1", "--methods=fixed-3"]
+    monkeypatch.setattr(sys, "argv", ["bench.paper", *asked])
+    with pytest.raises(SystemExit, match="fixed-3 is no method; choose among fixed-1,"):
+        app.main()

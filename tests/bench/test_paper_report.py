@@ -9,8 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from lora2_pack.bench.paper import archive, methods, report, results, sweep, tuning, verdict
-from lora2_pack.bench.paper.results import Interval, Result
+from lora2_pack.bench.paper import methods
+from lora2_pack.bench.paper.records import archive, results
+from lora2_pack.bench.paper.records.results import Interval, Result, likeness
+from lora2_pack.bench.paper.report import page, verdict
+from lora2_pack.bench.paper.runs import sweep, tuning
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RECORDS = ROOT / "bench" / "paper" / "results" / "demo.jsonl"
@@ -128,7 +131,7 @@ def test_drawn_subjects_and_photographs_are_told_apart():
 
 def test_what_the_sentences_rest_on_is_told():
     found = [each for each in run(ours=0.7) if each.method != "adalora" or each.seed == 0]
-    assert report.markdown(found, METHODS).startswith("| | 8 subjects, seeds of each: 2 |")
+    assert page.markdown(found, METHODS).startswith("| | 8 subjects, seeds of each: 2 |")
     claims = {claim.sentence: claim for claim in verdict.claims(found, METHODS)}
     assert one(claims, "Beside AdaLoRA").sentence.endswith("; seeds of it: 1.")
     assert "seeds of it" not in one(claims, "then SVD").sentence
@@ -136,7 +139,7 @@ def test_what_the_sentences_rest_on_is_told():
 
 def test_without_what_a_verdict_is_about_there_is_none():
     others = [each for each in run(ours=0.7) if each.method != "balanced"]
-    assert report.markdown(others, METHODS).startswith("No verdict: that takes records of balanced")
+    assert page.markdown(others, METHODS).startswith("No verdict: that takes records of balanced")
 
 
 def test_a_term_that_changes_nothing_is_no_proof():
@@ -160,37 +163,37 @@ def test_the_rule(gap: Interval, beats: str, no_worse: str):
 
 def test_the_page_needs_no_network_and_shows_every_method(tmp_path: Path):
     found = list(run(ours=0.7))
-    page = report.write(found, METHODS, "Base: <demo>", tmp_path).read_text("utf-8")
-    assert "&lt;demo&gt;" in page and not re.search(r"https?://|//", page)
-    pictures = set(re.findall(r"src=(\S+?\.png)", page))
+    told = page.write(found, METHODS, "Base: <demo>", tmp_path).read_text("utf-8")
+    assert "&lt;demo&gt;" in told and not re.search(r"https?://|//", told)
+    pictures = set(re.findall(r"src=(\S+?\.png)", told))
     assert pictures == {"front.png", "pairs.png", "sizes.png", "ranks.png"}
     for name in pictures:
         assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
     for name in {one.method for one in found}:
-        assert METHODS[name].label in page
+        assert METHODS[name].label in told
     best = max(
         statistics_mean for statistics_mean in
-        (sum(results.by_subject(found, name, verdict.likeness).values()) / 8
+        (sum(results.by_subject(found, name, likeness).values()) / 8
          for name in {one.method for one in found})
     )  # fmt: skip
-    assert f"<td class=best>{best:.3f}</td>" in page
-    assert report.markdown(found, METHODS).count("\n| ") > 5
+    assert f"<td class=best>{best:.3f}</td>" in told
+    assert page.markdown(found, METHODS).count("\n| ") > 5
 
 
 def test_without_results_there_is_no_page(tmp_path: Path):
     with pytest.raises(ValueError, match="run the benchmark first"):
-        report.write([], METHODS, "", tmp_path)
+        page.write([], METHODS, "", tmp_path)
 
 
 def test_few_methods_are_enough_for_a_page(tmp_path: Path):
     for chosen in ({"fixed-1"}, {"fixed-1", "balanced"}, {"balanced"}):
         found = [one for one in run(ours=0.7) if one.method in chosen]
-        assert report.write(found, METHODS, "", tmp_path).is_file()
+        assert page.write(found, METHODS, "", tmp_path).is_file()
 
 
 def test_the_table_of_a_sweep_is_in_order_and_says_by_how_much():
     known = sweep.variants(METHODS[methods.IN_RANKS])
-    levels = {"as-it-is": 0.7, "svd-2": 0.72, "scale-f": 0.6}
+    levels = {"as-it-is": 0.7, "quantile-0.5": 0.72, "start-maximum": 0.6}
     found = [
         Result(subject, name, 0, level, 0.9, None, None, 500_000, 1.0, 1.0, {})
         for name, level in levels.items()
@@ -199,7 +202,7 @@ def test_the_table_of_a_sweep_is_in_order_and_says_by_how_much():
     rows = sweep.table(found, known).splitlines()[2:]
     assert [row.split(" | ")[1] for row in rows] == ["0.720", "0.700", "0.600"]
     assert [row.split(" | ")[2] for row in rows] == ["+0.020", "", "-0.100"]
-    assert known["svd-2"].label in rows[0] and rows[0].endswith(" 0.50 |")
+    assert known["quantile-0.5"].label in rows[0] and rows[0].endswith(" 0.50 |")
 
 
 def test_all_kept_records_are_of_one_run():
@@ -225,7 +228,7 @@ def test_all_kept_records_are_of_one_run():
 
 
 def test_the_readme_says_what_the_records_say():
-    told = report.markdown(results.read(RECORDS), METHODS)
+    told = page.markdown(results.read(RECORDS), METHODS)
     assert told in (ROOT / "README.md").read_text("utf-8"), (
         "run `python -m bench.paper --report --archive bench/paper/results/demo.jsonl --out DIR`, "
         "put DIR/report/front.png into docs/images and the table it prints into README.md"

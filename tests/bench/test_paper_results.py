@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from lora2_pack.bench.paper import archive, methods, plan, results, table_a1
+from lora2_pack.bench.paper import methods, plan
 from lora2_pack.bench.paper.plan import Plan
-from lora2_pack.bench.paper.results import Point, Result
+from lora2_pack.bench.paper.records import archive, results
+from lora2_pack.bench.paper.records.results import Point, Result
+from lora2_pack.bench.paper.subjects import table_a1
 
 
 def result(method: str, subject: str, seed: int = 0, likeness: float = 0.5, **more) -> Result:

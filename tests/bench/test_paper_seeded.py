@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from lora2_pack.bench.paper import seeded
+from lora2_pack.bench.paper.bases import seeded
 
 
 @pytest.mark.parametrize("shape", list(seeded.SHAPES))
@@ -15,7 +15,7 @@ def test_comfyui_takes_it_for_the_real_one(runtime: Any, shape: str):
 
     tensors = seeded._on_meta(shape)
     found = comfy.model_detection.model_config_from_unet(tensors, "model.diffusion_model.")
-    assert type(found).__name__ == seeded.SHAPES[shape][0]
+    assert type(found).__name__ == seeded.SHAPES[shape]
     target = found.clip_target({}).clip.__name__
     assert target == "SDXLClipModel"
     kinds = {name.split(".")[0] for name in tensors}

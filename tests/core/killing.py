@@ -10,23 +10,15 @@ import json
 import logging
 import os
 import random
+import runpy
 import signal
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 60
 NAME = "cat_00001_.safetensors"
-
-
-def _register_pack() -> None:
-    """The pack as the tests import it, without ComfyUI."""
-    package = ModuleType("lora2_pack")
-    package.__path__ = [str(ROOT)]
-    sys.modules["lora2_pack"] = package
-    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
 
 
 def _train(path: Path, steps: int = STEPS) -> None:
@@ -107,7 +99,7 @@ def be_signalled(path: Path, name: str) -> None:
 
 
 if __name__ == "__main__":
-    _register_pack()
+    runpy.run_path(str(ROOT / "tools" / "pack.py"))["register"]()  # without ComfyUI
     import torch
 
     torch.set_num_threads(1)

@@ -9,7 +9,7 @@ can be checked with pencil and paper.
 from __future__ import annotations
 
 import json
-import sys
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +50,9 @@ def components(importance_of: Any, make: Any) -> list[Any]:
 
 
 def main() -> None:
-    sys.path.insert(0, str(HERE.parent.parent))
-    from lora2_core import adaptive_rank, lora_file
-    from lora2_core.files.component import Component
+    runpy.run_path(str(HERE.parent.parent / "tools" / "pack.py"))["register"]()
+    from lora2_pack.lora2_core import adaptive_rank, lora_file
+    from lora2_pack.lora2_core.files.component import Component
 
     expected = {}
     made = components(adaptive_rank.importance, Component)

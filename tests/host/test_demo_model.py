@@ -88,8 +88,8 @@ def test_photos_survive_the_autoencoder(trained: Parts):
     pytest.importorskip("skia", reason="scenes need skia-python", exc_type=ImportError)
     import random
 
-    from lora2_tools.tiny_sdxl.latents import to_pixels
-    from lora2_tools.tiny_sdxl.scenes import random_scene, render
+    from lora2_pack.tools.tiny_sdxl.pictures import to_pixels
+    from lora2_pack.tools.tiny_sdxl.world.scenes import random_scene, render
 
     rng = random.Random("demo model")
     pixels = to_pixels(render(random_scene(rng)) for _ in range(4)).permute(0, 2, 3, 1)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +16,29 @@ from safetensors.torch import save_file
 
 pytest.importorskip("skia", reason="scenes need skia-python", exc_type=ImportError)
 
+from lora2_pack.lora2_core.tiny_sdxl import judges
+from lora2_pack.lora2_core.tiny_sdxl.judge_networks import ANSWERS, NETWORKS
 from lora2_pack.lora2_core.tiny_sdxl.judges import Reading
-from lora2_tools.tiny_sdxl import evaluation, figures, grids, judges, painting, personalising
-from lora2_tools.tiny_sdxl.judges import ANSWERS, NETWORKS
-from lora2_tools.tiny_sdxl.painting import Sampling
-from lora2_tools.tiny_sdxl.personalising import BASE, METHODS, Plan
-from lora2_tools.tiny_sdxl.scenes import OBJECTS, PLACES, random_scene
-from lora2_tools.tiny_sdxl.subjects import SUBJECT_SEEDS, subject_views
+from lora2_pack.tools.tiny_sdxl import pictures
+from lora2_pack.tools.tiny_sdxl.evaluation import (
+    answers,
+    autoencoder,
+    figures,
+    grids,
+    painting,
+    prompts,
+    report,
+    speed,
+)
+from lora2_pack.tools.tiny_sdxl.evaluation import (
+    parts as parts_of_base,
+)
+from lora2_pack.tools.tiny_sdxl.evaluation.painting import Sampling
+from lora2_pack.tools.tiny_sdxl.evaluation.parts import Parts
+from lora2_pack.tools.tiny_sdxl.world.scenes import OBJECTS, PLACES, random_scene
+from lora2_pack.tools.tiny_sdxl.world.subjects import SUBJECT_SEEDS, subject_views
 
 SIDE = 64  # px
-PLAN = Plan(steps=2, batch=1, prompts=2)
-
-
-class Stop(Exception):
-    """What is done already was about to be done again."""
-
-
-def refuse(what: str) -> Callable[..., Any]:
-    def refused(*_: Any, **__: Any) -> Any:
-        raise Stop(what)
-
-    return refused
 
 
 @pytest.fixture(autouse=True)
@@ -47,18 +48,18 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     def two_views(subject: Any, kind: Any = "train", size: int = SIDE) -> Any:
         return subject_views(subject, kind, SIDE)[:2]
 
-    for module in (evaluation, personalising):
+    for module in (answers, painting, speed):
         monkeypatch.setattr(module, "SIZE", SIDE)
+    for module in (autoencoder, speed):
         monkeypatch.setattr(module, "subject_views", two_views)
-    monkeypatch.setattr(evaluation, "OTHERS", 1)
-    monkeypatch.setattr(painting, "SIZE", SIDE)
+    monkeypatch.setattr(autoencoder, "OTHERS", 1)
 
 
 @pytest.fixture(scope="module")
-def tested(parts: Any) -> personalising.Parts:
+def tested(parts: Any) -> Parts:
     """An untrained base, painting in two steps, and judges that know nothing."""
     known = {name: judges.Judge(judges.new_network(name), name) for name in NETWORKS}
-    return personalising.Parts(*parts, known, Sampling(steps=2))
+    return Parts(*parts, known, Sampling(steps=2))
 
 
 def picture(count: int = 3, side: int = SIDE) -> torch.Tensor:
@@ -72,34 +73,6 @@ def test_the_way_leads_from_the_base_to_the_subject() -> None:
     assert figures.share_of_the_way(0.5, 0.2, 0.8) == pytest.approx(0.5)
     assert figures.share_of_the_way(0.1, 0.2, 0.8) < 0
     assert math.isnan(figures.share_of_the_way(0.5, 0.8, 0.8))
-    after, base, own = (
-        {"a": {"mean": a}, "b": {"mean": b}} for a, b in ((0.5, 0.4), (0.2, 0.0), (0.8, 0.5))
-    )
-    found = figures.shares(after, base, own)
-    assert found == pytest.approx({"a": 0.5, "b": 0.8, "mean": 0.65})
-
-
-def test_a_difference_is_measured_against_its_own_noise() -> None:
-    difference, error = figures.paired([0.1, 0.2, 0.3], [0.2, 0.4, 0.6])
-    assert difference == pytest.approx(0.2)
-    assert error == pytest.approx(0.1 / 3**0.5)
-    assert figures.paired([0.1], [0.9])[1] == math.inf
-
-
-def test_methods_are_compared_subject_by_subject() -> None:
-    def subject(one: list[float], other: list[float]) -> Any:
-        return {"a": {"each": one}, "b": {"each": other}}
-
-    lows = [subject([0.1, 0.2, 0.3], [0.5, 0.5, 0.5]), subject([0.9, 0.1, 0.5], [0.6, 0.6, 0.6])]
-    highs = [subject([0.2, 0.4, 0.6], [0.4, 0.4, 0.4]), subject([0.1, 0.9, 0.5], [0.6, 0.6, 0.6])]
-    found = figures.comparison(lows, highs)
-    assert list(found) == ["a", "b", "all"]
-    assert found["a"] == pytest.approx(
-        {"second minus first": 0.1, "second better": 1, "first better": 0}
-    )
-    assert found["b"]["first better"] == 1
-    assert found["all"]["second minus first"] == pytest.approx(0.025)
-    assert found["all"]["second better"] == found["all"]["first better"] == 0
 
 
 def test_what_the_autoencoder_leaves_is_scaled_between_others_and_the_subject() -> None:
@@ -109,7 +82,7 @@ def test_what_the_autoencoder_leaves_is_scaled_between_others_and_the_subject() 
     )
     first = dict(zip(names, (0.8, 0.6, 0.3, 0.2, 0.4, 0.3), strict=True))
     second = dict(zip(names, (0.8, 0.8, 0.1, 0.1, 0.2, 0.2), strict=True))
-    found = evaluation.retained({41: first, 23: second})
+    found = autoencoder.retained({41: first, 23: second})
     assert found["subjects"]["41"]["scaled after"] == pytest.approx(0.6)
     assert found["subjects"]["41"]["ratio"] == found["least ratio"] == pytest.approx(0.75)
     assert found["ratio"] == pytest.approx(0.7 / 0.8)
@@ -120,7 +93,7 @@ def test_what_the_autoencoder_leaves_is_scaled_between_others_and_the_subject() 
 def test_psnr_is_in_decibels() -> None:
     images = picture(2) / 2
     again = images + torch.tensor([0.1, 0.01]).view(2, 1, 1, 1)
-    torch.testing.assert_close(evaluation.psnr(images, again), torch.tensor([20.0, 40.0]))
+    torch.testing.assert_close(autoencoder.psnr(images, again), torch.tensor([20.0, 40.0]))
 
 
 def test_all_numbers_are_told_but_those_of_single_prompts() -> None:
@@ -131,8 +104,8 @@ def test_all_numbers_are_told_but_those_of_single_prompts() -> None:
 # --- the parts --------------------------------------------------------------------------------
 
 
-def test_the_autoencoder_s_figures_are_complete(tested: personalising.Parts) -> None:
-    found = evaluation.vae_figures(tested, scenes=2, readings=3, subjects=SUBJECT_SEEDS[:2])
+def test_the_autoencoder_s_figures_are_complete(tested: Parts) -> None:
+    found = autoencoder.vae_figures(tested, scenes=2, readings=3, subjects=SUBJECT_SEEDS[:2])
     for of in ("scenes", "subjects"):
         assert 15 < found["psnr"][of]["least"] <= found["psnr"][of]["mean"] < 50
     for kind in ("drawn", "reconstructed"):
@@ -148,7 +121,7 @@ def test_the_autoencoder_s_figures_are_complete(tested: personalising.Parts) -> 
 
 def test_a_tally_counts_right_answers() -> None:
     class Knows:
-        def read(self, images: torch.Tensor) -> judges.Reading:
+        def read(self, images: torch.Tensor) -> Reading:
             return Reading(
                 [scene.object for scene in scenes],
                 [scene.place for scene in scenes],
@@ -156,92 +129,53 @@ def test_a_tally_counts_right_answers() -> None:
                 [scenes[0].pattern, "?"],
             )
 
-    rng = evaluation.random.Random(0)
+    rng = random.Random(0)
     scenes = [random_scene(rng) for _ in range(2)]
-    tally = evaluation.Tally({"knows": Knows()})  # type: ignore[dict-item]
+    tally = answers.Tally({"knows": Knows()})  # type: ignore[dict-item]
     tally.add(scenes, picture(2))
     assert tally.shares() == {"knows": {"object": 1, "place": 1, "colour": 0, "pattern": 0.5}}
 
 
-def test_the_base_s_figures_and_samples(tested: personalising.Parts, tmp_path: Path) -> None:
-    found = evaluation.base_figures(tested, tmp_path / "samples.png", prompts=3, samples=2)
+def test_the_base_s_figures_and_samples(tested: Parts, tmp_path: Path) -> None:
+    found = prompts.base_figures(tested, tmp_path / "samples.png", prompts=3, samples=2)
     assert found["pairs seen"]["prompts"] == 3
     assert found["pairs held out"]["prompts"] == 1
     for kind in ("painted", "drawn", "reconstructed"):
         assert set(found["pairs seen"][kind]) == set(NETWORKS)
-    again = evaluation.prompted_figures(tested, 1, held_out=True)
+    again = prompts.prompted_figures(tested, 1, held_out=True)
     assert again == found["pairs held out"]
     assert Image.open(tmp_path / "samples.png").width > 1600
 
 
 def test_samples_show_all_objects_in_all_places() -> None:
-    scenes = evaluation.sample_scenes()
+    scenes = prompts.sample_scenes()
     assert Counter(scene.object for scene in scenes) == dict.fromkeys(OBJECTS, 4)
     assert Counter(scene.place for scene in scenes) == dict.fromkeys(PLACES, 3)
     assert len({(scene.object, scene.place) for scene in scenes}) == 48
-    assert scenes == evaluation.sample_scenes()
+    assert scenes == prompts.sample_scenes()
 
 
-def test_speed_is_measured(tested: personalising.Parts) -> None:
-    found = evaluation.speed_figures(tested, samples=1, steps=1, warm_up=1)
+def test_speed_is_measured(tested: Parts) -> None:
+    found = speed.speed_figures(tested, samples=1, steps=1, warm_up=1)
     assert found["seconds a sample"] > 0
     assert set(found["seconds a LoRA step"]) == {"fixed-16", "balanced"}
     assert all(seconds > 0 for seconds in found["seconds a LoRA step"].values())
-
-
-# --- personalising ----------------------------------------------------------------------------
-
-
-def test_subjects_are_learnt_once_and_judged_every_time(
-    tested: personalising.Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = personalising.personal_figures(tested, tmp_path, SUBJECT_SEEDS[:1], PLAN)
-    (name,) = found["subjects"]
-    for method in METHODS:
-        for kind in ("json", "png", "safetensors"):
-            assert (tmp_path / f"{name}-{method}.{kind}").is_file()
-    assert Image.open(tmp_path / f"{name}.png").height > 600
-    record = found["subjects"][name]["methods"]["balanced"]
-    assert {"likeness", "share", "share of reachable", "mean_rank", "loss"} <= set(record)
-    assert len(record["likeness"]["residual"]["each"]) == PLAN.prompts * PLAN.pictures
-    assert found["subjects"][name]["methods"]["fixed-8"]["mean_rank"] == 8
-    assert {"share / mean", "place", "megabytes"} <= set(found["summary"]["methods"]["fixed-8"])
-    assert set(found["summary"]["pairs"]["fixed-8 against fixed-largest"]) == {*NETWORKS, "all"}
-    json.dumps(found)
-
-    base = grids.read_strip(tmp_path / f"{name}-{BASE}.png")
-    with_lora = grids.read_strip(tmp_path / f"{name}-fixed-largest.png")
-    assert not torch.equal(base, with_lora)
-    # A LoRA that was painted with is gone from the base.
-    subject = evaluation.make_subject(SUBJECT_SEEDS[0])
-    state = personalising.fingerprint(tested)
-    trial = personalising.Trial(tested, subject, PLAN, tmp_path, state)
-    torch.testing.assert_close(trial._paint(BASE), base, rtol=0, atol=0.6 / 255)
-
-    monkeypatch.setattr(personalising, "train_lora", refuse("train"))
-    monkeypatch.setattr(painting.Painter, "paint", refuse("paint"))
-    assert personalising.personal_figures(tested, tmp_path, SUBJECT_SEEDS[:1], PLAN) == found
-    for changed, again in ((replace(PLAN, steps=3), "train"), (replace(PLAN, prompts=1), "paint")):
-        with pytest.raises(Stop, match=again):
-            personalising.Trial(tested, subject, changed, tmp_path, state).attempt("balanced")
-    with pytest.raises(Stop):
-        personalising.Trial(tested, subject, PLAN, tmp_path, "another base").attempt(BASE)
 
 
 # --- the whole --------------------------------------------------------------------------------
 
 
 def test_parts_done_earlier_stay_in_the_file(
-    tested: personalising.Parts,
+    tested: Parts,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(evaluation, "vae_figures", lambda parts: {"psnr": {"mean": 24.5}})
-    monkeypatch.setattr(evaluation, "speed_figures", lambda parts: {"threads": 2})
-    evaluation.run_parts(tested, tmp_path, ["vae"], 1, 1)
-    found = evaluation.run_parts(tested, tmp_path, ["speed"], 1, 1)
-    weights = {"weights": personalising.fingerprint(tested)}
+    monkeypatch.setattr(report, "vae_figures", lambda parts: {"psnr": {"mean": 24.5}})
+    monkeypatch.setattr(report, "speed_figures", lambda parts: {"threads": 2})
+    report.run_parts(tested, tmp_path, ["vae"], 1)
+    found = report.run_parts(tested, tmp_path, ["speed"], 1)
+    weights = {"weights": tested.fingerprint()}
     assert found == {"vae": {**weights, "psnr": {"mean": 24.5}}, "speed": {**weights, "threads": 2}}
     assert json.loads((tmp_path / "evaluation.json").read_text("utf-8")) == found
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
@@ -249,14 +183,11 @@ def test_parts_done_earlier_stay_in_the_file(
 
 
 @pytest.mark.parametrize(
-    ("wanted", "prompts", "subjects", "says"),
-    [(["vea"], 1, 1, "vea"), (["vae"], 0, 1, "--prompts"), (["vae"], 1, 13, "--subjects")],
+    ("wanted", "count", "says"), [(["vea"], 1, "vea"), (["vae"], 0, "--prompts")]
 )
-def test_a_bad_option_is_refused(
-    wanted: list[str], prompts: int, subjects: int, says: str, tmp_path: Path
-) -> None:
+def test_a_bad_option_is_refused(wanted: list[str], count: int, says: str, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=says):
-        evaluation.evaluate(tmp_path / "out", wanted, prompts, subjects)
+        report.evaluate(tmp_path / "out", wanted, count)
     assert not (tmp_path / "out").exists()
 
 
@@ -267,10 +198,10 @@ def test_judges_are_read_and_missed_by_name(tmp_path: Path) -> None:
         save_file(
             {n: v.half() for n, v in weights.items()}, tmp_path / f"{name}.safetensors", about
         )
-    assert list(evaluation.load_judges(tmp_path)) == list(NETWORKS)
+    assert list(parts_of_base.load_judges(tmp_path)) == list(NETWORKS)
     (tmp_path / "patches.safetensors").unlink()
     with pytest.raises(SystemExit, match=r"patches.*restore"):
-        evaluation.load_judges(tmp_path)
+        parts_of_base.load_judges(tmp_path)
 
 
 # --- pictures ---------------------------------------------------------------------------------
@@ -278,8 +209,8 @@ def test_judges_are_read_and_missed_by_name(tmp_path: Path) -> None:
 
 def test_strips_give_back_what_they_hold(tmp_path: Path) -> None:
     images = picture(3)
-    grids.write_strip(tmp_path / "strip.png", images)
-    again = grids.read_strip(tmp_path / "strip.png")
+    pictures.write_strip(tmp_path / "strip.png", images)
+    again = pictures.read_strip(tmp_path / "strip.png")
     torch.testing.assert_close(again, images, rtol=0, atol=0.51 / 255)
 
 
@@ -296,12 +227,3 @@ def test_grids_have_room_for_every_tile_and_line(tmp_path: Path) -> None:
     assert size(5, "a", False)[1] > size(4, "a", False)[1]
     assert size(4, long, False)[1] > size(4, "a", False)[1]
     assert size(4, "a", True)[1] > size(4, "a", False)[1]
-    row = grids.Row("LoRA²", ("likeness 0.50",), picture(2))
-    for photos, across in ((1, 2), (3, 3)):
-        file = grids.subject_grid(
-            *(tmp_path / "one.png", "sks cat", ("a note",), picture(photos), [row, row]),
-            *(["sea", "sky"], 64),
-        )
-        width, height = Image.open(file).size
-        assert width == 2 * grids.MARGIN + 176 + across * 74 - 10
-        assert height == 2 * grids.MARGIN + 64 + 64 + 2 * 74 - 10

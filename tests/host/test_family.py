@@ -4,76 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Any
 
 import comfy.supported_models
 import comfy.utils
 import pytest
-import torch
+from lora2_pack.bench.paper.bases.family import FAMILY, on_meta
 from lora2_pack.lora2_core import lora_file
 from lora2_pack.lora2_core.adapters.targets import PRESETS, find_targets
 from lora2_pack.lora2_core.config.ranks import GROUPS
 from lora2_pack.tests.host import demo
-
-_COMMON: dict[str, Any] = {
-    "use_checkpoint": False,
-    "image_size": 32,
-    "in_channels": 4,
-    "out_channels": 4,
-    "use_spatial_transformer": True,
-    "legacy": False,
-    "num_classes": "sequential",
-    "adm_in_channels": 2816,
-    "model_channels": 320,
-    "channel_mult": [1, 2, 4],
-    "use_linear_in_transformer": True,
-    "context_dim": 2048,
-    "num_head_channels": 64,
-    "use_temporal_attention": False,
-}
-_THREE_A_LEVEL = {"num_res_blocks": [2, 2, 2]}
-_TWO_A_LEVEL = {"num_res_blocks": [1, 1, 1]}
-# What ComfyUI detects in a checkpoint of each: depths going down, in the middle, going up.
-FAMILY = {
-    "SDXL": _THREE_A_LEVEL
-    | {
-        "transformer_depth": [0, 0, 2, 2, 10, 10],
-        "transformer_depth_middle": 10,
-        "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
-    },
-    "SSD1B": _THREE_A_LEVEL
-    | {
-        "transformer_depth": [0, 0, 2, 2, 4, 4],
-        "transformer_depth_middle": -1,
-        "transformer_depth_output": [0, 0, 0, 1, 1, 2, 10, 4, 4],
-    },
-    "Segmind_Vega": _THREE_A_LEVEL
-    | {
-        "transformer_depth": [0, 0, 1, 1, 2, 2],
-        "transformer_depth_middle": -1,
-        "transformer_depth_output": [0, 0, 0, 1, 1, 1, 2, 2, 2],
-    },
-    "KOALA_700M": _TWO_A_LEVEL
-    | {
-        "transformer_depth": [0, 2, 5],
-        "transformer_depth_middle": -2,
-        "transformer_depth_output": [0, 0, 2, 2, 5, 5],
-    },
-    "KOALA_1B": _TWO_A_LEVEL
-    | {
-        "transformer_depth": [0, 2, 6],
-        "transformer_depth_middle": 6,
-        "transformer_depth_output": [0, 0, 2, 2, 6, 6],
-    },
-}
-
-
-def on_meta(name: str, dtype: torch.dtype = torch.float32) -> Any:
-    """The BaseModel of a member of the family, without data."""
-    unet = {key: list(v) if isinstance(v, list) else v for key, v in FAMILY[name].items()}
-    config = getattr(comfy.supported_models, name)({**_COMMON, **unet})
-    config.set_inference_dtype(dtype, None)
-    return config.get_model({}, "", torch.device("meta"))
 
 
 @pytest.mark.parametrize(

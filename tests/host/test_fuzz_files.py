@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lora2_pack.bench.resident import risen, settled
 from lora2_pack.lora2_core import comfy_host
 from lora2_pack.lora2_core.config.load import Limits
 from lora2_pack.lora2_core.files.header import read_header
@@ -30,18 +31,9 @@ MOST_SECONDS, MOST_MEGABYTES = 2.0, 200.0
 @contextmanager
 def _little_memory() -> Iterator[None]:
     """No more than 200 MB above what there is now, not even for a moment."""
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak is what is there now
-    before = _status("VmRSS")
+    before = settled()
     yield
-    assert _status("VmHWM") - before < MOST_MEGABYTES
-
-
-def _status(field: str) -> float:
-    """MB of memory, as the kernel counts them."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith(field):
-            return float(line.split()[1]) / 1e3
-    raise AssertionError(field)
+    assert risen(before) < MOST_MEGABYTES
 
 
 def _use(path: Path, model: Any, cut: bool = True, merge: bool = True) -> str:

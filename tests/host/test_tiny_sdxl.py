@@ -20,7 +20,7 @@ PROMPTS = ["a red striped mug on a sandy beach at sunset", "", "a photo of sks r
 def base(comfyui: Any) -> Any:
     """The base at its start."""
     import comfy.clip_model
-    from lora2_tools.tiny_sdxl.base import Base
+    from lora2_pack.tools.tiny_sdxl.training.base import Base
 
     original = comfy.clip_model.CLIPLayer.forward
     yield Base()
@@ -68,7 +68,7 @@ def test_the_size_is_told_as_comfyui_tells_it(base: Any) -> None:
 
 
 def test_every_weight_that_a_picture_depends_on_learns(base: Any) -> None:
-    from lora2_tools.tiny_sdxl.base import Denoising, Recipe
+    from lora2_pack.tools.tiny_sdxl.training.base import Denoising, Recipe
 
     weights = base.weights()
     task = Denoising(base, torch.randn(8, 4, 24, 24).half(), Recipe(batch=2))
@@ -88,8 +88,8 @@ def test_every_weight_that_a_picture_depends_on_learns(base: Any) -> None:
 
 
 def test_the_autoencoder_learns_and_encodes(comfyui: Any, tmp_path: Path) -> None:
-    from lora2_tools.tiny_sdxl import autoencoder, latents
-    from lora2_tools.tiny_sdxl.training import Schedule, read_average
+    from lora2_pack.tools.tiny_sdxl.training import autoencoder, latents
+    from lora2_pack.tools.tiny_sdxl.training.run import Schedule, read_average
 
     recipe = autoencoder.Recipe(batch=1, crop=32)
     file = tmp_path / "autoencoder.safetensors"
@@ -107,8 +107,8 @@ def test_the_autoencoder_learns_and_encodes(comfyui: Any, tmp_path: Path) -> Non
 def test_a_run_becomes_the_file_that_the_pack_loads(base: Any, tmp_path: Path) -> None:
     """The same names, shapes and words as the file in the pack, so training again replaces it."""
     from lora2_pack.lora2_core.tiny_sdxl.model import WEIGHTS
-    from lora2_tools.tiny_sdxl import autoencoder, exporting
-    from lora2_tools.tiny_sdxl.training import Run, Schedule
+    from lora2_pack.tools.tiny_sdxl.training import autoencoder, exporting
+    from lora2_pack.tools.tiny_sdxl.training.run import Run, Schedule
 
     run = tmp_path / "base.safetensors"
     Run(base.weights(), Schedule(steps=1, learning_rate=1e-3), run).save()
@@ -127,8 +127,8 @@ def test_a_run_becomes_the_file_that_the_pack_loads(base: Any, tmp_path: Path) -
 
 
 def test_refining_begins_where_the_pack_is(comfyui: Any, tmp_path: Path) -> None:
-    from lora2_tools.tiny_sdxl import base
-    from lora2_tools.tiny_sdxl.training import Schedule
+    from lora2_pack.tools.tiny_sdxl.training import base
+    from lora2_pack.tools.tiny_sdxl.training.run import Schedule
 
     start = base.weights_of_the_pack()
     one = Schedule(steps=1, learning_rate=1e-6, warm_up=1)
@@ -142,7 +142,7 @@ def test_refining_begins_where_the_pack_is(comfyui: Any, tmp_path: Path) -> None
 def test_painting_many_prompts_at_once_is_what_ksampler_paints(comfyui: Any) -> None:
     import comfy.sample
     from lora2_pack.tests.host.demo import build
-    from lora2_tools.tiny_sdxl.painting import Painter, Sampling
+    from lora2_pack.tools.tiny_sdxl.evaluation.painting import Painter, Sampling
 
     model, clip, vae = build()
     sampling = Sampling(steps=4)

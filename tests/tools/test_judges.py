@@ -11,13 +11,21 @@ import torch
 
 pytest.importorskip("skia", reason="scenes need skia-python", exc_type=ImportError)
 
-from lora2_pack.lora2_core.tiny_sdxl.judges import AT_ONCE, likeness_judges, load_judges, vision
-from lora2_tools.tiny_sdxl import judges, scenes, training
-from lora2_tools.tiny_sdxl.grids import to_pictures
-from lora2_tools.tiny_sdxl.judges import ANSWERS, NETWORKS, UNKNOWN, Judge, Recipe
-from lora2_tools.tiny_sdxl.scenes import OBJECTS, PLACES, random_scene
-from lora2_tools.tiny_sdxl.subjects import JUDGE_SEEDS, SUBJECT_SEEDS, make_subject, subject_views
-from lora2_tools.tiny_sdxl.training import Schedule, read_average
+from lora2_pack.lora2_core.reports import vision
+from lora2_pack.lora2_core.tiny_sdxl.judge_networks import ANSWERS, NETWORKS
+from lora2_pack.lora2_core.tiny_sdxl.judges import AT_ONCE, Judge, likeness_judges, load_judges
+from lora2_pack.tools.tiny_sdxl.pictures import to_pictures
+from lora2_pack.tools.tiny_sdxl.training import judges, run
+from lora2_pack.tools.tiny_sdxl.training.judges import UNKNOWN, Recipe, architecture_of
+from lora2_pack.tools.tiny_sdxl.training.run import Schedule, read_average
+from lora2_pack.tools.tiny_sdxl.world import scenes
+from lora2_pack.tools.tiny_sdxl.world.scenes import OBJECTS, PLACES, random_scene
+from lora2_pack.tools.tiny_sdxl.world.subjects import (
+    JUDGE_SEEDS,
+    SUBJECT_SEEDS,
+    make_subject,
+    subject_views,
+)
 
 torch.set_num_threads(1)
 
@@ -38,6 +46,15 @@ def pictures(count: int, size: int = 112, seed: int = 0) -> torch.Tensor:
 def judge_of(name: str) -> Judge:
     """A judge that has learnt nothing."""
     return Judge(judges.new_network(name), name)
+
+
+def judge_of_run(file: Path) -> Judge:
+    """What a run's averaged weights come to."""
+    average = read_average(file)
+    name = architecture_of(average)
+    network = judges.new_network(name)
+    network.load_state_dict(average)
+    return Judge(network, name)
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +200,7 @@ def test_a_stopped_run_ends_like_one_that_was_not_stopped(
 
     file = tmp_path / "run.safetensors"
     schedule = Schedule(steps=3, learning_rate=1e-3, warm_up=1)
-    monkeypatch.setattr(training, "SAVE_SECONDS", -1)
+    monkeypatch.setattr(run, "SAVE_SECONDS", -1)
     monkeypatch.setattr(judges, "training_batch", until)
     with pytest.raises(Stop):
         judges.train(name, file, schedule, RECIPE)
@@ -240,7 +257,7 @@ def test_an_exported_judge_answers_as_the_run_does(
     judges.export(runs[name], small)
     assert small.stat().st_size < 2.1e6
     assert [file.name for file in small.parent.iterdir()] == [small.name]
-    judge, from_run = Judge.load(small), Judge.load(runs[name])
+    judge, from_run = Judge.load(small), judge_of_run(runs[name])
     assert (judge.architecture, from_run.architecture) == (name, name)
     assert judge.side == judges.SIDE
     average = read_average(runs[name])
@@ -253,7 +270,7 @@ def test_an_exported_judge_answers_as_the_run_does(
 
 def test_a_file_of_another_kind_is_refused(tmp_path: Path):
     file = tmp_path / "other.safetensors"
-    training.save_file({"average.weight": torch.zeros(3)}, file, {"step": "1"})
+    run.save_file({"average.weight": torch.zeros(3)}, file, {"step": "1"})
     with pytest.raises(ValueError, match="judge"):
         Judge.load(file)
     with pytest.raises(ValueError, match="judge"):

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 pytest.importorskip("skia", reason="scenes need skia-python", exc_type=ImportError)
 
-from lora2_tools.tiny_sdxl import scenes, subjects
-from lora2_tools.tiny_sdxl.autoencoder_images import training_image_for_autoencoder
-from lora2_tools.tiny_sdxl.drawing.patterns import BASE_PATTERNS, SUBJECT_PATTERNS
-from lora2_tools.tiny_sdxl.drawing.places import PLACES as PLACE_WORDS
-from lora2_tools.tiny_sdxl.palette import COLOURS, NAMED, difference, from_oklch, oklab
+from lora2_pack.tools.tiny_sdxl.drawing.palette import COLOURS, NAMED, difference, from_oklch, oklab
+from lora2_pack.tools.tiny_sdxl.drawing.patterns import BASE_PATTERNS, SUBJECT_PATTERNS
+from lora2_pack.tools.tiny_sdxl.drawing.places import PLACES as PLACE_WORDS
+from lora2_pack.tools.tiny_sdxl.training.autoencoder_images import training_image_for_autoencoder
+from lora2_pack.tools.tiny_sdxl.world import scenes, subjects
 
 SIZE = 96
 seeds = st.integers(0, 2**32 - 1)

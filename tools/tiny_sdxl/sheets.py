@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .autoencoder_images import training_image_for_autoencoder
-from .palette import COLOURS, named_colour
-from .scenes import OBJECTS, PATTERNS, PLACES, Scene, random_scene, render, second_colour
-from .subjects import JUDGE_SEEDS, SUBJECT_SEEDS, make_subject, subject_views
+from .drawing.palette import COLOURS, named_colour
+from .training.autoencoder_images import training_image_for_autoencoder
+from .world.scenes import OBJECTS, PATTERNS, PLACES, Scene, random_scene, render, second_colour
+from .world.subjects import JUDGE_SEEDS, SUBJECT_SEEDS, make_subject, subject_views
 
 
 def write_sheets(folder: Path, size: int = 192, tile: int = 192) -> list[Path]:

@@ -18,11 +18,10 @@ ONE_MB = RANK * 2 * WIDTH * 8 / 1e6  # a component in fp64, as it is computed wi
 # What the system counts as the process's own memory; pages mapped from a file are the disk's. It
 # is read whenever a component is asked for and whenever bytes are written.
 MEASURE = """
-import importlib, re, sys, types
+import importlib, re, runpy, sys
 from pathlib import Path
 
-pack = types.ModuleType("lora2_pack"); pack.__path__ = [sys.argv[1]]
-sys.modules["lora2_pack"] = pack
+runpy.run_path(sys.argv[1])["register"]()
 import torch
 torch.set_num_threads(1)
 resize = importlib.import_module("lora2_pack.lora2_core.resizing.resize")
@@ -69,7 +68,7 @@ def write(path: Path, components: int) -> Path:
 def peak(tmp_path: Path, components: int, way: str) -> float:
     """Memory that work on a file of so many components takes, in MB, in a process of its own."""
     small, large = write(tmp_path / "small", 1), write(tmp_path / "large", components)
-    paths = [str(path) for path in (ROOT, small, large, tmp_path / "target")]
+    paths = [str(path) for path in (ROOT / "tools" / "pack.py", small, large, tmp_path / "target")]
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, *paths, way], capture_output=True, text=True, check=False
     )

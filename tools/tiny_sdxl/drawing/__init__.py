@@ -1,1 +1,1 @@
-"""The drawings: pen, patterns, things and places."""
+"""The drawings: pen, colours, patterns, objects and places."""

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 import skia
 
-from ..palette import INDIGO, RGB, WHITE, is_dark, mix
 from .decor import Decor, draw_accessory, draw_mark
+from .palette import INDIGO, RGB, WHITE, is_dark, mix
 from .patterns import PATTERNS
 from .pen import Box, Pen, linear, oval, radial
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..palette import RGB, WHITE, hexa, is_dark, mix
+from .palette import RGB, WHITE, hexa, is_dark, mix
 from .pen import Pen, box, oval, path, polygon, smooth, star
 
 DARK: RGB = hexa("231a33")

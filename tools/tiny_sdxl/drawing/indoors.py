@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import skia
 
-from ..palette import RGB, WHITE, hexa, mix
 from .mood import Mood, tones
+from .palette import RGB, WHITE, hexa, mix
 from .pen import Pen, box, down, linear, oval, path, polygon, radial, star
 
 

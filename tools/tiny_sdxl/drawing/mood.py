@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from ..palette import INDIGO, RGB, WHITE, hexa
+from .palette import INDIGO, RGB, WHITE, hexa
 from .pen import Pen
 
 
@@ -43,9 +43,6 @@ class Light:
     # Coloured light that grazes the left and the right edge.
     edges: tuple[RGB, RGB] | None = None
     edge_strength: float = 0.35
-    # Tint of the whole thing; kept low, so that red stays red at night.
-    tint: RGB = WHITE
-    tint_strength: float = 0.0
     shadow: RGB = INDIGO
     shadow_strength: float = 0.42
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..palette import RGB, WHITE, hexa, mix
 from .mood import Mood, tones
+from .palette import RGB, WHITE, hexa, mix
 from .pen import Pen, box, down, linear, oval, path, polygon
 
 FRAME = box(0, 0, 1, 1)

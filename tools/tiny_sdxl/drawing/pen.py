@@ -13,7 +13,7 @@ from functools import lru_cache
 
 import skia
 
-from ..palette import RGB
+from .palette import RGB
 
 Fill = RGB | skia.Shader
 Box = tuple[float, float, float, float]

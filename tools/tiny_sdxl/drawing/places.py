@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ..palette import INDIGO, hexa
 from . import indoors, outdoors, sights
 from .mood import Light, Place
+from .palette import INDIGO, hexa
 
 PLACES: dict[str, Place] = {
     "beach": Place(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ..palette import RGB, WHITE, hexa, mix
 from .mood import Mood, tones
 from .outdoors import PETALS, _flower, cloud
+from .palette import RGB, WHITE, hexa, mix
 from .pen import Pen, box, down, linear, oval, path, polygon
 
 

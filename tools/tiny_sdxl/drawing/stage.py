@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import skia
 
-from ..palette import INDIGO, RGB, WHITE, mix
 from .artist import Artist, Look
 from .mood import Light, Mood, Place
+from .objects.things import THINGS, Thing
+from .palette import INDIGO, RGB, WHITE, mix
 from .pen import ON_TOP_ONLY, Pen, box, linear, radial
 from .places import PLACES
-from .things import THINGS, Thing
 
 FRAME = box(-0.5, -0.5, 1.5, 1.5)
 

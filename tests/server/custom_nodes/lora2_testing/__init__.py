@@ -7,7 +7,7 @@ server and is no part of the pack.
 import functools
 import gc
 import hashlib
-import sys
+import runpy
 import threading
 from pathlib import Path
 from types import ModuleType
@@ -28,9 +28,7 @@ _COMFYS_OWN_CANCEL = comfy.model_management.throw_exception_if_processing_interr
 
 def _core() -> ModuleType:
     """The pack's core under a name of its own, whatever the pack is called here."""
-    package = ModuleType("lora2_for_testing")
-    package.__path__ = [str(_ROOT)]
-    sys.modules.setdefault(package.__name__, package)
+    runpy.run_path(str(_ROOT / "tools" / "pack.py"))["register"]("lora2_for_testing")
     from lora2_for_testing import lora2_core  # type: ignore[import-not-found]
     from lora2_for_testing.lora2_core import comfy_host  # noqa: F401
     from lora2_for_testing.lora2_core.tiny_sdxl import model  # noqa: F401

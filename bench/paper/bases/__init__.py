@@ -1,0 +1,1 @@
+"""What is personalised: the demo model, or a checkpoint of the SDXL family."""

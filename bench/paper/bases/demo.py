@@ -1,0 +1,71 @@
+"""The base that comes with the pack."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ....lora2_core.reports import scoring
+from ....lora2_core.tiny_sdxl.model import SIZE
+from ....tools.tiny_sdxl.evaluation.painting import Painter
+from ....tools.tiny_sdxl.evaluation.parts import DEMO_SETTINGS, Parts, load_parts
+from ....tools.tiny_sdxl.pictures import to_pixels
+from ..plan import DEMO, Plan
+from ..subjects.study import Study
+from .protocol import Scores
+
+
+@dataclass(frozen=True)
+class Demo:
+    """The base that comes with the pack, and the judges that were trained on its world."""
+
+    parts: Parts
+    weights: str
+    name: str = "demo"
+    width: int = 64
+    rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3, 8e-3)
+    plan: Plan = DEMO
+    resolution: int = SIZE  # px
+
+    @classmethod
+    def load(cls) -> Demo:
+        parts = load_parts()
+        return cls(parts, parts.fingerprint())
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        return {**DEMO_SETTINGS, "resolution": self.resolution}
+
+    def paint(self, prompts: Sequence[str], seeds: Sequence[int], lora: Path | None) -> Tensor:
+        parts = self.parts
+        model, clip = parts.with_lora(lora) if lora else (parts.model, parts.clip)
+        painter = Painter(model, clip, parts.vae, parts.sampling, self.resolution)
+        return painter.paint(prompts, seeds)
+
+    def judge(self, study: Study, images: Tensor, prompts: Sequence[int]) -> Scores:
+        """Likeness to the photos, and the place's and the object's probability, as far as the
+        judges have words for them."""
+        photos = to_pixels(view.image for view in study.photos)
+        found: Scores = {}
+        for name, judge in self.parts.judges.items():
+            embedded, said = judge.look(images)
+            photographed, _ = judge.look(photos)
+            told = {"likeness": scoring.cosines(embedded, photographed).mean(1).tolist()}
+            if study.places:
+                asked = [study.places[prompt] for prompt in prompts]
+                told["place"] = _probability(said["place"], judge.words("place"), asked)
+            if study.thing:
+                asked = [study.thing] * len(images)
+                told["object"] = _probability(said["object"], judge.words("object"), asked)
+            found[name] = told
+        return found
+
+
+def _probability(said: Tensor, words: Sequence[str], asked: Sequence[str]) -> list[float]:
+    places = torch.tensor([words.index(word) for word in asked])
+    return said.gather(1, places[:, None])[:, 0].tolist()

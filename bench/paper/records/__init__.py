@@ -1,0 +1,1 @@
+"""What runs have left: their records, and these as numbers."""

@@ -1,0 +1,1 @@
+"""What the records say: verdict, figures, and one page with both."""

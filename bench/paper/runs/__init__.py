@@ -1,0 +1,1 @@
+"""Training, painting and judging: each piece of work once, whoever does it."""

@@ -1,0 +1,41 @@
+"""A LoRA of ours, trained as the node trains it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from ....lora2_core import lora_file
+from ....lora2_core.config.train import TrainConfig
+from ....lora2_core.files.metadata import describe_run
+from ....lora2_core.training import trainer
+from ....tools.tiny_sdxl.evaluation.parts import Parts
+from ....tools.tiny_sdxl.world.subjects import View
+
+
+def train(
+    parts: Parts, photos: Sequence[View], config: TrainConfig, file: Path
+) -> dict[str, float]:
+    """Train on pictures and their captions, write the LoRA, and return what it took."""
+    setup = parts.prepared(photos, config)
+    events = list(trainer.train(setup.network, setup.task, setup.config, setup.entropy))
+    components = setup.network.components()
+    about = describe_run(
+        config=setup.config,
+        captions=[view.caption for view in photos],
+        base_hash=setup.base_hash,
+        ranks=[int(component.importance.numel()) for component in components],
+        losses=[event.loss for event in events],
+        probes=[],
+        title=file.stem,
+    )
+    ranks = setup.config.rank
+    lora_file.save(file, components, about, ranks.target_megabytes, ranks.min_rank)
+    last = events[-max(1, len(events) // 5) :]
+    return {
+        "loss": statistics.fmean(event.loss for event in last),  # of the last fifth
+        "mean_rank": events[-1].mean_rank,
+        "megabytes": file.stat().st_size / 1e6,
+        "seconds": sum(event.seconds for event in events),
+    }
