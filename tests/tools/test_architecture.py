@@ -102,6 +102,7 @@ PYTHON = [*PACK, *files("tools")]
 # What a bare machine runs; packages below tools/ may need what they name in their requirements.
 COMMANDS = [file for file in files("tools") if Path(file).parent == Path("tools")]
 SCRIPTS = files("web", suffixes=(".js", ".mjs"))
+EVERYTHING = [*PYTHON, *files("bench", "tests")]
 
 
 def read(file: str) -> str:
@@ -298,12 +299,12 @@ def test_the_setup_needs_the_standard_library_alone(name: str) -> None:
     assert absolute(f"tools/{name}.py") <= modules
 
 
-@pytest.mark.parametrize("file", [*PYTHON, *SCRIPTS])
+@pytest.mark.parametrize("file", [*EVERYTHING, *SCRIPTS])
 def test_files_are_short(file: str) -> None:
     assert len(read(file).splitlines()) < MAX_FILE_LINES
 
 
-@pytest.mark.parametrize("file", PYTHON)
+@pytest.mark.parametrize("file", EVERYTHING)
 def test_functions_are_short(file: str) -> None:
     long = {
         node.name: (node.end_lineno or 0) - node.lineno + 1

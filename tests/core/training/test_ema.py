@@ -215,8 +215,9 @@ def test_a_run_saves_the_average_and_not_its_last_weights(tmp_path: Path) -> Non
         optimizer=OptimizerConfig(ema=0.8),
     )
     job, twin = (toy_job.job(tmp_path / name, settings) for name in ("x.safetensors", "y"))
-    net, steps = twin.network, []
-    trainer = Trainer(net, twin.task, settings)
+    assert twin.setup is not None
+    net, steps = twin.setup.network, []
+    trainer = Trainer(net, twin.setup.task, settings)
     for _event in trainer.run():
         steps.append([w.detach().double().clone() for w in net.weights()])
     wanted = [torch.zeros_like(w) for w in steps[0]]

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ....lora2_core import comfy_host, lora_file
-from ....lora2_core.comfy_host import TrainingSetup
 from ....lora2_core.config.train import TrainConfig
 from ....lora2_core.data.cache import weights_hash
 from ....lora2_core.data.photos import Photo
@@ -20,6 +19,7 @@ from ....lora2_core.tiny_sdxl import model as demo_model
 from ....lora2_core.tiny_sdxl.judge_networks import NETWORKS
 from ....lora2_core.tiny_sdxl.judges import WEIGHTS, Judge
 from ....lora2_core.tiny_sdxl.judges import load_judges as load_judge
+from ....lora2_core.training.setup import TrainingSetup
 from ..pictures import to_pixels
 from ..world.subjects import View
 from .painting import Painter, Sampling
