@@ -94,9 +94,8 @@ def _prepare(
     checkpoint = partial(checkpoint_blocks, unet, entropy=cross)
     if config.gradient_checkpointing:
         checkpoint()
-    used = {dtype: name for name, dtype in DTYPES.items()}[unet.dtype]
     return TrainingSetup(
-        config=dataclasses.replace(config, precision=used),
+        config=dataclasses.replace(config, precision=_name_of(unet.dtype)),
         network=network,
         task=task,
         entropy=cross,
@@ -107,6 +106,10 @@ def _prepare(
         enable_checkpointing=checkpoint,
         estimate=expected,
     )
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return next(name for name, kind in DTYPES.items() if kind == dtype)
 
 
 def _samples(encoder: Encoder, photos: Sequence[Photo], config: TrainConfig) -> list[Sample]:

@@ -34,26 +34,19 @@ def _random(*shape: int, seed: int = 0) -> Tensor:
 def _kind(name: str, kind: str, out: int, inside: int, kernel: tuple[int, ...] = ()) -> dict:
     """One component for a layer of out × inside."""
     one = tuple(1 for _ in kernel)
+    pair = {
+        ".lora_up.weight": _random(out, 2, *one),
+        ".lora_down.weight": _random(2, inside, *kernel),
+    }
     made: dict[str, Tensor] = {
-        "lora": {
-            ".lora_up.weight": _random(out, 2, *one),
-            ".lora_down.weight": _random(2, inside, *kernel),
-        },
+        "lora": pair,
         "mid": {
             ".lora_up.weight": _random(out, 2, *one),
             ".lora_down.weight": _random(2, inside, *one),
             ".lora_mid.weight": _random(2, 2, *kernel),
         },
-        "dora": {
-            ".lora_up.weight": _random(out, 2, *one),
-            ".lora_down.weight": _random(2, inside, *kernel),
-            ".dora_scale": _random(out, 1, *one) + 1,
-        },
-        "dora by input": {
-            ".lora_up.weight": _random(out, 2, *one),
-            ".lora_down.weight": _random(2, inside, *kernel),
-            ".dora_scale": _random(1, inside, *one) + 1,
-        },
+        "dora": {**pair, ".dora_scale": _random(out, 1, *one) + 1},
+        "dora by input": {**pair, ".dora_scale": _random(1, inside, *one) + 1},
         "loha": {
             ".hada_w1_a": _random(out, 2),
             ".hada_w1_b": _random(2, inside * max(1, torch.Size(kernel).numel())),

@@ -7,11 +7,10 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lora2_pack.lora2_core import adaptive_rank
-from lora2_pack.lora2_core.adapters.layers import AdaptiveLoRA, wrap
+from lora2_pack.lora2_core.adapters.layers import AdaptiveLoRA
 from lora2_pack.lora2_core.adapters.network import AdaptiveRankNetwork
 from lora2_pack.lora2_core.adapters.rank_change import RankChange, ResizedWeight
 from lora2_pack.lora2_core.adapters.targets import find_targets
@@ -34,70 +33,10 @@ def randomised(adapter: AdaptiveLoRA) -> AdaptiveLoRA:
     return adapter
 
 
-def delta_weight(adapter: AdaptiveLoRA) -> Tensor:
-    """ΔW = B Λ A of eq. 10, (out, in)."""
-    return (adapter.lora_up * adapter.importance).detach() @ adapter.lora_down.detach()
-
-
 def conv(kernel: int | tuple[int, int], **options) -> nn.Conv2d:
     base = nn.Conv2d(6, 8, kernel, **options)
     toy.freeze(base, seed=0)
     return base
-
-
-# --- one adapter ------------------------------------------------------------------------------
-
-
-def test_linear_delta_is_that_of_its_weight() -> None:
-    adapter = randomised(wrap(nn.Linear(6, 9), 4))
-    x = toy.noise(2, 5, 6)
-    torch.testing.assert_close(adapter.delta(x), F.linear(x, delta_weight(adapter)))
-    torch.testing.assert_close(adapter(x), adapter.base(x) + adapter.delta(x))
-
-
-@pytest.mark.parametrize(
-    "base",
-    [
-        conv(1),
-        conv(3, padding=1),
-        conv(3, stride=2, padding=1),
-        conv((3, 5), stride=(2, 1), padding=(0, 2)),
-        conv(3, padding="same"),
-        conv(2, dilation=2, bias=False),
-        pytest.param(
-            conv(3, padding=1, padding_mode="circular"),
-        ),
-    ],
-    ids=str,
-)
-def test_convolution_delta_is_that_of_its_weight(base: nn.Conv2d) -> None:
-    adapter = randomised(wrap(base, 3))
-    merged = copy.deepcopy(base)
-    with torch.no_grad():
-        merged.weight += delta_weight(adapter).view_as(base.weight)
-    x = toy.noise(2, 6, 9, 10)
-    torch.testing.assert_close(adapter(x), merged(x), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_an_adapter_answers_in_the_dtype_of_the_frozen_layer(dtype: torch.dtype) -> None:
-    adapter = randomised(wrap(nn.Linear(6, 9, dtype=dtype), 4))
-    assert adapter.lora_down.dtype == adapter.lora_up.dtype == torch.float32
-    assert adapter(toy.noise(2, 6).to(dtype)).dtype == dtype
-
-
-@pytest.mark.parametrize(
-    ("base", "rank", "error", "text"),
-    [
-        (nn.Linear(6, 9), 7, ValueError, "rank is 7; a layer of 9×6 takes 1 to 6"),
-        (nn.Linear(6, 9), 0, ValueError, "rank is 0"),
-        (nn.Conv2d(4, 4, 3, groups=2), 2, ValueError, "2 groups"),
-        (nn.LayerNorm(4), 1, TypeError, "LayerNorm cannot carry a LoRA"),
-    ],
-)
-def test_what_cannot_be_adapted_is_named(base, rank, error, text) -> None:
-    with pytest.raises(error, match=text):
-        wrap(base, rank)
 
 
 # --- which layers -----------------------------------------------------------------------------
