@@ -37,7 +37,7 @@ class CheckpointError(ValueError):
 class Checkpoint:
     """A run as of its last finished step."""
 
-    run: str  # fingerprint of everything that decides the run
+    run: str  # hash of everything that decides the run
     step: int  # finished steps
     target: str  # where the run's LoRA goes
     state: dict[str, Any]  # dicts with text for keys, and lists, of tensors and JSON values

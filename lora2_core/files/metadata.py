@@ -18,7 +18,7 @@ from .encode import STORED_ALPHA, kohya_key
 
 FORMAT_VERSION = "1"  # of LoRA files
 VERSION, COMPONENTS = "lora2.format_version", "lora2.components"
-RUN = "lora2.run"  # the fingerprint of the run that a file is of
+RUN = "lora2.run"  # the hash of the run that a file is of
 _MODULE = "lora2_core.network"
 _CLASSES = {
     "adamw": "torch.optim.adamw.AdamW",
@@ -46,7 +46,7 @@ def describe_run(
     """Everything a loader, a manager or a person may want to know of a trained file.
 
     ``losses``: one a step; ``probes``: the loss on fixed noise and timesteps, in order; ``run``:
-    the fingerprint of the run.
+    the hash of the run.
     """
     return {
         **_ours(config, base_hash, ranks, losses, probes),
