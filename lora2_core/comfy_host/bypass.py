@@ -93,7 +93,7 @@ def fits(model: ModelPatcher, key: Any, patch: Any) -> bool:
         return False
     layer = comfy.utils.get_attr(model.model, key.removesuffix(".weight"))
     plain = isinstance(layer, nn.Conv2d) and layer.groups == 1
-    return plain or isinstance(layer, nn.Linear)
+    return plain or hasattr(layer, "in_features")  # newer quantised ones are no nn.Linear
 
 
 def add_branches(model: ModelPatcher, patches: Mapping[str, Any], strength: Mapping[str, float]):

@@ -67,7 +67,9 @@ class Weights:
     @torch.no_grad()
     def __getitem__(self, name: str) -> Tensor:
         module, leaf = self._owners[name]
-        weight = self._originals.get(name, getattr(module, leaf)).detach()
+        weight: Any = self._originals.get(name, getattr(module, leaf))
+        # Not detach(): of what was loaded half in inference mode that gives no views.
+        weight = weight.data if type(weight) in (Tensor, nn.Parameter) else weight.detach()
         if weight.is_meta and type(weight) is Tensor:
             weight = torch.zeros(weight.shape, dtype=weight.dtype)  # as ComfyUI takes it
         device = self._patcher.load_device
@@ -92,14 +94,12 @@ class Weights:
         module, leaf = self._owners[name]
         if isinstance(weight, comfy.quant_ops.QuantizedTensor):
             self.quantised[name] = str(getattr(module, "quant_format", None) or weight.dtype)
-            wide = weight.to(dtype=torch.float32)  # what it says it is; only then the numbers
-            return wide.dequantize() if isinstance(wide, type(weight)) else wide
+            return weight.dequantize().float()  # the numbers that ComfyUI computes with
         if hasattr(weight, "tensor_type") and callable(getattr(module, "get_weight", None)):
             return self._from_gguf(name, weight)
-        if type(weight) is not Tensor or not (
-            weight.is_floating_point() or leaf in module._buffers
-        ):
-            kind = type(weight).__name__ if type(weight) is not Tensor else str(weight.dtype)
+        plain = type(weight) is Tensor
+        if not plain or not (weight.is_floating_point() or leaf in module._buffers):
+            kind = str(weight.dtype) if plain else type(weight).__name__
             raise HostError(
                 f"{self._socket} holds {name} as {kind}, a quantisation that LoRA² cannot read; "
                 "load the model in fp16, bf16, fp8 or scaled fp8."
