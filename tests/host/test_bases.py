@@ -6,6 +6,7 @@ import json
 import logging
 from typing import Any
 
+import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
 import comfy.sample

@@ -16,9 +16,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
+import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
-import comfy.samplers
 import comfy.utils
 import pytest
 import torch
@@ -28,8 +28,9 @@ from lora2_pack.lora2_core.comfy_host.copies.weights import Weights
 from lora2_pack.lora2_core.comfy_host.encoding import Encoder
 from lora2_pack.lora2_core.comfy_host.painting import _Decoder
 from lora2_pack.lora2_core.comfy_host.text_encoders import TextEncoders
-from lora2_pack.lora2_core.data.cache import TensorCache
+from lora2_pack.lora2_core.data.cache import TensorCache, content_key, weights_hash
 from lora2_pack.lora2_core.files.component import Component
+from lora2_pack.lora2_core.training.trainer import Trainer
 from lora2_pack.tests.host import demo
 from torch import Tensor, nn
 
@@ -273,6 +274,33 @@ def test_the_cache_tells_a_patched_clip_from_a_bare_one(own: Any, kind: Kind):
     assert len({identity(0), identity(0.5), identity(0.7)}) == 3
     assert identity(0.5) == identity(0.5)
     assert identity(0) == Encoder(model.model, clip, vae, TensorCache(None)).identity
+
+
+def test_a_run_of_an_earlier_version_goes_on(own: Any):
+    """Its checkpoint names the VAE and CLIP by the hashes of what was loaded."""
+    model, clip, vae = own
+    patched = clip.clone()
+    patched.patcher = comfy.model_patcher.ModelPatcher(clip.cond_stage_model, CPU, CPU)
+    weight = comfy.utils.get_attr(clip.cond_stage_model, TEXT)
+    patched.patcher.add_patches({TEXT: ("diff", (torch.ones_like(weight),))}, 0.5)
+    found = Encoder(model.model, patched, vae, TensorCache(None)).identity
+    _load(patched.patcher)
+    hashes = weights_hash(vae.first_stage_model), weights_hash(clip.cond_stage_model)
+    _unload()
+    assert found == content_key(hashes[0], hashes[1] + str(clip.layer_idx))
+
+
+def test_a_training_is_the_same_whoever_holds_the_model(own: Any, other: Any, kind: Kind):
+    base, clip, vae = own
+    losses = []
+    for patcher in (comfy.model_patcher.ModelPatcher(base.model, CPU, CPU), kind(base.model)):
+        patched = _with_lora(patcher, other)
+        _load(patched)
+        setup = comfy_host.prepare_training(patched, clip, vae, demo.photos(), demo.settings())
+        trainer = Trainer(setup.network, setup.task, setup.config, setup.entropy)
+        losses.append([setup.base_hash, *(event.loss for event in trainer.run())])
+        _unload()
+    assert losses[0] == losses[1] and len(losses[0]) > 2
 
 
 def test_the_demo_model_is_built_and_copied(own: Any, monkeypatch: pytest.MonkeyPatch):

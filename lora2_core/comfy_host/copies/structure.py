@@ -104,7 +104,7 @@ def copied(root: nn.Module, weights: Weights, prefix: str, dtype: torch.dtype) -
                 memo[id(parameter)] = frozen(weights[stem + leaf], dtype)
         if stem + "weight" in weights.quantised and hasattr(module, "in_features"):
             memo[id(module)] = _plain_linear(module, memo)
-    network = copy.deepcopy(root, memo).eval()
+    network: Any = copy.deepcopy(root, memo).eval()
     for module in network.modules():
         for name in [name for name in vars(module) if _HELD.match(name)]:
             delattr(module, name)
