@@ -7,8 +7,7 @@ patched model and takes them out when it unloads it, so clones of one model do n
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import comfy.utils
@@ -18,7 +17,7 @@ from comfy.patcher_extension import PatcherInjection
 from torch import Tensor, nn
 from torch.nn import functional
 
-_PREFIX = "lora2_bypass_"
+PREFIX = "lora2_bypass_"
 
 
 class Branch:
@@ -85,38 +84,25 @@ def fits(model: ModelPatcher, key: Any, patch: Any) -> bool:
         return False
     layer = comfy.utils.get_attr(model.model, key.removesuffix(".weight"))
     plain = isinstance(layer, nn.Conv2d) and layer.groups == 1
-    return plain or isinstance(layer, nn.Linear)
+    return plain or hasattr(layer, "in_features")  # newer quantised ones are no nn.Linear
 
 
 def add_branches(model: ModelPatcher, patches: Mapping[str, Any], strength: Mapping[str, float]):
     """Put two-factor patches beside the layers of ``model``, a clone; those it has stay."""
     branches = branches_of(model)
-    for name in [name for name in model.injections if name.startswith(_PREFIX)]:
+    for name in [name for name in model.injections if name.startswith(PREFIX)]:
         model.remove_injections(name)
     for key, patch in patches.items():
         up, down, alpha = patch.weights[:3]
         scale = (1.0 if alpha is None else alpha / down.shape[0]) * strength[key]
         branches[key] = (*branches.get(key, ()), Branch(down, up, scale))
     # ComfyUI takes clones with equal names of injections for the same model.
-    model.set_injections(_PREFIX + uuid.uuid4().hex, [_Injection(branches)])
+    model.set_injections(PREFIX + uuid.uuid4().hex, [_Injection(branches)])
 
 
 def branches_of(model: ModelPatcher) -> dict[str, tuple[Branch, ...]]:
     """What works beside the layers of ``model``, by the key of the layer's weight."""
     return {key: some for one in _ours(model) for key, some in one.branches.items()}
-
-
-@contextmanager
-def set_aside(model: ModelPatcher) -> Iterator[None]:
-    """Layers without what works beside them, to be copied."""
-    inside = _ours(model) if model.is_injected else []
-    for one in inside:
-        one.eject(model)
-    try:
-        yield
-    finally:
-        for one in inside:
-            one.inject(model)
 
 
 def merge_into(root: nn.Module, model: ModelPatcher) -> None:
@@ -143,5 +129,5 @@ def _adding(branches: tuple[Branch, ...]) -> Any:
 
 
 def _ours(model: ModelPatcher) -> list[_Injection]:
-    injections = [i for name, i in model.injections.items() if name.startswith(_PREFIX)]
+    injections = [i for name, i in model.injections.items() if name.startswith(PREFIX)]
     return [one for group in injections for one in group if isinstance(one, _Injection)]

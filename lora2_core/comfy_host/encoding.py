@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import comfy.model_base
-import comfy.model_management
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..data.cache import TensorCache, content_key, weights_hash
+from ..data.cache import TensorCache, content_key, named_weights_hash
 from ..data.cropping import Crop
 from ..data.samples import Sample, Text
+from .copies.weights import Weights
 from .errors import HostError
 
 SIZES = 1536  # numbers of SDXL's embedding of original size, offset and trained size
@@ -28,11 +28,10 @@ class Encoder:
 
     def __init__(self, base: comfy.model_base.BaseModel, clip: Any, vae: Any, cache: TensorCache):
         self.base, self.clip, self.vae, self.cache = base, clip, vae, cache
-        self._vae_hash = weights_hash(vae.first_stage_model)
-        # While a patched clone of this CLIP is resident the weights are that clone's. With its own
-        # patches in them their hash is the same tomorrow, which the id of the patches is not.
-        comfy.model_management.load_models_gpu([clip.patcher], force_full_load=True)
-        self._clip_hash = weights_hash(clip.cond_stage_model) + str(clip.layer_idx)
+        self._vae_hash = named_weights_hash(Weights(vae.patcher, "vae").items())
+        # With patches in them the hash is the same tomorrow, which the id of the patches is not.
+        patched = Weights(clip.patcher, "clip").items()
+        self._clip_hash = named_weights_hash(patched) + str(clip.layer_idx)
         self.texts: dict[str, Text] = {}  # all that were asked for
 
     @property

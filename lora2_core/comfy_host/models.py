@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,9 +18,10 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
 from . import bypass
+from .copies.structure import CASTING, PLAIN, free_of_holders, new_unet, put_objects
+from .copies.weights import Weights
 from .errors import HostError
 
-_QUANTIZED = ("scale_weight", "weight_scale", "scaled_fp8")  # weights that need a scale beside
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -42,10 +44,8 @@ def prediction_of(model: ModelPatcher) -> str:
 
     Raises HostError for anything else.
     """
-    sampling = type(model.get_model_object("model_sampling"))
-    for kind in (comfy.model_sampling.EPS, comfy.model_sampling.V_PREDICTION):
-        if getattr(sampling, "calculate_denoised", None) is kind.calculate_denoised:
-            return kind.__name__
+    if prediction := _prediction(_sampling_of(model)):
+        return prediction
     raise HostError(
         "model is sampled neither as noise (EPS) nor as v (V_PREDICTION) prediction; load another "
         "SDXL checkpoint, without LCM or other changes of its sampling."
@@ -58,23 +58,22 @@ def private_copy(model: ModelPatcher, precision: str = "auto") -> comfy.model_ba
     Everything is a copy that training may touch; config and small helpers are shared. ComfyUI
     does not know the copy, so neither a prompt nor its memory management can move or patch it.
     """
-    base = model.model
-    if any(name.endswith(_QUANTIZED) for name in base.state_dict()):
-        raise HostError("model is quantized with scales; load it with weight_dtype 'default'.")
-    # While a patched clone of this model is resident the weights are that clone's.
-    comfy.model_management.load_models_gpu([model], force_full_load=True)
+    base, weights = model.model, Weights(model, "model")
     dtype = DTYPES.get(precision) or _training_dtype(model)
     private = base.__class__.__new__(base.__class__)
-    private.__dict__ = dict(base.__dict__)
-    # copy.deepcopy of the whole BaseModel fails from ComfyUI 0.8.0 on, of these two it works.
+    private.__dict__ = free_of_holders(base.__dict__)
+    # copy.deepcopy of a BaseModel fails from ComfyUI 0.8.0 on.
     private._modules = dict(base._modules)
-    with bypass.set_aside(model):
-        private._modules["diffusion_model"] = copy_frozen(base.diffusion_model, dtype)
+    private._modules["diffusion_model"] = new_unet(base, weights, dtype)
+    put_objects(private, model, dtype)
     bypass.merge_into(private, model)  # adapters look at weights; this copy has room for it
-    sampling = copy.deepcopy(model.get_model_object("model_sampling"))
+    sampling = copy.deepcopy(_sampling_of(model, say=True))
     private._modules["model_sampling"] = sampling.to(model.load_device)
     private.current_patcher = None  # type: ignore[assignment]
     private.manual_cast_dtype = None
+    if weights.quantised:
+        kinds = ", ".join(sorted(set(weights.quantised.values())))
+        logging.info("LoRA²: model is quantised (%s); its copy to train on is in %s.", kinds, dtype)
     if model.load_device.type != "cpu":
         # Only the copy is needed from here on: the model itself, CLIP and VAE leave the GPU
         # (unless ComfyUI was told to keep everything there).
@@ -92,11 +91,13 @@ def build_sdxl(
     text towers."""
     config = comfy.supported_models.SDXL(unet_config)
     config.set_inference_dtype(torch.float32, None)
+    config.custom_operations = PLAIN
     device = comfy.model_management.get_torch_device()
     offload = comfy.model_management.unet_offload_device()
     base = config.get_model({}, "", offload)
     target = config.clip_target()
-    clip = comfy.sd.CLIP(target, model_options={**text_configs, "dtype": torch.float32})
+    options = {**text_configs, "dtype": torch.float32, "custom_operations": CASTING}
+    clip = comfy.sd.CLIP(target, model_options=options)
     fill(base.diffusion_model, clip.cond_stage_model)
     return ModelPatcher(base, load_device=device, offload_device=offload), clip
 
@@ -109,21 +110,42 @@ def build_autoencoder(weights: Mapping[str, Tensor]) -> Any:
     return comfy.sd.VAE(sd={name: value.float() for name, value in {**weights, **own}.items()})
 
 
+def _sampling_of(model: ModelPatcher, say: bool = False) -> Any:
+    """How a MODEL is sampled: as a node has set it, or as its checkpoint says.
+
+    Under dynamic VRAM what a node has set for one clone can stay in the model that all share.
+    ``say``: log it when that is so.
+    """
+    found: Any = model.get_model_object("model_sampling")
+    if "model_sampling" in model.object_patches:
+        return found
+    base = model.model
+    own: Any = comfy.model_base.model_sampling(base.model_config, base.model_type)
+    same = found.sigmas.shape == own.sigmas.shape and _prediction(found) == _prediction(own)
+    if same and torch.allclose(found.sigmas.cpu().float(), own.sigmas.float()):
+        return found
+    if say:
+        logging.warning(
+            "LoRA²: the model in memory has a sampling (%s, sigmas up to %.4g) that no node has "
+            "set for this MODEL, left over from another run; it is trained as its checkpoint says "
+            "(%s, up to %.4g).",
+            *(_prediction(found) or type(found).__name__, float(found.sigmas.max())),
+            *(_prediction(own) or type(own).__name__, float(own.sigmas.max())),
+        )
+    return own
+
+
+def _prediction(sampling: Any) -> str | None:
+    for kind in (comfy.model_sampling.EPS, comfy.model_sampling.V_PREDICTION):
+        if getattr(type(sampling), "calculate_denoised", None) is kind.calculate_denoised:
+            return kind.__name__
+    return None
+
+
 def _training_dtype(model: ModelPatcher) -> torch.dtype:
     """What ComfyUI computes in, but bf16 instead of fp16 where the card can: gradients of the
     attention entropy are far below fp16's smallest number."""
-    dtype = model.model.manual_cast_dtype or model.model.get_dtype()
+    dtype: Any = model.get_model_object("manual_cast_dtype") or model.model.get_dtype()
     if dtype == torch.float16 and comfy.model_management.should_use_bf16(model.load_device):
         return torch.bfloat16
     return dtype if dtype in DTYPES.values() else torch.bfloat16  # fp8 has no arithmetic
-
-
-def copy_frozen(module: Any, dtype: torch.dtype) -> Any:
-    """A copy in RAM with its own weights, cast to ``dtype``: no second model on the GPU."""
-    weights = {
-        id(p): nn.Parameter(p.detach().to("cpu", dtype, copy=True), requires_grad=False)
-        for p in module.parameters()
-    }
-    copied = copy.deepcopy(module, weights).eval()
-    copied.dtype = dtype
-    return copied

@@ -11,15 +11,16 @@ from typing import Any
 
 import comfy.k_diffusion.sampling
 import comfy.model_base
-import comfy.model_management
 import comfy.samplers
 import comfy.utils
 import torch
 from torch import Tensor
 
 from ..training.denoising import TextSource
+from ..training.out_of_memory import is_out_of_memory
+from .copies.structure import copied
+from .copies.weights import Weights
 from .errors import HostError
-from .models import copy_frozen
 
 SAMPLER, SCHEDULER = "dpmpp_2m", "karras"
 _PIXELS = 8  # of a picture, along each side of one value of a latent
@@ -105,7 +106,8 @@ class _Decoder:
     @torch.inference_mode(False)  # where a node may be; such tensors could not be moved later
     def __init__(self, vae: Any):
         vae.throw_exception_if_invalid()
-        self._network = copy_frozen(vae.first_stage_model, vae.vae_dtype)
+        weights = Weights(vae.patcher, "vae")
+        self._network = copied(vae.first_stage_model, weights, "", vae.vae_dtype)
         self._dtype = vae.vae_dtype
         self._finish = vae.process_output
         self._growth = vae.upscale_ratio
@@ -116,13 +118,16 @@ class _Decoder:
             self._network.to(device)
             try:
                 pixels = self._pixels(latent)
-            except comfy.model_management.OOM_EXCEPTION:
+            except Exception as error:  # each backend has its own for what lacks memory
+                if not is_out_of_memory(error):
+                    raise
                 pixels = None
             if pixels is None:  # outside of the handler, which holds what had been computed
                 pixels = self._tiled(latent)
         finally:
             self._network.to("cpu")
-        pixels = self._finish(pixels).movedim(1, -1)  # (1, height, width, 3)
+        # A clone: newer versions finish in place, and what tiles give is of inference mode.
+        pixels = self._finish(pixels.clone()).movedim(1, -1)  # (1, height, width, 3)
         if not pixels.isfinite().all():
             raise HostError(
                 "vae painted values that are not finite; SDXL's own VAE overflows in fp16: start "

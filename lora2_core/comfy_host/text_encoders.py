@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import comfy.model_management
 import torch
 from comfy.clip_model import CLIPLayer
 from comfy.sd1_clip import gen_empty_tokens
@@ -14,9 +13,9 @@ from comfy.sdxl_clip import SDXLClipModel
 from torch import Tensor, nn
 
 from .checkpointing import recomputed
+from .copies.structure import copied, free_of_holders
+from .copies.weights import Weights
 from .errors import HostError
-from .models import _QUANTIZED as QUANTIZED
-from .models import copy_frozen as copy_frozen
 
 # Our name of a tower, ComfyUI's, and the tokenizer's. Kohya's keys start with the first.
 _TOWERS = (("te1", "clip_l", "l"), ("te2", "clip_g", "g"))
@@ -49,16 +48,15 @@ class TextEncoders:
                 f"clip is a {type(model).__name__}; the text encoders of SDXL are trained. Connect "
                 "the CLIP of an SDXL checkpoint."
             )
-        if any(name.endswith(QUANTIZED) for name in model.state_dict()):
-            raise HostError("clip is quantized with scales; load it in fp16 or fp32.")
-        # While a patched clone of this CLIP is resident the weights are that clone's.
-        comfy.model_management.load_models_gpu([clip.patcher], force_full_load=True)
+        weights = Weights(clip.patcher, "clip")
         self._tokenizer, self._options = clip.tokenizer, dict(clip.tokenizer_options)
         target = clip.patcher.load_device if device is None else device
         self._towers = {
-            root: _private_tower(getattr(model, name), clip.layer_idx, target, checkpointing)
+            root: _private_tower(model, name, weights, clip.layer_idx, checkpointing)
             for root, name, _ in _TOWERS
         }
+        for tower in self._towers.values():
+            tower.transformer.to(target)
         _cut_above_read_layer(self._towers["te1"])  # its pooled embedding is not used
 
     @property
@@ -95,15 +93,18 @@ class TextEncoders:
         return self._tokenizer.tokenize_with_weights(text, False, **options)
 
 
-def _private_tower(tower: Any, layer: int | None, device: torch.device, checkpointing: bool) -> Any:
+def _private_tower(
+    model: Any, name: str, weights: Weights, layer: int | None, checkpointing: bool
+) -> Any:
     """ComfyUI's encoder around a copy of its network."""
+    tower = getattr(model, name)
     kept = tower.transformer.dtype if checkpointing else torch.float32
     if kept not in (torch.float16, torch.bfloat16):
         kept = torch.float32  # fp8 too: casting it anew for every use would cost more than it saves
     private = tower.__class__.__new__(tower.__class__)
-    private.__dict__ = dict(tower.__dict__)
-    private._modules = {**tower._modules, "transformer": copy_frozen(tower.transformer, kept)}
-    private.transformer.to(device)
+    private.__dict__ = free_of_holders(tower.__dict__)
+    network = copied(tower.transformer, weights, f"{name}.transformer.", kept)
+    private._modules = {**tower._modules, "transformer": network}
     private.reset_clip_options()
     if layer is not None:
         private.set_clip_options({"layer": layer})

@@ -10,7 +10,7 @@ import hashlib
 import logging
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import safetensors
@@ -93,13 +93,18 @@ def content_key(*parts: str | bytes | Tensor | int | float) -> str:
 
 
 def weights_hash(module: nn.Module) -> str:
+    """:func:`named_weights_hash` of a module's state dict."""
+    return named_weights_hash(module.state_dict().items())
+
+
+def named_weights_hash(weights: Iterable[tuple[str, Tensor]]) -> str:
     """SHA-256 over names, shapes and a sample of every weight.
 
     A thousand values a tensor, so that SDXL takes well under a second. Not a file's hash, which a
     MODEL no longer knows, and another one for the same model in another precision.
     """
     digest = hashlib.sha256()
-    for name, weight in module.state_dict().items():
+    for name, weight in weights:
         digest.update(f"{name}{tuple(weight.shape)}".encode())
         flat = weight.detach().flatten()
         digest.update(flat[:: max(1, flat.numel() // 1000)].float().cpu().numpy().tobytes())
