@@ -1,8 +1,8 @@
 """LoRA files: write, read, cut, and look inside without loading.
 
 One safetensors file that every stock loader reads: kohya keys, Λ folded into the two matrices,
-each component at its own rank and the same ``alpha`` in all (see STORED_ALPHA), and
-columns in order of importance. What is ours stands in the metadata under ``lora2.``.
+each component at its own rank and the same ``alpha`` in all (STORED_ALPHA in
+:mod:`.files.encode`), and columns in order of importance. What is ours stands in the metadata under ``lora2.``.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from .files.read import (
     inspect,
     load,
 )
+from .files.read import inspect_header as describe
 from .files.write import check_writable, write_atomically, writing
 from .resizing.fit import fit_to_megabytes
 
@@ -37,6 +38,7 @@ __all__ = [
     "check_finite",
     "check_writable",
     "component_keys",
+    "describe",
     "encode",
     "fold",
     "headline",
