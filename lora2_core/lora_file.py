@@ -2,7 +2,8 @@
 
 One safetensors file that every stock loader reads: kohya keys, Λ folded into the two matrices,
 each component at its own rank and the same ``alpha`` in all (STORED_ALPHA in
-:mod:`.files.encode`), and columns in order of importance. What is ours stands in the metadata under ``lora2.``.
+:mod:`.files.encode`), and columns in order of importance. What is ours stands in the metadata
+under ``lora2.``.
 """
 
 from __future__ import annotations

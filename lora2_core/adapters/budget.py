@@ -23,9 +23,9 @@ from ..files.metadata import COMPONENTS, listing_entry
 from .targets import Target
 
 # A run that is to fit into a number of bytes trains with this many times the room, and the SVD at
-# its end cuts the surplus (resizing/fit.py). This much makes sure that the file gets full. More lowers
-# the loss, and costs what a higher learning rate costs: on photographs pictures lose the place that
-# the prompt asks for, with no gain in likeness (docs/method.md, "Room").
+# its end cuts the surplus (resizing/fit.py). This much makes sure that the file gets full. More
+# lowers the loss, and costs what a higher learning rate costs: on photographs pictures lose the
+# place that the prompt asks for, with no gain in likeness (docs/method.md, "Room").
 HEADROOM = 1.25
 # What the metadata of a run takes beside its list of components: settings, captions, hashes.
 METADATA_BYTES = 6_000
