@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside their place, then renamed over it."""
+"""Files that are whole or not there: written beside their place, then put there at once."""
 
 from __future__ import annotations
 
@@ -25,11 +25,15 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide the file from other users
+        # mkstemp's 0600 would hide the file from other users; exFAT, vfat and SMB have no such
+        # modes and may refuse.
+        with suppress(OSError):
+            os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
         if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+            with suppress(OSError):
+                Path(temporary).unlink(missing_ok=True)
         raise
 
 

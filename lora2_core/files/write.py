@@ -13,20 +13,24 @@ from .atomic import replacing
 from .header import LoRAFileError
 
 
+class NotWritten(LoRAFileError):
+    """A file's place cannot be written to; another may be."""
+
+
 def write_atomically(path: Path, data: bytes) -> None:
-    """``data`` in ``path``, whole or not at all. Raises LoRAFileError on a full or closed disk."""
+    """``data`` in ``path``, whole or not at all. Raises NotWritten on a full or closed disk."""
     with writing(path, len(data)) as file:
         file.write(data)
 
 
 @contextmanager
 def writing(path: Path, nbytes: int) -> Iterator[BinaryIO]:
-    """As :func:`.atomic.replacing`, but an OSError becomes a LoRAFileError: what is needed."""
+    """As :func:`.atomic.replacing`, but an OSError becomes NotWritten: what is needed."""
     try:
         with replacing(path) as file:
             yield file
     except OSError as error:
-        raise LoRAFileError(
+        raise NotWritten(
             f"{path} could not be written ({error.strerror or error}); it needs "
             f"{nbytes / 1e6:.1f} MB. Free some space or choose another output folder."
         ) from error

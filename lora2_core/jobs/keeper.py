@@ -69,6 +69,7 @@ class RunKeeper:
     ):
         self.run_hash, self.keep, self._tell = run_hash, keep, tell
         self.path = None if folder is None else folder / f"{run_hash}.safetensors"
+        self.step: int | None = None  # finished steps of the checkpoint that lies there
         self._written = time.monotonic()
         self._failed = False
         if self.path is not None:
@@ -101,7 +102,7 @@ class RunKeeper:
                 )
             self._failed = True
             return False
-        self._failed = False
+        self._failed, self.step = False, step
         return True
 
     def load(self) -> Checkpoint | None:
@@ -109,15 +110,18 @@ class RunKeeper:
         if self.path is None or not self.keep.resume or not self.path.is_file():
             return None
         try:
-            return checkpoint.read(self.path, self.run_hash)
+            kept = checkpoint.read(self.path, self.run_hash)
         except CheckpointError as error:
             self.set_aside(str(error))
             return None
+        self.step = kept.step
+        return kept
 
     def set_aside(self, reason: str) -> None:
         """Rename a checkpoint that cannot be used, so that no new one overwrites it."""
         if self.path is None:
             return
+        self.step = None
         aside = self.path.with_name(self.path.name + ".damaged")
         try:
             self.path.replace(aside)
@@ -130,6 +134,7 @@ class RunKeeper:
         """Delete the checkpoint: the run is over."""
         if self.path is None:
             return
+        self.step = None
         try:
             self.path.unlink(missing_ok=True)
         except OSError as error:

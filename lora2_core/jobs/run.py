@@ -1,9 +1,10 @@
 """The training of a job, in the job's thread: from its first step or a checkpoint to its file.
 
 Whatever ends a run after its first step, be it the last step, a stop or an error, the LoRA as of
-the last complete step is written before the job is over, and so is a checkpoint from which the
-same run goes on exactly. Steps, losses and pictures of before come back with it: the file of a
-run that was stopped and resumed has the same bytes as that of one that was not.
+the last complete step is written before the job is over, and before it a checkpoint from which the
+same run goes on exactly; that of a finished run stays until its LoRA is on disk. Steps, losses and
+pictures of before come back with it: the file of a run that was stopped and resumed has the same
+bytes as that of one that was not.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 
 from ..files.atomic import remove_leftovers
 from ..files.checkpoint import Checkpoint
+from ..files.write import NotWritten
 from ..training import out_of_memory
 from ..training.memory import size
 from ..training.out_of_memory import OutOfMemory
@@ -92,8 +94,8 @@ class Run:
             self._end_by(error)
         if not self.progress.events:
             return
-        if self.trainer.step < self.config.steps:
-            self._checkpoint()  # before the LoRA, whose folding takes longer
+        if self.keeper.step != self.trainer.step:
+            self._checkpoint()  # before the LoRA, which may find no place
         self._save()
         if self.trainer.step == self.config.steps:
             self.keeper.remove()
@@ -156,22 +158,26 @@ class Run:
 
     def _end_by(self, error: BaseException) -> None:
         """Keep what there is after an error, and raise it."""
-        if isinstance(error, TrainingError):
-            # The same settings lead to the same end from any checkpoint of this run, and other
-            # settings are another run.
-            self.keeper.remove()
-        elif self.progress.events:
-            self._checkpoint()
+        ruined = isinstance(error, TrainingError)
+        told = ""
         if self.progress.events:
+            if not ruined:
+                self._checkpoint()
             try:
                 self._save()
-            except Exception as second:  # the first error is the one to tell
-                logging.error("LoRA²: after the failure nothing could be saved: %s", second)
-        if isinstance(error, TrainingError) and self.keeper.path is not None:
-            raise TrainingError(
-                f"{error} No checkpoint is kept: from it the run would end the same way."
-            ) from error
-        raise error
+            except Exception as second:  # the first error is the one to raise
+                told = f" {second}"
+                logging.error("LoRA²: after the failure: %s", second)
+        if not ruined:
+            if told:
+                self.progress.tell(f"After the failure:{told}")
+            raise error
+        # The same settings lead to the same end from any checkpoint of this run, and other
+        # settings are another run.
+        self.keeper.remove()
+        if self.keeper.path is not None:
+            told += " No checkpoint is kept: from it the run would end the same way."
+        raise TrainingError(f"{error}{told}") from error
 
     # --- going on later ---------------------------------------------------------------------
 
@@ -191,10 +197,11 @@ class Run:
         if kept is None or not self._take(kept):
             return
         self.files.move_to(keeper.target_of(self.files.lora, kept))
+        done = kept.step == self.config.steps
         self.progress.tell(
-            f"Going on after step {kept.step} of {self.config.steps} from the checkpoint of "
-            f"this run; the LoRA goes to {self.files.lora.name}. (To start anew, switch resume "
-            "off.)",
+            f"{'All steps are done; saving' if done else 'Going on'} after step {kept.step} of "
+            f"{self.config.steps} from the checkpoint of this run; the LoRA goes to "
+            f"{self.files.lora.name}. (To start anew, switch resume off.)",
             logging.INFO,
         )
         if self.strip is not None:
@@ -244,12 +251,36 @@ class Run:
         self.watch()
 
     def _save(self) -> None:
+        """Write the LoRA. Raises NotWritten, after trying to keep it beside the checkpoint."""
         with self._as_saved():
             components = self.setup.network.components()
         # An explosion put an earlier state back; the file tells of the steps that are in it.
-        events, steps, path = self.progress.events, self.trainer.step, self.files.lora
-        trained = save_lora(path, self.setup, components, events, steps, self.keeper.run_hash)
-        size = path.stat().st_size / 1e6
-        self.progress.log.append(f"Wrote {path.name}, {size:.2f} MB.")
-        logging.info("LoRA²: wrote %s, %.2f MB, after %d steps.", path, size, steps)
-        self.progress.result = trained
+        events, steps = self.progress.events, self.trainer.step
+
+        def write(path: Path) -> None:
+            trained = save_lora(path, self.setup, components, events, steps, self.keeper.run_hash)
+            size = path.stat().st_size / 1e6
+            self.progress.log.append(f"Wrote {path.name}, {size:.2f} MB.")
+            logging.info("LoRA²: wrote %s, %.2f MB, after %d steps.", path, size, steps)
+            self.progress.result = trained
+
+        try:
+            write(self.files.lora)
+        except NotWritten as error:
+            raise NotWritten(f"{error} {self._kept_elsewhere(write)}".strip()) from error
+
+    def _kept_elsewhere(self, write: Callable[[Path], None]) -> str:
+        """Keep the LoRA that finds no place in its folder; says where it and the run are."""
+        kept: list[str] = []
+        if self.keeper.path is not None:
+            place = self.keeper.path.with_name(self.files.lora.name)
+            try:
+                write(place)
+                logging.warning("LoRA²: the LoRA is kept as %s.", place)
+                short = "/".join(place.parts[-3:])  # screens leave out what begins at the root
+                kept.append(f"The LoRA is kept in the folder of checkpoints: {short}.")
+            except Exception as error:
+                logging.error("LoRA²: nor could the LoRA be kept as %s: %s", place, error)
+        if self.keeper.step == self.trainer.step:
+            kept.append("The run is kept as well: queued again it goes straight to saving.")
+        return " ".join(kept)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,20 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
     with toy.file_size_limit(1000), pytest.raises(OSError):
         checkpoint.write(path, _example(2.0))
     assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_mode_that_may_not_be_changed_fails_no_write(tmp_path: Path, monkeypatch) -> None:
+    """As on exFAT, vfat and SMB."""
+
+    def refused(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    for module, name in ((os, "chmod"), (Path, "chmod")):
+        monkeypatch.setattr(module, name, refused)
+    with replacing(tmp_path / "x") as file:
+        file.write(b"whole")
+    assert (tmp_path / "x").read_bytes() == b"whole"
     assert [file.name for file in tmp_path.iterdir()] == ["x"]
 
 
