@@ -11,11 +11,16 @@ from pathlib import Path
 from typing import BinaryIO
 
 
+class NameTaken(FileExistsError):
+    """There is a file under the name that a new one was to get."""
+
+
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path, new: bool = False) -> Iterator[BinaryIO]:
     """A file to write to that takes the place of ``path`` when the block ends without an error.
 
-    After an error, or a kill, ``path`` is as it was. Raises OSError for a full or closed disk.
+    After an error, or a kill, ``path`` is as it was. ``new``: nothing is ever replaced; raises
+    NameTaken when there is something at ``path`` by then. Raises OSError for a full or closed disk.
     """
     temporary: str | None = None
     try:
@@ -29,12 +34,37 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         # modes and may refuse.
         with suppress(OSError):
             os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        if new:
+            _put_new(temporary, path)
+        else:
+            os.replace(temporary, path)
     except BaseException:
         if temporary is not None:
             with suppress(OSError):
                 Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def _put_new(temporary: str, path: Path) -> None:
+    """Give ``temporary`` the name ``path``, which nothing may have: in one step where there are
+    hard links; else (exFAT, vfat, some shares) the name is held by an empty file first."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError as error:
+        raise NameTaken(*error.args) from error
+    except OSError:
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        except FileExistsError as error:
+            raise NameTaken(*error.args) from error
+        try:
+            os.replace(temporary, path)
+        except BaseException:
+            path.unlink()
+            raise
+    else:
+        with suppress(OSError):  # a name too many, and the file is there
+            os.unlink(temporary)
 
 
 def remove_leftovers(path: Path) -> None:

@@ -46,11 +46,24 @@ def target_of(path: Path, kept: Checkpoint) -> Path:
         return path
     if not own.exists():
         return own
+    return own if made_by(kept.run, own) is not None else path
+
+
+def is_unfinished(path: Path, run_hash: str) -> bool:
+    """Whether there is a LoRA of this run in ``path``, of fewer steps than it was to have."""
+    metadata = made_by(run_hash, path)
+    if metadata is None:
+        return False
+    return metadata.get("ss_steps") != metadata.get("ss_max_train_steps")
+
+
+def made_by(run_hash: str, path: Path) -> dict[str, str] | None:
+    """The metadata of a LoRA in ``path`` if this run has written it."""
     try:
-        _, metadata = lora_file.inspect(own)
-    except LoRAFileError:
-        return path
-    return own if metadata.get(RUN) == kept.run else path
+        _, metadata = lora_file.inspect(path)
+    except (LoRAFileError, OSError):
+        return None
+    return dict(metadata) if metadata.get(RUN) == run_hash else None
 
 
 def _stem(path: Path) -> str:

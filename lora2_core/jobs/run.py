@@ -21,7 +21,7 @@ import torch
 
 from ..files.atomic import remove_leftovers
 from ..files.checkpoint import Checkpoint
-from ..files.write import NotWritten
+from ..files.write import NotWritten, write_beside_others
 from ..training import out_of_memory
 from ..training.memory import size
 from ..training.out_of_memory import OutOfMemory
@@ -72,9 +72,14 @@ class Run:
         self.progress, self.gate, self.watch = progress, gate, watch
         self.trainer = Trainer(setup.network, setup.task, setup.config, setup.entropy)
         self.checkpointing = setup.config.gradient_checkpointing
+        # A name that was not free from the start is no news at the end.
+        self.taken = files.lora.name if files.lora.exists() else None
+        self.resumed: Path | None = None  # where the interrupted run wrote, or was to
         self.strip: SampleStrip | None = None
         if setup.painter is not None and setup.config.samples.prompts:
-            self.strip = SampleStrip(setup.painter, setup.config, files.strip, files.lora.stem)
+            self.strip = SampleStrip(
+                setup.painter, setup.config, files.strip, files.lora.stem, run_keeper.run_hash
+            )
 
     def go(self) -> None:
         """Train to the end, and save. Raises what ended it early, after saving."""
@@ -196,6 +201,7 @@ class Run:
         kept = self.keeper.load()
         if kept is None or not self._take(kept):
             return
+        self.resumed = Path(kept.target)
         self.files.move_to(keeper.target_of(self.files.lora, kept))
         done = kept.step == self.config.steps
         self.progress.tell(
@@ -247,6 +253,7 @@ class Run:
             self.strip = None
             self.progress.tell(f"Samples are off for the rest of this run: {error}")
             return
+        self.files.strip = self.strip.file
         self.progress.samples[:] = self.strip.events
         self.watch()
 
@@ -257,25 +264,40 @@ class Run:
         # An explosion put an earlier state back; the file tells of the steps that are in it.
         events, steps = self.progress.events, self.trainer.step
 
-        def write(path: Path) -> None:
-            trained = save_lora(path, self.setup, components, events, steps, self.keeper.run_hash)
+        def write(path: Path, new: bool) -> None:
+            run_hash = self.keeper.run_hash
+            trained = save_lora(path, self.setup, components, events, steps, run_hash, new)
             size = path.stat().st_size / 1e6
             self.progress.log.append(f"Wrote {path.name}, {size:.2f} MB.")
             logging.info("LoRA²: wrote %s, %.2f MB, after %d steps.", path, size, steps)
             self.progress.result = trained
+            if path.name != self.files.lora.name:
+                name = self.files.lora.name
+                say = self.progress.note if name == self.taken else self.progress.tell
+                say(f"The name {name} was taken meanwhile; the LoRA is {path.name}.")
 
         try:
-            write(self.files.lora)
+            write_beside_others(self.files.lora, write, self._is_own)
         except NotWritten as error:
             raise NotWritten(f"{error} {self._kept_elsewhere(write)}".strip()) from error
+        if self.progress.result is not None:
+            self.files.lora = self.progress.result.path
 
-    def _kept_elsewhere(self, write: Callable[[Path], None]) -> str:
+    def _is_own(self, path: Path) -> bool:
+        """Whether this run has written what is in ``path``, now or before it was interrupted."""
+        if path == self.resumed:
+            return keeper.made_by(self.keeper.run_hash, path) is not None
+        return keeper.is_unfinished(path, self.keeper.run_hash)
+
+    def _kept_elsewhere(self, write: Callable[[Path, bool], None]) -> str:
         """Keep the LoRA that finds no place in its folder; says where it and the run are."""
         kept: list[str] = []
         if self.keeper.path is not None:
             place = self.keeper.path.with_name(self.files.lora.name)
             try:
-                write(place)
+                write_beside_others(place, write, self._is_own)
+                if self.progress.result is not None:
+                    place = self.progress.result.path
                 logging.warning("LoRA²: the LoRA is kept as %s.", place)
                 short = "/".join(place.parts[-3:])  # screens leave out what begins at the root
                 kept.append(f"The LoRA is kept in the folder of checkpoints: {short}.")

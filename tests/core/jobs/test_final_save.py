@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from lora2_pack.lora2_core.jobs.job import TrainingJob
 from lora2_pack.lora2_core.training.trainer import TrainingError
 from lora2_pack.tests.core import toy, toy_job
 from lora2_pack.tests.core.toy_job import at_draw, config, finish
+from PIL import Image
 
 NAME = "cat_00001_.safetensors"
 
@@ -72,9 +74,9 @@ def test_a_full_disk_at_the_end_leaves_the_checkpoint(tmp_path: Path, whole: byt
     """Full to the last byte: neither the LoRA nor its copy can be written."""
     wanted, real = config(), lora_file.write_atomically
 
-    def full(path: Path, data: bytes) -> None:
+    def full(path: Path, data: bytes, new: bool = False) -> None:
         with toy.file_size_limit(100):
-            real(path, data)
+            real(path, data, new)
 
     monkeypatch.setattr(lora_file, "write_atomically", full)
     job = toy_job.job(tmp_path / NAME, wanted)
@@ -102,3 +104,77 @@ def test_an_exploded_run_without_a_place_says_where_its_lora_is(tmp_path: Path):
     with pytest.raises(TrainingError, match=f"exploded.*lora2/checkpoints/{NAME}.*No checkpoint"):
         finish(job)
     assert lora_file.load(tmp_path / "lora2" / "checkpoints" / NAME).state
+
+
+# --- nothing is replaced ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])
+def test_a_file_put_there_meanwhile_stays(tmp_path: Path, links: bool, monkeypatch):
+    """Also on exFAT, which has no hard links."""
+    if not links:
+
+        def no_links(*_: object) -> None:
+            raise PermissionError(1, "Operation not permitted")
+
+        monkeypatch.setattr(os, "link", no_links)
+    path = tmp_path / NAME
+    job = at_draw(toy_job.job(path, config()), 40, lambda: path.write_bytes(b"another's"))
+    finish(job)
+    assert path.read_bytes() == b"another's"
+    assert job.progress.state == "finished"
+    assert job.path == tmp_path / "cat_00002_.safetensors"
+    assert job.result is not None and job.result.path == job.path
+    assert lora_file.load(job.path).metadata["ss_output_name"] == "cat_00002_"
+    assert "was taken meanwhile; the LoRA is cat_00002_" in job.progress.message
+    assert {file.name for file in tmp_path.glob("*.safetensors")} == {NAME, job.path.name}
+
+
+@pytest.mark.parametrize("seeds", [(5, 5), (5, 6)], ids=["one graph", "two graphs"])
+def test_two_servers_with_one_name_both_keep_their_lora(tmp_path: Path, seeds: tuple[int, int]):
+    jobs = [toy_job.job(tmp_path / NAME, config(seed=seed)) for seed in seeds]
+    for job in jobs:
+        job._keeper.path = None  # each server has a user folder of its own
+    for job in jobs:
+        finish(job)
+    first, second = (job.path for job in jobs)
+    assert (first.name, second.name) == (NAME, "cat_00002_.safetensors")
+    assert [lora_file.load(p).metadata["lora2.seed"] for p in (first, second)] == [*map(str, seeds)]
+
+
+def test_a_link_that_leads_nowhere_is_a_name_too(tmp_path: Path):
+    path = tmp_path / NAME
+    path.symlink_to(tmp_path / "gone")
+    assert finish(toy_job.job(path, config(steps=3))).path.name == "cat_00002_.safetensors"
+    assert path.is_symlink()
+
+
+def test_a_run_killed_after_its_save_replaces_its_own_file(tmp_path: Path, whole: bytes):
+    """The file is there and the checkpoint, too: one LoRA is left, not two."""
+    path = tmp_path / NAME
+    job = toy_job.job(path, config())
+    job._keeper.remove = lambda: None  # as a kill before it would have it
+    finish(job)
+    again = finish(toy_job.job(tmp_path / "cat_00002_.safetensors", config()))
+    assert again.path == path and path.read_bytes() == whole
+    assert [file.name for file in tmp_path.glob("*.safetensors")] == [NAME]
+
+
+def test_a_strip_replaces_its_older_self_alone(tmp_path: Path):
+    painted = config(samples=toy_job.prompts("a cat", every=6))
+    strip = tmp_path / "strips" / "cat_00001_.png"
+    strip.parent.mkdir()
+    strip.write_bytes(b"a holiday photo")
+    first = toy_job.job(tmp_path / NAME, painted, strip_path=strip)
+    finish(at_draw(first, 20, first.stop))
+    assert strip.read_bytes() == b"a holiday photo"
+    own = strip.with_name("cat_00002_.png")
+    assert first.strip is not None and first.strip.path == own
+    before = Image.open(own).size
+    again = finish(toy_job.job(tmp_path / NAME, painted, strip_path=strip))
+    assert again.strip is not None and again.strip.path == own, "the resumed run's own strip"
+    assert Image.open(own).width > before[0] and Image.open(own).format == "PNG"
+    assert sorted(file.name for file in strip.parent.iterdir()) == [strip.name, own.name]
+    other = config(samples=toy_job.prompts("a cat", every=6), seed=9)
+    last = finish(toy_job.job(tmp_path / NAME, other, strip_path=strip))
+    assert last.strip is not None and last.strip.path.name == "cat_00003_.png"
