@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from ..config.train import doubts_about_rates, rate_to_try
 from ..files.atomic import remove_leftovers
 from ..files.checkpoint import Checkpoint
 from ..files.write import NotWritten, write_beside_others
@@ -90,6 +91,8 @@ class Run:
             f"training {len(self.setup.network.targets)} components for {self.config.steps} steps "
             f"({self.config.rank.mode} mode) towards {self.files.lora.name}."
         )
+        for doubt in doubts_about_rates(self.config):
+            self.progress.tell(doubt)
         try:
             self._steps()
         except BaseException as error:
@@ -105,6 +108,23 @@ class Run:
         if self.trainer.step == self.config.steps:
             self.keeper.remove()
             self._paint()
+        self._tell_if_worse()
+
+    def _tell_if_worse(self) -> None:
+        """No run that ends above its start does so without a word."""
+        probes = [event for event in self.progress.events if event.probe is not None]
+        if not probes:
+            return
+        start, end = self.trainer.probe_guard.start, probes[-1].probe
+        if start is None:  # it goes on from the checkpoint of an earlier version
+            start = probes[0].probe
+        if start is None or end is None or end <= start or f"{end:.4g}" == f"{start:.4g}":
+            return
+        self.progress.tell(
+            f"This LoRA may do harm: the loss on fixed noise is {end:.4g} after step "
+            f"{probes[-1].step} and was {start:.4g} before the first. learning_rate is "
+            f"{self.config.learning_rate:g}: try {rate_to_try(self.config):g}."
+        )
 
     # --- steps ------------------------------------------------------------------------------
 
@@ -165,7 +185,7 @@ class Run:
         """Keep what there is after an error, and raise it."""
         ruined = isinstance(error, TrainingError)
         told = ""
-        if self.progress.events:
+        if self.progress.events and self.trainer.step:  # 0: no step of it was worth keeping
             if not ruined:
                 self._checkpoint()
             try:

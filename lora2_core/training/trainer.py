@@ -20,9 +20,9 @@ from torch import Tensor
 
 from ..adapters.network import AdaptiveRankNetwork
 from ..adaptive_rank import gaussian_prior
-from ..config.train import PROBE_DRAWS, TrainConfig
+from ..config.train import PROBE_DRAWS, TrainConfig, rate_to_try
 from .ema import AveragedWeights
-from .loss_guard import LossGuard
+from .loss_guard import LossGuard, ProbeGuard
 from .objective import CrossAttentionEntropy, Prediction, loss_parts
 from .optimizer_state import follow, load_optimizer_state, optimizer_state
 from .optimizers import make_nu_optimizer, make_optimizer, schedule_factor
@@ -111,7 +111,7 @@ class Trainer:
         self.entropy = entropy if config.entropy_weight > 0 else None
         self.step = 0
         self.control = RankControl(network, config.steps)
-        self.guard = LossGuard()
+        self.guard, self.probe_guard = LossGuard(), ProbeGuard()
         self.scaler = self._new_scaler()
         # Not the seed itself: the adapters were drawn from that, number for number.
         self.generator = torch.Generator().manual_seed(config.seed ^ _NOISE_SEED)
@@ -140,11 +140,14 @@ class Trainer:
         """Go on from ``step`` to the last one, or until ``stop()`` is true.
 
         Raises TrainingError when the loss is not finite, before that step changes any weight, or
-        when it explodes; the network then holds the last good weights.
+        when it explodes or the loss on fixed noise rises clearly above its start; the network then
+        holds the last good weights, or the best.
         """
         while self.step < self.config.steps and not stop():
             before = self.generator.get_state(), self.task.state()
             try:
+                if self.step == 0 and self.probe_guard.start is None:
+                    self.probe_guard.start = self._measure()
                 event = self._step(self.step + 1)
             except BaseException:
                 self._zero_grad()
@@ -155,12 +158,17 @@ class Trainer:
                 self.generator.set_state(before[0])
                 self.task.load_state(before[1])
                 if self.step == 0:
+                    self.probe_guard = ProbeGuard()
                     self._begin()  # the first step makes the optimizers' states, maybe not all
                 raise
             self.step = event.step
             # Before the event: whoever keeps the state then must not miss what this step told.
             exploded = self.guard.exploded(event.step, event.loss, self.network.state)
+            last = event.step == self.config.steps
+            ruined = self.probe_guard.ruined(event.step, event.probe, last, self.network.state)
             yield event
+            if ruined:
+                self._go_back_to_best(event)
             if exploded:
                 self._go_back(event)
 
@@ -185,6 +193,7 @@ class Trainer:
             "average": self.average.state() if self.average else {},
             "control": self.control.state(),
             "guard": self.guard.state(),
+            "probe_guard": self.probe_guard.state(),
             "scaler": self.scaler.state_dict(),
             "generator": self.generator.get_state(),
             "task": self.task.state(),
@@ -200,6 +209,9 @@ class Trainer:
             self.average.load_state(state["average"])
         self.control.load_state(state["control"])
         self.guard.load_state(state["guard"])
+        self.probe_guard = ProbeGuard()
+        if "probe_guard" in state:  # else the checkpoint is older: there is no start to judge by
+            self.probe_guard.load_state(state["probe_guard"])
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.generator.set_state(state["generator"])
@@ -330,21 +342,49 @@ class Trainer:
         """Put the last good weights back and say what to change."""
         kept = "nothing good was there to go back to"
         if self.guard.last_good is not None:
-            step, state = self.guard.last_good
-            self.network.load_state(state)
-            self.step = step
-            self.average = None  # it holds the explosion
-            kept = f"the LoRA of step {step} was kept"
+            kept = f"the LoRA of step {self._become(*self.guard.last_good)} was kept"
         raise TrainingError(
             f"The loss exploded: the mean of the last 20 steps before step {event.step} is over 5 "
             f"times that of the first 20; {kept}. Lower learning_rate (now "
             f"{self.config.learning_rate:g}), set clip_norm to 1, or use the cosine schedule."
         )
 
-    @torch.no_grad()
+    def _go_back_to_best(self, event: StepEvent) -> None:
+        """Put the weights of the least loss on fixed noise back and say which rate to try."""
+        kept = "no step was better than the start, so no LoRA is written"
+        if self.probe_guard.best is None:
+            self.step = 0
+        else:
+            kept = f"the LoRA of step {self._become(*self.probe_guard.best)} was kept, the best"
+        raise TrainingError(
+            f"Training does harm: the loss on fixed noise is {event.probe:.4g} after step "
+            f"{event.step} and was {self.probe_guard.start:.4g} before the first; {kept}. "
+            f"learning_rate is {self.config.learning_rate:g}: try "
+            f"{rate_to_try(self.config):g}."
+        )
+
+    def _become(self, step: int, state: dict[str, Any]) -> int:
+        """Hold the weights of an earlier step; returns its number."""
+        self.network.load_state(state)
+        self.step = step
+        self.average = None  # it holds what has gone wrong
+        return step
+
     def _probe(self, step: int) -> float | None:
-        last = step == self.config.steps
-        if not self.probes or not (step == 1 or step % self.probe_every == 0 or last):
+        """The loss on fixed noise after a step, where one is due."""
+        if not self.probes or not (
+            step == 1 or step % self.probe_every == 0 or step == self.config.steps
+        ):
+            return None
+        probe = self._measure()
+        if probe is None:  # the step before it is done: it must not be repeated for a curve
+            self.probes = []
+        return probe
+
+    @torch.no_grad()
+    def _measure(self) -> float | None:
+        """The loss on fixed noise; None where it is off or there is no memory for it."""
+        if not self.probes:
             return None
         self.network.refresh_importance()
         try:
@@ -353,7 +393,5 @@ class Trainer:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            # The step before it is done: it must not be repeated for a curve.
             logging.warning("LoRA²: no memory to measure the loss on fixed noise; it is left out.")
-            self.probes = []
             return None
