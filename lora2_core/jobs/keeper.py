@@ -85,8 +85,6 @@ class RunKeeper:
         self.step: int | None = None  # finished steps of the checkpoint that lies there
         self._written = time.monotonic()
         self._failed = False
-        if self.path is not None:
-            remove_leftovers(self.path)
 
     def due(self, step: int) -> bool:
         """Whether a checkpoint belongs after this step, by its number or by the clock."""
@@ -120,7 +118,10 @@ class RunKeeper:
 
     def load(self) -> Checkpoint | None:
         """The checkpoint of this run, if there is one and it is wanted and whole."""
-        if self.path is None or not self.keep.resume or not self.path.is_file():
+        if self.path is None:
+            return None
+        remove_leftovers(self.path)
+        if not self.keep.resume or not self.path.is_file():
             return None
         try:
             kept = checkpoint.read(self.path, self.run_hash)

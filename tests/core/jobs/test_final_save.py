@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 from lora2_pack.lora2_core import lora_file
 from lora2_pack.lora2_core.config.train import TrainConfig
+from lora2_pack.lora2_core.files import checkpoint
 from lora2_pack.lora2_core.jobs.job import TrainingJob
 from lora2_pack.lora2_core.training.trainer import TrainingError
 from lora2_pack.tests.core import toy, toy_job
 from lora2_pack.tests.core.toy_job import at_draw, config, finish
 from PIL import Image
+from torch import Tensor
 
 NAME = "cat_00001_.safetensors"
 
@@ -178,3 +180,26 @@ def test_a_strip_replaces_its_older_self_alone(tmp_path: Path):
     other = config(samples=toy_job.prompts("a cat", every=6), seed=9)
     last = finish(toy_job.job(tmp_path / NAME, other, strip_path=strip))
     assert last.strip is not None and last.strip.path.name == "cat_00003_.png"
+
+
+def test_the_same_graph_queued_again_breaks_no_checkpoint(tmp_path: Path, whole: bytes):
+    """Its job is made, and another server's starts, while the first one writes."""
+    path = tmp_path / NAME
+    job = toy_job.job(path, config())
+    again = toy_job.job(path, config())
+    written, write = [], checkpoint.bytes_of
+
+    def queue_again(tensor: Tensor) -> memoryview:
+        if not written:
+            toy_job.job(path, config())
+            again._keeper.load()
+        written.append(1)
+        return write(tensor)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(checkpoint, "bytes_of", queue_again)
+        finish(at_draw(job, 20, job.stop))
+    assert not any("could not be written" in line for line in job.progress.log)
+    assert job._keeper.path is not None
+    assert checkpoint.read(job._keeper.path, job.run_hash).step == job.progress.step
+    assert finish(toy_job.job(path, config())).path.read_bytes() == whole
