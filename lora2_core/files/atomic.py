@@ -12,9 +12,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-if sys.platform != "win32":
-    import fcntl
-
 _LEFT_SECONDS = 3600.0  # without a byte written, where nothing else tells that nobody writes
 
 
@@ -76,6 +73,8 @@ def _hold(handle: int, wait: bool) -> bool | None:
     """
     if sys.platform == "win32":
         return None
+    import fcntl
+
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:

@@ -10,6 +10,7 @@ bytes as that of one that was not.
 from __future__ import annotations
 
 import logging
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -204,6 +205,29 @@ class Run:
             told += " No checkpoint is kept: from it the run would end the same way."
         raise TrainingError(f"{error}{told}") from error
 
+    def save_last_step(self, seconds: float) -> bool:
+        """Save the last complete step from another thread, as the next one may take for ever.
+
+        That one is then abandoned. False where nothing was complete, or could be reached within
+        ``seconds``: the run changes its weights, paints or saves just now.
+        """
+        with self.trainer.last_step.held(seconds) as got:
+            if not got or self.progress.result is not None:
+                return False
+            self.trainer.last_step.abandoned = True
+            end = time.monotonic() + 1
+            while len(self.progress.events) < self.trainer.step and time.monotonic() < end:
+                time.sleep(0.01)  # the job's thread is about to add it
+            if not self.progress.events:
+                return False
+            self._checkpoint()
+            self._save()
+            self.progress.tell(
+                f"Step {self.trainer.step + 1} takes too long to wait for; step "
+                f"{self.trainer.step} is saved, and the same run goes on from there."
+            )
+            return True
+
     # --- going on later ---------------------------------------------------------------------
 
     def _checkpoint(self) -> None:
@@ -279,6 +303,10 @@ class Run:
 
     def _save(self) -> None:
         """Write the LoRA. Raises NotWritten, after trying to keep it beside the checkpoint."""
+        with self.trainer.last_step.held():
+            self._save_held()
+
+    def _save_held(self) -> None:
         with self._as_saved():
             components = self.setup.network.components()
         # An explosion put an earlier state back; the file tells of the steps that are in it.

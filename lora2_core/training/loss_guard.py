@@ -6,7 +6,7 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -89,6 +89,19 @@ class LossGuard:
             self._kept.pop()
 
 
+class Measured(Protocol):
+    """A finished step."""
+
+    @property
+    def step(self) -> int: ...
+
+    @property
+    def steps(self) -> int: ...
+
+    @property
+    def probe(self) -> float | None: ...
+
+
 class ProbeGuard:
     """Judges a run by its loss on fixed noise, against that before the first step. Source: ours.
 
@@ -103,20 +116,21 @@ class ProbeGuard:
         self._lowest = math.inf
         self.best: tuple[int, Any] | None = None  # the step, and the state on the CPU
 
-    def ruined(self, step: int, probe: float | None, last: bool, state: Callable[[], Any]) -> bool:
+    def ruined(self, event: Measured, state: Callable[[], Any]) -> bool:
         """Take in what was measured after a step; whether the run does harm.
 
         ``state`` is asked for what to keep of a step that is the best so far, below the start.
         """
+        probe = event.probe
         if probe is None or self.start is None:
             return False
         if not probe <= _RUINED * self.start:  # nor where it is no number
             self._above += 1
-            return last or self._above >= _IN_A_ROW
+            return event.step == event.steps or self._above >= _IN_A_ROW
         self._above = 0
         if probe < min(self._lowest, self.start):
             try:
-                self.best = step, _on_cpu(state())
+                self.best = event.step, _on_cpu(state())
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -203,3 +204,29 @@ def test_the_same_graph_queued_again_breaks_no_checkpoint(tmp_path: Path, whole:
     assert job._keeper.path is not None
     assert checkpoint.read(job._keeper.path, job.run_hash).step == job.progress.step
     assert finish(toy_job.job(path, config())).path.read_bytes() == whole
+
+
+# --- a step that does not end -----------------------------------------------------------------
+
+
+def test_a_run_saved_within_a_step_goes_on_as_if_it_had_not(tmp_path: Path, whole: bytes):
+    """In the second batch of a step; the process lives on, and the step does not count."""
+    path = tmp_path / NAME
+    saved: list[bool] = []
+    job = toy_job.job(path, config())
+
+    def save() -> None:
+        job.stop()
+        thread = threading.Thread(target=lambda: saved.append(job.save_last_step(5)))
+        thread.start()
+        thread.join()
+        kept = checkpoint.read(path.parent / "checkpoints" / f"{job.run_hash}.safetensors", run)
+        assert (kept.step, lora_file.load(path).metadata["ss_steps"]) == (4, "4")
+
+    run = job.run_hash
+    finish(at_draw(job, 10, save))
+    assert saved == [True] and job.progress.step == 4 and job.progress.state == "stopped"
+    assert not job.save_last_step(0), "it is over"
+    again = finish(toy_job.job(path, config()))
+    assert "Going on after step 4" in again.progress.message
+    assert again.path == path and path.read_bytes() == whole
