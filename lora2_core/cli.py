@@ -100,7 +100,7 @@ def _add_resize(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 def _resize(options: argparse.Namespace) -> int:
     target = _free(options.target, options.force)
-    print(resize_file(options.source, target, _limits(options)).text())
+    print(resize_file(options.source, target, _limits(options), not options.force).text())
     return 0
 
 
@@ -115,7 +115,7 @@ def _add_merge(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def _merge(options: argparse.Namespace) -> int:
     target = _free(options.out, options.force)
     sources = [_weighted(text) for text in options.sources]
-    print(merge_files(sources, target, _limits(options)).text())
+    print(merge_files(sources, target, _limits(options), not options.force).text())
     return 0
 
 

@@ -81,8 +81,11 @@ def save(
     metadata: Mapping[str, str],
     megabytes: float | None = None,
     min_rank: int = 1,
+    new: bool = False,
 ) -> Path:
     """Write a LoRA² file: to a temporary file beside ``path``, then renamed over it.
+
+    ``new``: nothing is replaced; raises NameTaken when there is something at ``path``.
 
     ``megabytes``: 10⁶ bytes that the whole file, header included, may take; what is larger is cut
     to it by one SVD across all components (:func:`.resizing.fit.fit_to_megabytes`), and
@@ -102,5 +105,5 @@ def save(
             f"{path.name} was not written: no component has learnt anything yet. Train for more "
             "steps or with a higher learning_rate."
         )
-    write_atomically(path, encode(state, full))
+    write_atomically(path, encode(state, full), new)
     return path

@@ -1,11 +1,13 @@
 """Resize LoRA and Merge LoRAs: smaller files, and sums of several, always as LoRA² files."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from comfy_api.latest import io, ui
 
 from ..lora2_core import comfy_host
+from ..lora2_core.files.write import write_beside_others
 from ..lora2_core.resizing.resize import Resized, merge_files, resize_file
 from .background import job_queue
 from .common import CATEGORY, NO_LORA, fingerprint
@@ -46,7 +48,7 @@ class LoRA2Resize(io.ComfyNode):
     def execute(cls, lora_name: str, file_name: str, **options: Any) -> io.NodeOutput:
         limits = limits_of(options)
         source = comfy_host.lora_path(lora_name)
-        return _told(resize_file(source, _target(file_name), limits))
+        return _written(file_name, lambda path, new: resize_file(source, path, limits, new))
 
 
 class LoRA2Merge(io.ComfyNode):
@@ -99,7 +101,8 @@ class LoRA2Merge(io.ComfyNode):
         ]
         if not any(weight for _, weight in sources):
             raise ValueError("Every weight is 0; nothing would be left. Choose a weight above 0.")
-        return _told(merge_files(sources, _target(file_name), limits_of(options)))
+        limits = limits_of(options)
+        return _written(file_name, lambda path, new: merge_files(sources, path, limits, new))
 
 
 def _file_name(default: str) -> io.Input:
@@ -117,10 +120,9 @@ def _outputs() -> list[io.Output]:
     ]
 
 
-def _target(file_name: str) -> Path:
-    return comfy_host.new_lora_path(file_name, job_queue().paths())
-
-
-def _told(found: Resized) -> io.NodeOutput:
+def _written(file_name: str, write: Callable[[Path, bool], Resized]) -> io.NodeOutput:
+    """Write under a new name, also where another takes it meanwhile, and tell of it."""
+    path = comfy_host.new_lora_path(file_name, job_queue().paths())
+    found = write_beside_others(path, write, own=lambda _: False)
     text = found.text()
     return io.NodeOutput(str(found.path), text, ui=ui.PreviewText(text))

@@ -10,7 +10,7 @@ from comfy_api.latest import io, ui
 
 from ..lora2_core import comfy_host, lora_file
 from ..lora2_core.config.presets import AS_SET, build_config, replaced
-from ..lora2_core.config.train import TrainConfig
+from ..lora2_core.config.train import TrainConfig, doubts_about_rates
 from ..lora2_core.data.photos import Photo, check_photos
 from ..lora2_core.jobs.job import TrainingJob
 from ..lora2_core.jobs.queue import Origin
@@ -114,7 +114,7 @@ class LoRA2Train(io.ComfyNode):
             comfy_host.cache_folder(),
         )
         lora_file.check_writable(path, setup.network.expected_bytes())
-        for line in _about_run(setup):
+        for line in (*doubts_about_rates(config), *_about_run(setup)):
             notes.say(line)
         background = one.get("run", WAIT) == BACKGROUND
         job = TrainingJob(

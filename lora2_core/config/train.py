@@ -21,6 +21,7 @@ SCHEDULES: tuple[Schedule, ...] = ("constant", "cosine", "linear")
 OptimizerName = Literal["adamw", "adamw8bit", "prodigy"]
 OPTIMIZERS: tuple[OptimizerName, ...] = ("adamw", "adamw8bit", "prodigy")
 MAX_PROMPTS = 4
+_MOST_OF_ADAM, _LEAST_OF_PRODIGY = 0.02, 0.1  # learning rates beyond which a word is due
 PROBE_DRAWS = 8  # images, noises and timesteps on which the comparable loss is measured
 
 
@@ -196,6 +197,34 @@ class TrainConfig:
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for a file's metadata."""
         return dataclasses.asdict(self)
+
+
+def rate_to_try(config: TrainConfig) -> float:
+    """A learning rate for a run that its own has ruined: a tenth, and at most 0.001.
+
+    Prodigy multiplies a rate that it finds itself, so of its own a tenth will do. Source: ours.
+    """
+    tenth = config.learning_rate / 10
+    return tenth if config.optimizer.name == "prodigy" else min(tenth, 1e-3)
+
+
+def doubts_about_rates(config: TrainConfig) -> list[str]:
+    """What to say before a run whose learning rates are those of another optimizer. Source: ours;
+    on the demo model AdamW ruins a LoRA from 0.03 on."""
+    rates = {"learning_rate": config.learning_rate, "text_learning_rate": config.text.learning_rate}
+    if config.optimizer.name == "prodigy":
+        return [
+            f"{name} is {rate:g}, but Prodigy finds the rate itself and multiplies it by this: "
+            "leave it at 1, or it hardly learns."
+            for name, rate in rates.items()
+            if 0 < rate < _LEAST_OF_PRODIGY
+        ]
+    return [
+        f"{name} is {rate:g}, and {config.optimizer.name} is likely to ruin the LoRA above "
+        f"{_MOST_OF_ADAM:g}: try 0.0001. (A rate of 1 is meant for the optimizer prodigy.)"
+        for name, rate in rates.items()
+        if rate > _MOST_OF_ADAM
+    ]
 
 
 _PARTS: dict[str, type] = {

@@ -54,6 +54,7 @@ class TrainingJob:
         self.progress = Progress()
         self.watch: Callable[[], None] = lambda: None
         self.ended: Callable[[], None] = lambda: None
+        self._run_now: Run | None = None
         self._guard = guard
         self._files = RunFiles(path, strip)
         self._keeper = RunKeeper(checkpoints, self.run_hash, self.config.keep, self.progress.tell)
@@ -119,6 +120,14 @@ class TrainingJob:
         self._thread.join(seconds)
         return not self._thread.is_alive()
 
+    def save_last_step(self, seconds: float) -> bool:
+        """After :meth:`stop`: save the last complete step and wait for no other; whether it was.
+
+        Waits at most ``seconds`` for a moment to do so. Raises what saving raises.
+        """
+        run = self._run_now
+        return run is not None and run.save_last_step(seconds)
+
     def slim(self) -> None:
         """Of a job that is over, keep what a list shows; the LoRA itself is in its file."""
         self.progress.slim()
@@ -147,12 +156,13 @@ class TrainingJob:
         setup = self.setup
         if setup is None:
             raise RuntimeError("This training is over; start another one.")
-        Run(setup, self._files, self._keeper, self.progress, self._gate, self.watch).go()
+        self._run_now = Run(setup, self._files, self._keeper, self.progress, self._gate, self.watch)
+        self._run_now.go()
 
     def _over(self, state: State) -> None:
         # The copy of the model ends with the run: neither the finished job nor the frames of an
         # error may keep it in memory.
-        self.setup = None
+        self.setup = self._run_now = None
         if self.progress.error is not None:
             traceback.clear_frames(self.progress.error.__traceback__)
         self._gate.end(state)

@@ -46,11 +46,24 @@ def target_of(path: Path, kept: Checkpoint) -> Path:
         return path
     if not own.exists():
         return own
+    return own if made_by(kept.run, own) is not None else path
+
+
+def is_unfinished(path: Path, run_hash: str) -> bool:
+    """Whether there is a LoRA of this run in ``path``, of fewer steps than it was to have."""
+    metadata = made_by(run_hash, path)
+    if metadata is None:
+        return False
+    return metadata.get("ss_steps") != metadata.get("ss_max_train_steps")
+
+
+def made_by(run_hash: str, path: Path) -> dict[str, str] | None:
+    """The metadata of a LoRA in ``path`` if this run has written it."""
     try:
-        _, metadata = lora_file.inspect(own)
-    except LoRAFileError:
-        return path
-    return own if metadata.get(RUN) == kept.run else path
+        _, metadata = lora_file.inspect(path)
+    except (LoRAFileError, OSError):
+        return None
+    return dict(metadata) if metadata.get(RUN) == run_hash else None
 
 
 def _stem(path: Path) -> str:
@@ -69,10 +82,9 @@ class RunKeeper:
     ):
         self.run_hash, self.keep, self._tell = run_hash, keep, tell
         self.path = None if folder is None else folder / f"{run_hash}.safetensors"
+        self.step: int | None = None  # finished steps of the checkpoint that lies there
         self._written = time.monotonic()
         self._failed = False
-        if self.path is not None:
-            remove_leftovers(self.path)
 
     def due(self, step: int) -> bool:
         """Whether a checkpoint belongs after this step, by its number or by the clock."""
@@ -101,23 +113,29 @@ class RunKeeper:
                 )
             self._failed = True
             return False
-        self._failed = False
+        self._failed, self.step = False, step
         return True
 
     def load(self) -> Checkpoint | None:
         """The checkpoint of this run, if there is one and it is wanted and whole."""
-        if self.path is None or not self.keep.resume or not self.path.is_file():
+        if self.path is None:
+            return None
+        remove_leftovers(self.path)
+        if not self.keep.resume or not self.path.is_file():
             return None
         try:
-            return checkpoint.read(self.path, self.run_hash)
+            kept = checkpoint.read(self.path, self.run_hash)
         except CheckpointError as error:
             self.set_aside(str(error))
             return None
+        self.step = kept.step
+        return kept
 
     def set_aside(self, reason: str) -> None:
         """Rename a checkpoint that cannot be used, so that no new one overwrites it."""
         if self.path is None:
             return
+        self.step = None
         aside = self.path.with_name(self.path.name + ".damaged")
         try:
             self.path.replace(aside)
@@ -130,6 +148,7 @@ class RunKeeper:
         """Delete the checkpoint: the run is over."""
         if self.path is None:
             return
+        self.step = None
         try:
             self.path.unlink(missing_ok=True)
         except OSError as error:

@@ -7,7 +7,6 @@ it is over, so there is no thread that waits for work.
 from __future__ import annotations
 
 import logging
-import re
 import secrets
 import threading
 import time
@@ -18,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..files.write import next_free
 from . import shutdown
 from .job import TrainingJob
 from .progress import ENDED, State
@@ -26,7 +26,6 @@ from .store import INTERRUPTED, JobStore, Kept
 LISTED = 100  # trainings that are over
 _WITH_PICTURES = 10  # of them with all their samples, the others with the newest
 _STORE_SECONDS = 5.0  # between two notes of the step while nothing else changes
-_NUMBER = re.compile(r"\d+(?=_?$)")  # of subject_00001_, as ComfyUI counts
 
 Listener = Callable[["Entry"], None]
 
@@ -214,7 +213,7 @@ class JobQueue:
                 entry = self._current = self._waiting.popleft()
                 try:
                     if not entry.name_was_taken and entry.job.path.exists():
-                        entry.job.move_to(_free(entry.job.path))
+                        entry.job.move_to(next_free(entry.job.path))
                     entry.job.start()
                     return
                 except RuntimeError as error:  # no thread could be started
@@ -265,19 +264,6 @@ class JobQueue:
 def _described(entry: Entry) -> str:
     ending = entry.state in ("running", "paused") and entry.job.stopping
     return "ending" if ending else entry.state
-
-
-def _free(path: Path) -> Path:
-    """``path`` with the next number that no file has: another training took it meanwhile."""
-    while path.exists():
-        number = _NUMBER.search(path.stem)
-        if number is None:
-            stem = f"{path.stem}_00002_"
-        else:
-            count = f"{int(number[0]) + 1:0{len(number[0])}}"
-            stem = f"{path.stem[: number.start()]}{count}{path.stem[number.end() :]}"
-        path = path.with_name(stem + path.suffix)
-    return path
 
 
 def manifest(entry: Entry) -> Kept:

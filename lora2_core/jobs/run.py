@@ -1,14 +1,16 @@
 """The training of a job, in the job's thread: from its first step or a checkpoint to its file.
 
 Whatever ends a run after its first step, be it the last step, a stop or an error, the LoRA as of
-the last complete step is written before the job is over, and so is a checkpoint from which the
-same run goes on exactly. Steps, losses and pictures of before come back with it: the file of a
-run that was stopped and resumed has the same bytes as that of one that was not.
+the last complete step is written before the job is over, and before it a checkpoint from which the
+same run goes on exactly; that of a finished run stays until its LoRA is on disk. Steps, losses and
+pictures of before come back with it: the file of a run that was stopped and resumed has the same
+bytes as that of one that was not.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,8 +20,10 @@ from typing import Any
 
 import torch
 
+from ..config.train import doubts_about_rates, rate_to_try
 from ..files.atomic import remove_leftovers
 from ..files.checkpoint import Checkpoint
+from ..files.write import NotWritten, write_beside_others
 from ..training import out_of_memory
 from ..training.memory import size
 from ..training.out_of_memory import OutOfMemory
@@ -70,9 +74,14 @@ class Run:
         self.progress, self.gate, self.watch = progress, gate, watch
         self.trainer = Trainer(setup.network, setup.task, setup.config, setup.entropy)
         self.checkpointing = setup.config.gradient_checkpointing
+        # A name that was not free from the start is no news at the end.
+        self.taken = files.lora.name if files.lora.exists() else None
+        self.resumed: Path | None = None  # where the interrupted run wrote, or was to
         self.strip: SampleStrip | None = None
         if setup.painter is not None and setup.config.samples.prompts:
-            self.strip = SampleStrip(setup.painter, setup.config, files.strip, files.lora.stem)
+            self.strip = SampleStrip(
+                setup.painter, setup.config, files.strip, files.lora.stem, run_keeper.run_hash
+            )
 
     def go(self) -> None:
         """Train to the end, and save. Raises what ended it early, after saving."""
@@ -83,6 +92,8 @@ class Run:
             f"training {len(self.setup.network.targets)} components for {self.config.steps} steps "
             f"({self.config.rank.mode} mode) towards {self.files.lora.name}."
         )
+        for doubt in doubts_about_rates(self.config):
+            self.progress.tell(doubt)
         try:
             self._steps()
         except BaseException as error:
@@ -92,12 +103,29 @@ class Run:
             self._end_by(error)
         if not self.progress.events:
             return
-        if self.trainer.step < self.config.steps:
-            self._checkpoint()  # before the LoRA, whose folding takes longer
+        if self.keeper.step != self.trainer.step:
+            self._checkpoint()  # before the LoRA, which may find no place
         self._save()
         if self.trainer.step == self.config.steps:
             self.keeper.remove()
             self._paint()
+        self._tell_if_worse()
+
+    def _tell_if_worse(self) -> None:
+        """No run that ends above its start does so without a word."""
+        probes = [event for event in self.progress.events if event.probe is not None]
+        if not probes:
+            return
+        start, end = self.trainer.probe_guard.start, probes[-1].probe
+        if start is None:  # it goes on from the checkpoint of an earlier version
+            start = probes[0].probe
+        if start is None or end is None or end <= start or f"{end:.4g}" == f"{start:.4g}":
+            return
+        self.progress.tell(
+            f"This LoRA may do harm: the loss on fixed noise is {end:.4g} after step "
+            f"{probes[-1].step} and was {start:.4g} before the first. learning_rate is "
+            f"{self.config.learning_rate:g}: try {rate_to_try(self.config):g}."
+        )
 
     # --- steps ------------------------------------------------------------------------------
 
@@ -156,22 +184,49 @@ class Run:
 
     def _end_by(self, error: BaseException) -> None:
         """Keep what there is after an error, and raise it."""
-        if isinstance(error, TrainingError):
-            # The same settings lead to the same end from any checkpoint of this run, and other
-            # settings are another run.
-            self.keeper.remove()
-        elif self.progress.events:
-            self._checkpoint()
-        if self.progress.events:
+        ruined = isinstance(error, TrainingError)
+        told = ""
+        if self.progress.events and self.trainer.step:  # 0: no step of it was worth keeping
+            if not ruined:
+                self._checkpoint()
             try:
                 self._save()
-            except Exception as second:  # the first error is the one to tell
-                logging.error("LoRA²: after the failure nothing could be saved: %s", second)
-        if isinstance(error, TrainingError) and self.keeper.path is not None:
-            raise TrainingError(
-                f"{error} No checkpoint is kept: from it the run would end the same way."
-            ) from error
-        raise error
+            except Exception as second:  # the first error is the one to raise
+                told = f" {second}"
+                logging.error("LoRA²: after the failure: %s", second)
+        if not ruined:
+            if told:
+                self.progress.tell(f"After the failure:{told}")
+            raise error
+        # The same settings lead to the same end from any checkpoint of this run, and other
+        # settings are another run.
+        self.keeper.remove()
+        if self.keeper.path is not None:
+            told += " No checkpoint is kept: from it the run would end the same way."
+        raise TrainingError(f"{error}{told}") from error
+
+    def save_last_step(self, seconds: float) -> bool:
+        """Save the last complete step from another thread, as the next one may take for ever.
+
+        That one is then abandoned. False where nothing was complete, or could be reached within
+        ``seconds``: the run changes its weights, paints or saves just now.
+        """
+        with self.trainer.last_step.held(seconds) as got:
+            if not got or self.progress.result is not None:
+                return False
+            self.trainer.last_step.abandoned = True
+            end = time.monotonic() + 1
+            while len(self.progress.events) < self.trainer.step and time.monotonic() < end:
+                time.sleep(0.01)  # the job's thread is about to add it
+            if not self.progress.events:
+                return False
+            self._checkpoint()
+            self._save()
+            self.progress.tell(
+                f"Step {self.trainer.step + 1} takes too long to wait for; step "
+                f"{self.trainer.step} is saved, and the same run goes on from there."
+            )
+            return True
 
     # --- going on later ---------------------------------------------------------------------
 
@@ -190,11 +245,13 @@ class Run:
         kept = self.keeper.load()
         if kept is None or not self._take(kept):
             return
+        self.resumed = Path(kept.target)
         self.files.move_to(keeper.target_of(self.files.lora, kept))
+        done = kept.step == self.config.steps
         self.progress.tell(
-            f"Going on after step {kept.step} of {self.config.steps} from the checkpoint of "
-            f"this run; the LoRA goes to {self.files.lora.name}. (To start anew, switch resume "
-            "off.)",
+            f"{'All steps are done; saving' if done else 'Going on'} after step {kept.step} of "
+            f"{self.config.steps} from the checkpoint of this run; the LoRA goes to "
+            f"{self.files.lora.name}. (To start anew, switch resume off.)",
             logging.INFO,
         )
         if self.strip is not None:
@@ -240,16 +297,60 @@ class Run:
             self.strip = None
             self.progress.tell(f"Samples are off for the rest of this run: {error}")
             return
+        self.files.strip = self.strip.file
         self.progress.samples[:] = self.strip.events
         self.watch()
 
     def _save(self) -> None:
+        """Write the LoRA. Raises NotWritten, after trying to keep it beside the checkpoint."""
+        with self.trainer.last_step.held():
+            self._save_held()
+
+    def _save_held(self) -> None:
         with self._as_saved():
             components = self.setup.network.components()
         # An explosion put an earlier state back; the file tells of the steps that are in it.
-        events, steps, path = self.progress.events, self.trainer.step, self.files.lora
-        trained = save_lora(path, self.setup, components, events, steps, self.keeper.run_hash)
-        size = path.stat().st_size / 1e6
-        self.progress.log.append(f"Wrote {path.name}, {size:.2f} MB.")
-        logging.info("LoRA²: wrote %s, %.2f MB, after %d steps.", path, size, steps)
-        self.progress.result = trained
+        events, steps = self.progress.events, self.trainer.step
+
+        def write(path: Path, new: bool) -> None:
+            run_hash = self.keeper.run_hash
+            trained = save_lora(path, self.setup, components, events, steps, run_hash, new)
+            size = path.stat().st_size / 1e6
+            self.progress.log.append(f"Wrote {path.name}, {size:.2f} MB.")
+            logging.info("LoRA²: wrote %s, %.2f MB, after %d steps.", path, size, steps)
+            self.progress.result = trained
+            if path.name != self.files.lora.name:
+                name = self.files.lora.name
+                say = self.progress.note if name == self.taken else self.progress.tell
+                say(f"The name {name} was taken meanwhile; the LoRA is {path.name}.")
+
+        try:
+            write_beside_others(self.files.lora, write, self._is_own)
+        except NotWritten as error:
+            raise NotWritten(f"{error} {self._kept_elsewhere(write)}".strip()) from error
+        if self.progress.result is not None:
+            self.files.lora = self.progress.result.path
+
+    def _is_own(self, path: Path) -> bool:
+        """Whether this run has written what is in ``path``, now or before it was interrupted."""
+        if path == self.resumed:
+            return keeper.made_by(self.keeper.run_hash, path) is not None
+        return keeper.is_unfinished(path, self.keeper.run_hash)
+
+    def _kept_elsewhere(self, write: Callable[[Path, bool], None]) -> str:
+        """Keep the LoRA that finds no place in its folder; says where it and the run are."""
+        kept: list[str] = []
+        if self.keeper.path is not None:
+            place = self.keeper.path.with_name(self.files.lora.name)
+            try:
+                write_beside_others(place, write, self._is_own)
+                if self.progress.result is not None:
+                    place = self.progress.result.path
+                logging.warning("LoRA²: the LoRA is kept as %s.", place)
+                short = "/".join(place.parts[-3:])  # screens leave out what begins at the root
+                kept.append(f"The LoRA is kept in the folder of checkpoints: {short}.")
+            except Exception as error:
+                logging.error("LoRA²: nor could the LoRA be kept as %s: %s", place, error)
+        if self.keeper.step == self.trainer.step:
+            kept.append("The run is kept as well: queued again it goes straight to saving.")
+        return " ".join(kept)

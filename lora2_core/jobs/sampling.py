@@ -6,8 +6,11 @@ with samples gives the same file as one without.
 
 from __future__ import annotations
 
+import hashlib
+import struct
+import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +20,11 @@ from PIL import Image
 from torch import Tensor
 
 from ..config.train import TrainConfig
-from ..files.write import write_atomically
+from ..files.write import write_atomically, write_beside_others
 from ..training.setup import Painter
 
 THUMBNAIL = 224  # px, the longer side of every picture but the newest
+_PNG_HEAD = 33  # bytes of a PNG's signature and first chunk; texts may follow
 _COLUMNS = 12  # at most, whatever the number of steps
 
 
@@ -51,7 +55,16 @@ class SampleStrip:
     strip has columns: a run of any length stays within some ten megabytes.
     """
 
-    def __init__(self, painter: Painter, config: TrainConfig, file: StripFile | None, title: str):
+    def __init__(
+        self,
+        painter: Painter,
+        config: TrainConfig,
+        file: StripFile | None,
+        title: str,
+        run_hash: str = "",
+    ):
+        mark = hashlib.sha256("\0".join([run_hash, *config.samples.prompts]).encode())
+        self._mark = _png_text("lora2.run", mark.hexdigest())
         self.painter, self.file, self.title = painter, file, title
         self.options, self.steps = config.samples, config.steps
         self.side = config.resolution
@@ -83,9 +96,26 @@ class SampleStrip:
         return event
 
     def write(self) -> None:
-        """The strip as it is now, in its file."""
-        if self.file is not None and self.events:
-            write_atomically(self.file.path, self.file.draw(self.events, self.title, THUMBNAIL))
+        """The strip as it is now, in its file: over its older self, and over nothing else."""
+        if self.file is None or not self.events:
+            return
+        png = self.file.draw(self.events, self.title, THUMBNAIL)
+        data = png[:_PNG_HEAD] + self._mark + png[_PNG_HEAD:]
+
+        def write(path: Path, new: bool) -> Path:
+            write_atomically(path, data, new)
+            return path
+
+        path = write_beside_others(self.file.path, write, self._is_own)
+        self.file = replace(self.file, path=path)
+
+    def _is_own(self, path: Path) -> bool:
+        """Whether it is a strip of these prompts and of this run, before a resume or after."""
+        try:
+            with path.open("rb") as file:
+                return file.read(_PNG_HEAD + len(self._mark))[_PNG_HEAD:] == self._mark
+        except OSError:
+            return False
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: the pictures as thumbnails."""
@@ -104,6 +134,12 @@ class SampleStrip:
             SampleEvent(int(step), self.options.prompts, painted)
             for step, painted in zip(state["steps"], pictures, strict=True)
         ]
+
+
+def _png_text(name: str, text: str) -> bytes:
+    """A tEXt chunk of a PNG, which viewers pass over."""
+    data = b"tEXt" + name.encode("latin-1") + b"\0" + text.encode("latin-1")
+    return struct.pack(">I", len(data) - 4) + data + struct.pack(">I", zlib.crc32(data))
 
 
 def thinned(events: Sequence[SampleEvent], columns: int = _COLUMNS) -> list[SampleEvent]:

@@ -33,8 +33,12 @@ def save_lora(
     events: Sequence[StepEvent],
     steps: int,
     run_hash: str,
+    new: bool,
 ) -> TrainedLoRA:
-    """Write ``components``, learnt in the first ``steps`` of ``events``. Raises LoRAFileError."""
+    """Write ``components``, learnt in the first ``steps`` of ``events``.
+
+    ``new``: nothing is replaced. Raises LoRAFileError, and NameTaken as ``lora_file.save`` does.
+    """
     config = setup.config
     learnt = events[:steps]
     text = describe_run(
@@ -47,7 +51,8 @@ def save_lora(
         title=path.stem,
         run=run_hash,
     )
-    lora_file.save(path, components, text, config.rank.target_megabytes, config.rank.min_rank)
+    rank = config.rank
+    lora_file.save(path, components, text, rank.target_megabytes, rank.min_rank, new)
     return TrainedLoRA(
         path=path,
         file=lora_file.load(path),

@@ -20,6 +20,7 @@ from types import FrameType
 from typing import Any, Protocol
 
 WAIT_SECONDS = 20.0  # for all trainings together to finish their step and save
+PATIENCE = 5.0  # of them for the step; then the one before it is saved
 _NAMES = ("SIGINT", "SIGTERM", "SIGBREAK")  # the last is Windows' way to ask
 
 _running: dict[int, weakref.ref[Job]] = {}  # changed and listed in one step each, so no lock
@@ -35,6 +36,8 @@ class Job(Protocol):
     def stop(self) -> None: ...
 
     def wait(self, seconds: float | None = None) -> bool: ...
+
+    def save_last_step(self, seconds: float) -> bool: ...
 
 
 def install() -> None:
@@ -76,7 +79,10 @@ def before_stopping(close: Callable[[], None]) -> None:
 
 
 def stop_all(seconds: float = WAIT_SECONDS) -> bool:
-    """Ask all running trainings to stop and wait for them; whether all have ended in time."""
+    """Ask all running trainings to stop and wait for them; whether all have saved in time.
+
+    Of a step that takes longer than PATIENCE the one before it is saved.
+    """
     for close in [reference() for reference in _before]:
         if close is not None:
             try:
@@ -87,7 +93,19 @@ def stop_all(seconds: float = WAIT_SECONDS) -> bool:
     for job in jobs:
         job.stop()
     end = time.monotonic() + seconds
-    return all([job.wait(max(0.0, end - time.monotonic())) for job in jobs])
+    patient = time.monotonic() + min(PATIENCE, seconds)
+    late = [job for job in jobs if not job.wait(max(0.0, patient - time.monotonic()))]
+    return all([_saved(job, end) for job in late])
+
+
+def _saved(job: Job, end: float) -> bool:
+    """Whether a training is over, or its last complete step saved, by ``end``."""
+    try:
+        if job.save_last_step(max(0.0, end - time.monotonic())):
+            return True
+    except Exception:  # the next one may still be saved, and this one end by itself
+        logging.exception("LoRA²: the last complete step could not be saved.")
+    return job.wait(max(0.0, end - time.monotonic()))
 
 
 def _at_exit() -> None:

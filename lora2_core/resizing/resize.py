@@ -68,24 +68,27 @@ class Resized:
         )
 
 
-def resize_file(source: Path, target: Path, limits: Limits) -> Resized:
+def resize_file(source: Path, target: Path, limits: Limits, new: bool = False) -> Resized:
     """Write ``source`` within ``limits`` to ``target``.
 
-    A LoRA² file that is within them already is copied byte by byte. Raises LoRAFileError for what
-    cannot be read, cut or written; ``target`` is then as it was.
+    A LoRA² file that is within them already is copied byte by byte. ``new``: nothing is replaced.
+    Raises LoRAFileError for what cannot be read, cut or written, and NameTaken where ``new`` and
+    there is something at ``target`` by then; that is then as it was.
     """
     with LoRASource(source) as opened:
         about = {"from": source.name, "hash": opened.metadata.get("sshs_model_hash", "")}
         known = _titled(understood_metadata(opened.metadata), target)
         work = _Work(opened, limits, known, "lora2.resize", about)
         if work.copies(work.ranks):
-            _copy(source, target)
+            _copy(source, target, new)
             return work.result(target, opened.nbytes, opened.nbytes)
-        after = work.write(target)
+        after = work.write(target, new)
         return work.result(target, opened.nbytes, after, opened.ignored)
 
 
-def merge_files(sources: Sequence[tuple[Path, float]], target: Path, limits: Limits) -> Resized:
+def merge_files(
+    sources: Sequence[tuple[Path, float]], target: Path, limits: Limits, new: bool = False
+) -> Resized:
     """Write the sum of LoRAs, each times its weight, to ``target``; then within ``limits``.
 
     Without limits the patch of the file is the sum of the patches to 1e-5: ranks add up, and all
@@ -108,7 +111,7 @@ def merge_files(sources: Sequence[tuple[Path, float]], target: Path, limits: Lim
         work = _Work(whole, limits, _titled(_joined(opened), target), "lora2.merge", about)
         before = sum(source.nbytes for source in opened)
         ignored = [key for source in opened for key in source.ignored]
-        return work.result(target, before, work.write(target), ignored)
+        return work.result(target, before, work.write(target, new), ignored)
 
 
 class _Work:
@@ -149,7 +152,7 @@ class _Work:
         kept, ranks = kept_energy(self._parts, self.ranks), tuple(self.ranks)
         return Resized(target, before, after, tuple(self._stored), ranks, kept, tuple(ignored))
 
-    def write(self, target: Path) -> int:
+    def write(self, target: Path, new: bool) -> int:
         if not any(sum(part.energies) for part in self._parts):
             raise LoRAFileError(
                 f"{target.name} was not written: it would change nothing. Choose another LoRA, or "
@@ -164,7 +167,7 @@ class _Work:
             for part, rank in zip(self._parts, self.ranks, strict=True)
             if rank
         ]
-        return write_stream(target, planned, self._metadata_at(self.ranks), self._tensors)
+        return write_stream(target, planned, self._metadata_at(self.ranks), self._tensors, new)
 
     def _part(self, component: Component) -> Part:
         file_end, beside = self._source.nbytes + 10**6, self._source.extra(component.name)
@@ -226,8 +229,8 @@ class _Work:
         return with_listing({**self._metadata, **changed}, entries)
 
 
-def _copy(source: Path, target: Path) -> None:
-    with writing(target, source.stat().st_size) as file, source.open("rb") as original:
+def _copy(source: Path, target: Path, new: bool) -> None:
+    with writing(target, source.stat().st_size, new) as file, source.open("rb") as original:
         shutil.copyfileobj(original, file)
 
 

@@ -44,18 +44,20 @@ def write_stream(
     planned: Sequence[Planned],
     metadata: Mapping[str, str],
     tensors_of: Callable[[Planned], tuple[Tensor, Tensor]],
+    new: bool = False,
 ) -> int:
     """Write a LoRA file whole or not at all; its size in bytes.
 
     ``tensors_of``: (down, up) of one component, asked for once each, in the order of the file.
-    Raises LoRAFileError for a full or closed disk.
+    ``new``: nothing is replaced. Raises LoRAFileError for a full or closed disk, and NameTaken as
+    :func:`..files.atomic.replacing` does.
     """
     shapes = in_file_order({key: shape for one in planned for key, shape in one.shapes.items()})
     owners = {key: one for one in planned for key in one.shapes}
     size = encoded_bytes(shapes, metadata)
     length = size - sum(map(tensor_bytes, shapes.values()))
     whole, window = hashlib.sha256(), hashlib.sha256()
-    with writing(path, size) as file:
+    with writing(path, size, new) as file:
         file.write(bytes(length))
         position = library_header_bytes(shapes, metadata)
         for data in _data(list(shapes), owners, tensors_of):

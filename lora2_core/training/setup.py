@@ -12,7 +12,7 @@ from ..adapters.network import AdaptiveRankNetwork
 from ..config.train import TrainConfig
 from .estimate import Estimate
 from .objective import CrossAttentionEntropy
-from .trainer import Task
+from .task import Task
 
 
 class Painter(Protocol):

@@ -1,7 +1,8 @@
 """The training loop. It knows nothing of ComfyUI, of SDXL or of files.
 
-A :class:`Task` turns a draw of images, noise and timesteps into a prediction and its target; the
-loop adds the terms of eq. 14, steps the optimizers, lets ranks follow ν and yields what happened.
+A :class:`.task.Task` turns a draw of images, noise and timesteps into a prediction and its target;
+the loop adds the terms of eq. 14, steps the optimizers, lets ranks follow ν and yields what
+happened.
 """
 
 from __future__ import annotations
@@ -11,23 +12,25 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..adapters.network import AdaptiveRankNetwork
 from ..adaptive_rank import gaussian_prior
-from ..config.train import PROBE_DRAWS, TrainConfig
+from ..config.train import PROBE_DRAWS, TrainConfig, rate_to_try
 from .ema import AveragedWeights
-from .loss_guard import LossGuard
-from .objective import CrossAttentionEntropy, Prediction, loss_parts
+from .last_step import LastStep
+from .loss_guard import LossGuard, ProbeGuard
+from .objective import CrossAttentionEntropy, loss_parts
 from .optimizer_state import follow, load_optimizer_state, optimizer_state
 from .optimizers import make_nu_optimizer, make_optimizer, schedule_factor
 from .out_of_memory import is_out_of_memory
 from .rank_control import RankControl
+from .task import Task
 
 _NOISE_SEED = 0x5EED
 _PROBE_SEED = 0x10A2  # the same for every run, so that runs can be compared with each other
@@ -36,28 +39,6 @@ _TERMS = ("loss", "class image loss", "attention entropy", "rank term", "gradien
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message says what to change."""
-
-
-class Task(Protocol):
-    """What is learnt. ``batch`` is whatever the task itself made in ``draw``."""
-
-    def draw(self, generator: torch.Generator, size: int) -> Any:
-        """A random batch of ``size`` images with noise and timesteps."""
-        ...
-
-    def spread(self, generator: torch.Generator, count: int, size: int) -> list[Any]:
-        """``count`` draws in batches of ``size`` with timesteps spread evenly."""
-        ...
-
-    def predict(self, batch: Any) -> Prediction:
-        """The model's prediction for a batch and its target."""
-        ...
-
-    def state(self) -> dict[str, Any]:
-        """The order of draws, as plain values and tensors."""
-        ...
-
-    def load_state(self, state: dict[str, Any]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -110,8 +91,9 @@ class Trainer:
         self.network, self.task, self.config = network, task, config
         self.entropy = entropy if config.entropy_weight > 0 else None
         self.step = 0
+        self.last_step = LastStep()
         self.control = RankControl(network, config.steps)
-        self.guard = LossGuard()
+        self.guard, self.probe_guard = LossGuard(), ProbeGuard()
         self.scaler = self._new_scaler()
         # Not the seed itself: the adapters were drawn from that, number for number.
         self.generator = torch.Generator().manual_seed(config.seed ^ _NOISE_SEED)
@@ -140,43 +122,66 @@ class Trainer:
         """Go on from ``step`` to the last one, or until ``stop()`` is true.
 
         Raises TrainingError when the loss is not finite, before that step changes any weight, or
-        when it explodes; the network then holds the last good weights.
+        when it explodes or the loss on fixed noise rises clearly above its start; the network then
+        holds the last good weights, or the best.
         """
         while self.step < self.config.steps and not stop():
-            before = self.generator.get_state(), self.task.state()
+            before = self.last_step.before = self.generator.get_state(), self.task.state()
             try:
-                event = self._step(self.step + 1)
+                if self.step == 0 and self.probe_guard.start is None:
+                    self.probe_guard.start = self._measure()
+                started = time.perf_counter()
+                nu, values = self._gradients(self.step + 1)
+                with self.last_step.changing():
+                    event = self._change(self.step + 1, started, nu, values)
+                    self.step, self.last_step.before = event.step, None
+                    # Before the event: who keeps the state then must not miss what it told.
+                    exploded = self.guard.exploded(event.step, event.loss, self.network.state)
+                    ruined = self.probe_guard.ruined(event, self.network.state)
             except BaseException:
-                self._zero_grad()
-                scale = self.scaler.state_dict()
-                self.scaler = self._new_scaler()  # forgets that gradients were unscaled
-                if scale:
-                    self.scaler.load_state_dict(scale)
-                self.generator.set_state(before[0])
-                self.task.load_state(before[1])
-                if self.step == 0:
-                    self._begin()  # the first step makes the optimizers' states, maybe not all
+                self._undo(before)
+                if self.last_step.abandoned:
+                    return
                 raise
-            self.step = event.step
-            # Before the event: whoever keeps the state then must not miss what this step told.
-            exploded = self.guard.exploded(event.step, event.loss, self.network.state)
             yield event
+            if ruined:
+                self._go_back_to_best(event)
             if exploded:
                 self._go_back(event)
+
+    def _undo(self, before: tuple[Any, Any]) -> None:
+        """Forget a step that has failed; ``before``: the draws before it."""
+        self._zero_grad()
+        scale = self.scaler.state_dict()
+        self.scaler = self._new_scaler()  # forgets that gradients were unscaled
+        if scale:
+            self.scaler.load_state_dict(scale)
+        self.generator.set_state(before[0])
+        self.task.load_state(before[1])
+        self.last_step.before = None
+        if self.step == 0:
+            self.probe_guard = ProbeGuard()
+            self._begin()  # the first step makes the optimizers' states, maybe not all
 
     def _new_scaler(self) -> torch.amp.GradScaler:
         # fp16 gradients of a small loss underflow; the scaler is a no-op for the rest.
         device = self.network.log_nu.device.type
         return torch.amp.GradScaler(device, enabled=self.config.precision == "fp16")
 
-    def averaged(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
         """Inside, A and B hold their running averages, if there are any: what is to be saved."""
-        if self.average is None:
-            return nullcontext()
-        return self.average.swapped(self.network.weights())
+        average = self.average
+        swapped = average.swapped(self.network.weights()) if average else nullcontext()
+        with self.last_step.held(), swapped:
+            yield
 
     def state(self) -> dict[str, Any]:
-        """Everything that a later ``load_state`` needs to go on bit by bit."""
+        """Everything that a later ``load_state`` needs to go on bit by bit.
+
+        Also within a step, until it changes anything: see :class:`.last_step.LastStep`.
+        """
+        draws = self.last_step.before or (self.generator.get_state(), self.task.state())
         return {
             "step": self.step,
             "network": self.network.state(),
@@ -185,9 +190,10 @@ class Trainer:
             "average": self.average.state() if self.average else {},
             "control": self.control.state(),
             "guard": self.guard.state(),
+            "probe_guard": self.probe_guard.state(),
             "scaler": self.scaler.state_dict(),
-            "generator": self.generator.get_state(),
-            "task": self.task.state(),
+            "generator": draws[0],
+            "task": draws[1],
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -200,18 +206,23 @@ class Trainer:
             self.average.load_state(state["average"])
         self.control.load_state(state["control"])
         self.guard.load_state(state["guard"])
+        self.probe_guard = ProbeGuard()
+        if "probe_guard" in state:  # else the checkpoint is older: there is no start to judge by
+            self.probe_guard.load_state(state["probe_guard"])
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.generator.set_state(state["generator"])
         self.task.load_state(state["task"])
         self.step = int(state["step"])
 
-    def _step(self, step: int) -> StepEvent:
-        started = time.perf_counter()
+    def _gradients(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        """Those of a step, in their parameters; and what :meth:`_read` gives."""
         if step > self._freeze_from:
             self.network.log_nu.requires_grad_(False)
         self._set_rates(step)
-        nu, values = self._read(self._backward(), step)
+        return self._read(self._backward(), step)
+
+    def _change(self, step: int, started: float, nu: Tensor, values: dict[str, float]) -> StepEvent:
         self.scaler.step(self.optimizer)
         if self.network.log_nu.grad is not None:
             self.scaler.step(self.nu_optimizer)
@@ -330,21 +341,49 @@ class Trainer:
         """Put the last good weights back and say what to change."""
         kept = "nothing good was there to go back to"
         if self.guard.last_good is not None:
-            step, state = self.guard.last_good
-            self.network.load_state(state)
-            self.step = step
-            self.average = None  # it holds the explosion
-            kept = f"the LoRA of step {step} was kept"
+            kept = f"the LoRA of step {self._become(*self.guard.last_good)} was kept"
         raise TrainingError(
             f"The loss exploded: the mean of the last 20 steps before step {event.step} is over 5 "
             f"times that of the first 20; {kept}. Lower learning_rate (now "
             f"{self.config.learning_rate:g}), set clip_norm to 1, or use the cosine schedule."
         )
 
-    @torch.no_grad()
+    def _go_back_to_best(self, event: StepEvent) -> None:
+        """Put the weights of the least loss on fixed noise back and say which rate to try."""
+        kept = "no step was better than the start, so no LoRA is written"
+        if self.probe_guard.best is None:
+            self.step = 0
+        else:
+            kept = f"the LoRA of step {self._become(*self.probe_guard.best)} was kept, the best"
+        raise TrainingError(
+            f"Training does harm: the loss on fixed noise is {event.probe:.4g} after step "
+            f"{event.step} and was {self.probe_guard.start:.4g} before the first; {kept}. "
+            f"learning_rate is {self.config.learning_rate:g}: try "
+            f"{rate_to_try(self.config):g}."
+        )
+
+    def _become(self, step: int, state: dict[str, Any]) -> int:
+        """Hold the weights of an earlier step; returns its number."""
+        self.network.load_state(state)
+        self.step = step
+        self.average = None  # it holds what has gone wrong
+        return step
+
     def _probe(self, step: int) -> float | None:
-        last = step == self.config.steps
-        if not self.probes or not (step == 1 or step % self.probe_every == 0 or last):
+        """The loss on fixed noise after a step, where one is due."""
+        if not self.probes or not (
+            step == 1 or step % self.probe_every == 0 or step == self.config.steps
+        ):
+            return None
+        probe = self._measure()
+        if probe is None:  # the step before it is done: it must not be repeated for a curve
+            self.probes = []
+        return probe
+
+    @torch.no_grad()
+    def _measure(self) -> float | None:
+        """The loss on fixed noise; None where it is off or there is no memory for it."""
+        if not self.probes:
             return None
         self.network.refresh_importance()
         try:
@@ -353,7 +392,5 @@ class Trainer:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            # The step before it is done: it must not be repeated for a curve.
             logging.warning("LoRA²: no memory to measure the loss on fixed noise; it is left out.")
-            self.probes = []
             return None

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from lora2_pack.lora2_core.files import checkpoint
+from lora2_pack.lora2_core.files import atomic, checkpoint
 from lora2_pack.lora2_core.files.atomic import remove_leftovers, replacing
 from lora2_pack.lora2_core.files.checkpoint import Checkpoint, CheckpointError
 from lora2_pack.lora2_core.files.encode import DTYPE_NAMES
@@ -200,6 +203,20 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["x"]
 
 
+def test_a_mode_that_may_not_be_changed_fails_no_write(tmp_path: Path, monkeypatch) -> None:
+    """As on exFAT, vfat and SMB."""
+
+    def refused(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    for module, name in ((os, "chmod"), (Path, "chmod")):
+        monkeypatch.setattr(module, name, refused)
+    with replacing(tmp_path / "x") as file:
+        file.write(b"whole")
+    assert (tmp_path / "x").read_bytes() == b"whole"
+    assert [file.name for file in tmp_path.iterdir()] == ["x"]
+
+
 def test_only_leftovers_of_the_file_itself_are_removed(tmp_path: Path) -> None:
     path = tmp_path / "a [b].safetensors"
     others = [
@@ -214,3 +231,50 @@ def test_only_leftovers_of_the_file_itself_are_removed(tmp_path: Path) -> None:
     remove_leftovers(path)
     assert {file.name for file in tmp_path.iterdir()} == {*others, path.name}
     remove_leftovers(tmp_path / "not there" / "x")
+
+
+def test_what_is_being_written_is_no_leftover(tmp_path: Path) -> None:
+    """Neither of this process nor of another one, which may be another server."""
+    path = tmp_path / "x"
+    with replacing(path) as file:
+        file.write(b"who")
+        remove_leftovers(path)
+        file.write(b"le")
+    assert path.read_bytes() == b"whole"
+    script = (
+        "import runpy, sys, time; atomic = runpy.run_path(sys.argv[1])\n"
+        "with atomic['replacing'](__import__('pathlib').Path(sys.argv[2])) as file:\n"
+        "    file.write(b'other'); file.flush(); print('ready', flush=True); sys.stdin.readline()\n"
+    )
+    for end in ("writes on", "dies"):
+        process = subprocess.Popen(
+            [sys.executable, "-c", script, str(atomic.__file__), str(path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        remove_leftovers(path)
+        if end == "dies":
+            process.kill()
+        process.communicate("\n")
+        left = {file.name for file in tmp_path.iterdir()} - {"x"}
+        assert bool(left) == (end == "dies")
+        assert path.read_bytes() == b"other"
+    remove_leftovers(path)
+    assert [file.name for file in tmp_path.iterdir()] == ["x"], "its owner is dead"
+
+
+def test_where_nothing_can_be_held_age_tells(tmp_path: Path, monkeypatch) -> None:
+    fcntl = pytest.importorskip("fcntl")
+
+    def no_locks(*_: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    young, old = tmp_path / ".x.abcd1234", tmp_path / ".x.abcd5678"
+    for file in (young, old):
+        file.write_bytes(b"x")
+    os.utime(old, (1, 1))
+    remove_leftovers(tmp_path / "x")
+    assert [file.name for file in tmp_path.iterdir()] == [young.name]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from lora2_pack.lora2_core import lora_file
+from lora2_pack.lora2_core.files import checkpoint
 
 SCRIPT = Path(__file__).resolve().parents[1] / "killing.py"
 KILLS = 9  # and one of the demo model, tests/host/test_resume.py
@@ -99,3 +100,16 @@ def test_an_earlier_handler_is_called_afterwards_and_may_go_on(tmp_path: Path):
         ]
         assert process.returncode == 0
     check_saved(tmp_path)
+
+
+def test_sigterm_saves_the_last_step_when_the_next_one_does_not_end(tmp_path: Path):
+    """A step of five minutes: nobody waits for it, and nothing before it is lost."""
+    with _training(tmp_path, "slow") as process:
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=25)
+        assert process.returncode == -signal.SIGTERM
+    assert "Step 6 takes too long to wait for; step 5 is saved" in errors
+    check_saved(tmp_path)
+    (kept,) = (tmp_path / "checkpoints").glob("*.safetensors")
+    assert checkpoint.read(kept, kept.stem).step == 5
+    assert lora_file.load(tmp_path / "cat_00001_.safetensors").metadata["ss_steps"] == "5"

@@ -9,6 +9,7 @@ import safetensors.torch
 import torch
 from lora2_pack.lora2_core import lora_file
 from lora2_pack.lora2_core.config.load import ORDERS, Limits
+from lora2_pack.lora2_core.files.write import write_beside_others
 from lora2_pack.lora2_core.lora_file import LoRAFile, LoRAFileError
 from lora2_pack.lora2_core.resizing.measure import measure_file
 from lora2_pack.lora2_core.resizing.resize import merge_files, resize_file
@@ -186,3 +187,25 @@ def test_the_size_asked_for_has_the_name_of_its_input(tmp_path: Path):
     source = save(tmp_path / "a.safetensors", pair("q", 2))
     with pytest.raises(LoRAFileError, match=r"Choose megabytes of at least"):
         resize_file(source, tmp_path / "b.safetensors", Limits(megabytes=0.001))
+
+
+@pytest.mark.parametrize("kind", ["resize", "copy", "merge"])
+def test_a_name_that_is_taken_while_a_file_is_written_stays(tmp_path: Path, kind: str):
+    """As by another server, in the moment before the file gets its name."""
+    source = save(tmp_path / "a.safetensors", pair("q", 8) | pair("k", 8, seed=1))
+    if kind == "copy":
+        source = resize_file(source, tmp_path / "ours.safetensors", Limits()).path
+    limits = Limits() if kind == "copy" else Limits(max_rank=6)
+    target = tmp_path / "new_00001_.safetensors"
+
+    def write(path: Path, new: bool) -> Path:
+        if path == target:
+            path.write_bytes(b"another's")
+        if kind == "merge":
+            return merge_files([(source, 1.0), (source, 0.5)], path, Limits(), new).path
+        return resize_file(source, path, limits, new).path
+
+    path = write_beside_others(target, write, lambda _: False)
+    assert path.name == "new_00002_.safetensors" and lora_file.load(path).state
+    assert target.read_bytes() == b"another's"
+    assert not list(tmp_path.glob(".*")), "no temporary is left"
