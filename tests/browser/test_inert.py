@@ -10,7 +10,7 @@ import pytest
 import torch
 from lora2_pack.lora2_core import lora_file
 from lora2_pack.lora2_core.files.component import Component
-from lora2_pack.tests.browser.test_panel import MAP, PANEL, SHOW, TRAIN
+from lora2_pack.tests.browser.test_panel import PANEL, TRAIN
 from lora2_pack.tests.browser.test_sidebar import JOBS, ROW, _job, _open_tab
 from lora2_pack.tests.browser.test_templates import READY, Page
 from lora2_pack.tests.core.toy import thumbnail
@@ -47,6 +47,10 @@ SET = """([kind, values]) => {
     widget.value = value;
   }
   node.onConfigure?.(node.serialize());
+}"""
+TIP = """async ([path, text]) => {
+  const { Tip } = await import(path);
+  new Tip(document.body).show(text, text, `${text}.`, { left: 0, right: 9, top: 400, bottom: 409 });
 }"""
 TEXTS = "within => [...document.querySelectorAll(within)].map(e => e.innerText + e.title)"
 FOUND = f"([within, text]) => ({TEXTS})(within).some(shown => shown.includes(text))"
@@ -180,7 +184,7 @@ def test_a_picture_that_is_none_is_not_followed(page: Page, told: Any, picture: 
     assert source and source.startswith(("/", "http"))
 
 
-def test_the_panel_the_tab_and_toasts_show_text(page: Page, told: Any):
+def test_the_panel_the_tab_toasts_and_tips_show_text(page: Page, server: Any, told: Any):
     texts = {"name": PLANTED, "message": PLANTED, "file": FILE, "samples": 1}
     job = _job(1, state="running", **texts)
     samples = [{"step": 4, "prompts": [PLANTED] * len(FOREIGN), "urls": FOREIGN}]
@@ -209,12 +213,10 @@ def test_the_panel_the_tab_and_toasts_show_text(page: Page, told: Any):
         if state == "failed":
             _shows(page, f"Training {PLANTED} failed", ".p-toast-message")
     _shows(page, PLANTED, f"{ROW} dd")
-    page.ask(SHOW)
-    page.page.wait_for_timeout(2000)  # the whole training is fetched once more at its end
-    page.page.locator(MAP).focus()
-    page.page.keyboard.press("ArrowRight")
-    _shows(page, IMAGE, ".lora2-tip")
-    page.page.keyboard.press("Escape")
+    [main] = [path for path in server.get("/extensions") if path.endswith("lora2/main.js")]
+    page.ask(TIP, [main.replace("main.js", "lib/tip.mjs"), PLANTED])
+    _shows(page, PLANTED, ".lora2-tip")
+    page.ask("() => document.querySelector('.lora2-tip').remove()")
 
 
 # --- what they share ---------------------------------------------------------------------------
