@@ -15,7 +15,7 @@ class Notes:
 
     def say(self, line: str) -> None:
         """One more line, for both."""
-        logging.info("LoRA²: %s", line)
+        logging.info("LoRA²: %s", "".join(c if c.isprintable() else " " for c in line))
         self.show(line)
 
     def show(self, line: str) -> None:

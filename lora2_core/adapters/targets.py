@@ -9,6 +9,7 @@ from torch import nn
 
 from ..config.load import B_LORA
 from .layers import layer_shape
+from .patterns import MOST_CHARACTERS, Pattern, PatternError
 
 # The paper adapts q, k, v and out of every self- and cross-attention (560 in SDXL).
 _ATTENTION = r"\.attn{}\.(to_q|to_k|to_v|to_out\.0)$"
@@ -76,18 +77,19 @@ def find_targets(
 ) -> tuple[Target, ...]:
     """The Linear and Conv2d layers of ``model`` that ``selection`` names, in forward order.
 
-    ``selection``: a key of :data:`PRESETS` or a regular expression searched in the dotted path.
-    Works on meta tensors. Raises ValueError when nothing matches or the pattern is broken.
+    ``selection``: a key of :data:`PRESETS` or a regular expression searched in the dotted path, as
+    far as :mod:`.patterns` allows it. Works on meta tensors. Raises ValueError when nothing matches
+    or the pattern is broken or refused.
     """
     try:
-        pattern = re.compile(PRESETS.get(selection, selection))
-    except re.error as error:
-        raise ValueError(f"targets {selection!r} is not a regular expression: {error}.") from error
-    targets = tuple(
-        Target(name, *layer_shape(module), root)
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, nn.Conv2d)) and pattern.search(name)
-    )
+        pattern = Pattern(PRESETS.get(selection, selection))
+        targets = tuple(
+            Target(name, *layer_shape(module), root)
+            for name, module in model.named_modules()
+            if isinstance(module, (nn.Linear, nn.Conv2d)) and pattern.search(name)
+        )
+    except PatternError as error:
+        raise ValueError(f"targets {selection[:MOST_CHARACTERS]!r} {error}.") from error
     if not targets:
         presets = ", ".join(PRESETS)
         raise ValueError(

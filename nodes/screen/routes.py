@@ -31,7 +31,11 @@ _LONGEST_NAME = 1000
 # Control characters, absolute paths, drives, and a way up: no name in a list looks like that.
 _UNFIT = re.compile(r"[\x00-\x1f]|^[/\\]|^[A-Za-z]:|(^|[/\\])\.\.([/\\]|$)")
 _LARGEST_BODY = 10_000
-_PICTURE = {"Cache-Control": "private, max-age=600", "X-Content-Type-Options": "nosniff"}
+NOTE = "lora2.note"
+# A browser that opens a reply by itself takes it for what it is said to be.
+_INERT = {"X-Content-Type-Options": "nosniff"}
+_PICTURE = {"Cache-Control": "private, max-age=600", **_INERT}
+_NEWS = {"Cache-Control": "no-store", **_INERT}
 
 
 class BadInput(ValueError):
@@ -42,8 +46,14 @@ class BadInput(ValueError):
 
 
 def show_text(node_id: str, text: str) -> None:
-    """Show ``text`` inside a node while it runs."""
-    PromptServer.instance.send_progress_text(text, node_id)
+    """Show ``text`` inside a node while it runs, in the page that queued it; none did in a script.
+
+    Not by ComfyUI's own message for that: up to front end 1.32 its text runs as markup, and in
+    every page.
+    """
+    client = PromptServer.instance.client_id
+    if client is not None:
+        PromptServer.instance.send_sync(NOTE, {"node_id": str(node_id), "text": text}, client)
 
 
 def prompt_running() -> bool:
@@ -158,13 +168,11 @@ def _inspected(name: str) -> dict[str, Any]:
 async def _json(make: Callable[[], Any]) -> web.Response:
     """The reply with what ``make`` returns; made and written down in a thread."""
     data = await asyncio.to_thread(lambda: json.dumps(make(), allow_nan=False).encode())
-    return web.Response(
-        body=data, content_type="application/json", headers={"Cache-Control": "no-store"}
-    )
+    return web.Response(body=data, content_type="application/json", headers=_NEWS)
 
 
 def _error(status: int, text: str) -> web.Response:
-    return web.json_response({"error": listed_names.clean(text)}, status=status)
+    return web.json_response({"error": listed_names.clean(text)}, status=status, headers=_NEWS)
 
 
 def _safe(handler: Handler) -> Handler:

@@ -2,6 +2,8 @@
 import { api } from "../../../scripts/api.js";
 
 const EVENT = "lora2.progress";
+const NOTE = "lora2.note";
+const PICTURE = /^data:image\/(png|jpeg|webp);base64,/;
 
 /** All trainings, the newest first: short forms without history. */
 export async function jobs() {
@@ -28,14 +30,20 @@ export function onProgress(fn) {
   return listen(EVENT, (event) => fn(event.detail));
 }
 
+/** Call `fn({node_id, text})` when a node that this page has queued says something. */
+export function onNote(fn) {
+  return listen(NOTE, (event) => fn(event.detail));
+}
+
 /** Call `fn()` whenever the server is back: what happened meanwhile has to be asked for. */
 export function onReconnected(fn) {
   return listen("reconnected", () => fn());
 }
 
-/** The address of a picture that the server named, as an <img> needs it. */
+/** The address of a picture that the server named, as an <img> needs it: of this server, or a picture
+ * in itself. Whatever else a file may have had written there becomes a path that is not found. */
 export function pictureUrl(path) {
-  return /^(data:|blob:|https?:)/.test(path) ? path : api.apiURL(path.replace(/^\/api(?=\/)/, ""));
+  return PICTURE.test(path) ? path : api.apiURL(path.replace(/^\/api(?=\/)/, ""));
 }
 
 /** The picture that sums a finished training up. */

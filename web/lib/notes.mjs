@@ -1,12 +1,15 @@
-// What ComfyUI's own widgets need for our nodes: small numbers as they are, notes that are not
-// saved, and the text of a node's result.
+// What ComfyUI's own widgets need for our nodes: small numbers as they are, parts that are not saved,
+// and what a node says, as text and never as markup: while it runs, and of its result.
 import { app } from "../../../scripts/app.js";
+import * as server from "./api.mjs";
+import { addPart } from "./part.mjs";
 import { make } from "./style.mjs";
 import { t } from "./text.mjs";
+import { nodeOf } from "./trainings.mjs";
 
 const TEXT_NODES = new Set(["LoRA2InspectRanks"]);
 const WIDGET = "lora2_text";
-const NOTES = "$$node-text-preview"; // ComfyUI's name of its widget for text
+const NOTES = "lora2_notes";
 const MIN_HEIGHT = 220;
 
 // Nodes 2.0 rounds every number to three decimals, in the field and in the value that is typed:
@@ -17,19 +20,46 @@ export function showSmallNumbers(node) {
   }
 }
 
-// What a training says in its node is shown by ComfyUI, which would save it as the value of a widget
-// behind the last one: where a later version has a widget of its own. Our own parts are not saved,
-// but leave holes before what is.
-export function saveNoNotes(node) {
+// Our own parts are not saved, but leave holes before what is.
+export function saveNoHoles(node) {
   const previous = node.onSerialize;
   node.onSerialize = function (saved) {
     previous?.call(this, saved);
     const widgets = this.widgets ?? [];
-    saved.widgets_values = saved.widgets_values?.filter((_, place) => {
-      const widget = widgets[place];
-      return widget?.serialize !== false && widget?.name !== NOTES;
-    });
+    saved.widgets_values = saved.widgets_values?.filter(
+      (_, place) => widgets[place]?.serialize !== false,
+    );
   };
+}
+
+const notes = new WeakMap(); // node -> what it says, and the part that holds it
+
+/** Show what nodes of this page say while they run. */
+export function watchNotes() {
+  server.onNote(({ node_id: path, text }) => {
+    const node = nodeOf(path);
+    if (node?.comfyClass?.startsWith("LoRA2")) showNote(node, text);
+  });
+}
+
+function showNote(node, text) {
+  if (!text) return dropNote(node);
+  if (!notes.has(node)) {
+    const content = make("p", "lora2-notes");
+    content.dataset.testid = "lora2-notes";
+    notes.set(node, { content, part: addPart(node, NOTES, content) });
+    const removed = node.onRemoved;
+    node.onRemoved = function (...args) {
+      removed?.apply(this, args);
+      dropNote(this);
+    };
+  }
+  notes.get(node).content.textContent = text;
+}
+
+function dropNote(node) {
+  notes.get(node)?.part.drop();
+  notes.delete(node);
 }
 
 /** Show the text that a node like Inspect Ranks found out, inside of it. */

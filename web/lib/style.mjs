@@ -50,6 +50,12 @@ const CSS = `
   margin: 0; color: var(--descrip-text); overflow-wrap: anywhere; user-select: text;
   white-space: pre-line; max-height: 84px; overflow: auto;
 }
+.lora2-notes {
+  box-sizing: border-box; width: 100%; margin: 0; padding: 6px 12px; max-height: 200px;
+  overflow: auto; overflow-wrap: anywhere; white-space: pre-wrap; user-select: text;
+  text-align: left; color: var(--input-text);
+  font: 12px/1.4 system-ui, -apple-system, "Segoe UI", sans-serif;
+}
 .lora2-message.lora2-bad { color: color-mix(in srgb, var(--error-text) 65%, var(--input-text)); }
 .lora2-figures { display: grid; grid-template-columns: 1fr 1.2fr 1.45fr; gap: 8px; }
 .lora2-figure { min-width: 0; line-height: 1.35; }

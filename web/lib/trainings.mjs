@@ -86,7 +86,7 @@ function newest(node) {
 }
 
 /** The node of a prompt's number: "12", or "5:12" for the 12 inside of the subgraph 5. */
-function nodeOf(path) {
+export function nodeOf(path) {
   if (!path) return null;
   const parts = String(path).split(":");
   let graph = app.rootGraph ?? app.graph?.rootGraph ?? app.graph;
