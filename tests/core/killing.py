@@ -79,6 +79,7 @@ def be_signalled(path: Path, name: str) -> None:
     from lora2_pack.tests.core import toy_job
 
     logging.basicConfig(level=logging.WARNING)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup, and & in a script, ignore it
     if name == "SIGUSR1":  # a handler that was there before and lives on
         signal.signal(signal.SIGTERM, lambda *_: print(json.dumps({"own": True}), flush=True))
     shutdown.install()
@@ -91,7 +92,10 @@ def be_signalled(path: Path, name: str) -> None:
         time.sleep(0.01)
     try:  # the signal may come as soon as the parent has read the line
         print(json.dumps({"ready": True}), flush=True)
-        job.wait(60)
+        end = time.monotonic() + 60
+        # In short waits: a signal that comes just before one begins is seen when it ends.
+        while not job.wait(0.2) and time.monotonic() < end:
+            pass
     except KeyboardInterrupt:
         print(json.dumps({"interrupted": True, "state": job.progress.state}), flush=True)
         raise
