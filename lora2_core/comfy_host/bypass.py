@@ -62,7 +62,7 @@ class _Injection(PatcherInjection):
         self._take_out(patcher)  # clones share this; whichever is loaded, it works once
         for key, branches in self.branches.items():
             layer = comfy.utils.get_attr(patcher.model, key.removesuffix(".weight"))
-            self._handles.append(layer.register_forward_hook(_adding(branches)))
+            self._handles.append(layer.register_forward_hook(_Adding(branches)))
 
     def _take_out(self, _patcher: ModelPatcher) -> None:
         for handle in self._handles:
@@ -119,13 +119,21 @@ def is_fp8(dtype: torch.dtype | None) -> bool:
     return dtype is not None and dtype.is_floating_point and dtype.itemsize == 1
 
 
-def _adding(branches: tuple[Branch, ...]) -> Any:
-    def add(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        for branch in branches:
+class _Adding:
+    """The hook that adds branches to what their layer gives."""
+
+    def __init__(self, branches: tuple[Branch, ...]):
+        self.branches = branches
+
+    def __call__(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        for branch in self.branches:
             output = output + branch(layer, inputs[0]).to(output.dtype)
         return output
 
-    return add
+
+def is_branch(hook: object) -> bool:
+    """Whether a hook of a layer is one of ours."""
+    return isinstance(hook, _Adding)
 
 
 def _ours(model: ModelPatcher) -> list[_Injection]:

@@ -53,6 +53,23 @@ def test_it_computes_the_same_and_shares_no_memory(model: Any):
     assert not any(tensor.is_inference() for tensor in trained_on.values())
 
 
+def test_what_a_node_has_hung_on_a_layer_works_in_the_copy(model: Any):
+    plain = demo.sample(model.model)
+    layer = model.model.diffusion_model.get_submodule("middle_block.1")
+    handles = [
+        layer.register_forward_hook(lambda _layer, _args, output: 0.5 * output),
+        layer.register_forward_pre_hook(lambda _layer, args: (0.9 * args[0], *args[1:])),
+    ]
+    try:
+        wanted = demo.sample(model.model)
+        private = comfy_host.private_copy(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert not torch.equal(wanted, plain)
+    torch.testing.assert_close(demo.sample(private), wanted, rtol=0, atol=0)
+
+
 def test_the_user_s_model_notices_nothing(model: Any):
     patcher = (dict(model.patches), dict(model.object_patches), dict(model.model_options))
     attributes = dict(model.model.__dict__)

@@ -11,6 +11,7 @@ import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from torch import Tensor, nn
 
+from .. import bypass
 from ..errors import HostError
 from .weights import Weights, frozen
 
@@ -19,6 +20,14 @@ from .weights import Weights, frozen
 _HELD = re.compile(
     r"(_v|_v_.*|_pin.*|_prefetch.*|dynamic_.*|(weight|bias)_(lowvram_)?function|seed_key"
     r"|(prev_)?comfy_(cast|patched|force_cast)_?weights)$"
+)
+# What another node may have hung on a module itself: a copy is to compute as the user's does.
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
 )
 _ATOMS = (bool, int, float, str, type(None))  # one object in many places
 
@@ -60,7 +69,21 @@ def new_unet(base: Any, weights: Weights, dtype: torch.dtype) -> UNetModel:
         setattr(unet.get_submodule(path), leaf, frozen(weights[name], dtype))
     if missing:
         raise HostError(f"model lacks its weight {min(missing)}; load another checkpoint.")
+    _hang_hooks(base.diffusion_model, unet)
     return unet.eval()
+
+
+def _hang_hooks(source: nn.Module, network: nn.Module) -> None:
+    """The hooks of ``source``'s modules on those of the same names, but for what adds our LoRAs:
+    a copy has these in its weights."""
+    own = dict(network.named_modules())
+    for name, module in source.named_modules():
+        ours = {n for n, hook in module._forward_hooks.items() if bypass.is_branch(hook)}
+        for kind in _HOOKS if name in own else ():
+            hooks = getattr(module, kind)
+            if hooks.keys() - ours:
+                kept = type(hooks)((n, hook) for n, hook in hooks.items() if n not in ours)
+                setattr(own[name], kind, kept)
 
 
 def put_objects(private: nn.Module, model: Any, dtype: torch.dtype) -> None:
