@@ -4,13 +4,16 @@ import { addStyle, make } from "./style.mjs";
 const LEAST_WIDTH = 420;
 const MARGIN = 20; // what the classic canvas leaves around an element, above and below together
 
+const states = new WeakMap(); // node -> its height without parts, and the height of each part
+
 /** Show `content` in `node` at the height that it has; returns {drop()}, which takes it out. */
 export function addPart(node, name, content) {
   addStyle();
   const frame = make("div", "lora2-frame", content);
-  let [height, dropped] = [0, false];
-  const before = node.size[1]; // what the node needs without this, or more
-  const spare = () => Math.max(0, node.size[1] - before);
+  const state = stateOf(node);
+  const spare = () => Math.max(0, node.size[1] - state.before);
+  let height = 0;
+  state.heights.set(frame, 0);
   const widget = node.addDOMWidget(name, name, frame, {
     serialize: false,
     getMinHeight: () => height + MARGIN,
@@ -22,19 +25,29 @@ export function addPart(node, name, content) {
     if (!now || now === height) return;
     const less = Math.max(0, height - now);
     height = now;
+    state.heights.set(frame, height + MARGIN);
     fit(node, Math.min(less, spare()));
   });
   watch.observe(content);
-  saveNoHeight(node, () => (dropped ? 0 : Math.min(height + MARGIN, spare())));
   fit(node);
   const drop = () => {
     watch.disconnect();
-    dropped = true;
+    state.heights.delete(frame);
     if (!node.widgets?.includes(widget)) return; // the node itself is gone
     node.removeWidget(widget);
     fit(node, Math.min(height + MARGIN, spare()));
   };
   return { drop };
+}
+
+function stateOf(node) {
+  if (!states.has(node)) {
+    states.set(node, { before: node.size[1], heights: new Map() });
+    saveNoHeight(node, states.get(node));
+  }
+  const state = states.get(node);
+  if (!state.heights.size) state.before = node.size[1]; // what it needs without parts, or more
+  return state;
 }
 
 /** Take `less` from a node's height, and make it as large as what it holds needs. */
@@ -45,12 +58,13 @@ function fit(node, less = 0) {
   node.graph?.setDirtyCanvas(true, true);
 }
 
-/** A graph that is opened again has no part yet, and its place would be empty. */
-function saveNoHeight(node, height) {
+/** A graph that is opened again has no parts yet, and their place would be empty. */
+function saveNoHeight(node, state) {
   const previous = node.onSerialize;
   node.onSerialize = function (saved) {
     previous?.call(this, saved);
     const [width, high] = saved.size ?? [0, 0];
-    if (high) saved.size = [width, Math.max(high - height(), 0)];
+    const taken = [...state.heights.values()].reduce((sum, height) => sum + height, 0);
+    if (high) saved.size = [width, high - Math.min(taken, Math.max(0, high - state.before))];
   };
 }
