@@ -233,8 +233,9 @@ async def _texts_until(server: Any, workflow: Workflow, wanted: str) -> list[str
         prompt = server.submit(workflow, client)
         async with asyncio.timeout(SECONDS):
             async for message in channel:
-                if isinstance(message.data, bytes):  # its kind, the node's id, the text
-                    texts.append(message.data.decode(errors="replace"))
+                told = json.loads(message.data) if isinstance(message.data, str) else {}
+                if told.get("type") == "lora2.note":
+                    texts.append(told["data"]["text"])
                     if wanted in texts[-1]:
                         break
         server.interrupt(prompt)
