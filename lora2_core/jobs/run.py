@@ -85,6 +85,8 @@ class Run:
 
     def go(self) -> None:
         """Train to the end, and save. Raises what ended it early, after saving."""
+        for doubt in doubts_about_rates(self.config):
+            self.progress.tell(doubt)
         self._resume()
         for path in (self.files.lora, *([self.files.strip.path] if self.files.strip else [])):
             remove_leftovers(path)
@@ -92,8 +94,6 @@ class Run:
             f"training {len(self.setup.network.targets)} components for {self.config.steps} steps "
             f"({self.config.rank.mode} mode) towards {self.files.lora.name}."
         )
-        for doubt in doubts_about_rates(self.config):
-            self.progress.tell(doubt)
         try:
             self._steps()
         except BaseException as error:

@@ -3,7 +3,8 @@
 
 /** Let menus show their entries of plain text as later front ends do; to be called once. */
 export function listsAsText() {
-  const menu = window.LiteGraph.ContextMenu.prototype;
+  const menu = window.LiteGraph?.ContextMenu?.prototype;
+  if (!menu?.addItem) return; // a front end without these menus
   const addItem = menu.addItem;
   menu.addItem = function (name, value, options) {
     if (typeof value !== "string") return addItem.call(this, name, value, options);
