@@ -12,6 +12,10 @@ import safetensors
 from lora2_pack.tests.server.graphs import changed, painting, training
 from lora2_pack.tests.server.studio import Studio
 
+# Passes through the model before the fault: 24 steps, and 8 for the probe before the first step,
+# after it and after step 20.
+PASSES = 24 + 3 * 8
+
 
 def _failing(seed: int, error: str, passes: int) -> dict[str, Any]:
     inputs = {"model": ["1", 0], "error": error, "passes": passes}
@@ -116,10 +120,10 @@ def test_cancel_ends_only_the_prompt_that_runs(studio: Studio):
     ("seed", "error", "passes", "saved"),
     [
         (24, "RuntimeError", 0, False),
-        (25, "RuntimeError", 40, True),
-        (26, "OutOfMemoryError", 40, True),
-        (27, "MemoryError", 40, True),
-        (28, "NaN", 40, True),
+        (25, "RuntimeError", PASSES, True),
+        (26, "OutOfMemoryError", PASSES, True),
+        (27, "MemoryError", PASSES, True),
+        (28, "NaN", PASSES, True),
     ],
 )
 def test_after_a_fault(studio: Studio, seed: int, error: str, passes: int, saved: bool):
