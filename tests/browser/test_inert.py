@@ -128,6 +128,7 @@ def test_a_note_is_text_for_the_page_that_asked(page: Page, browser: Any, server
     other.page.context.close()
 
 
+@pytest.mark.parametrize("opened", [True], ids=["nodes 2.0"], indirect=True)
 def test_an_error_of_a_node_is_text(page: Page):
     page.open_template("1 Train on the demo model")
     page.ask(SET, ["LoRA2Train", {"preset": "as set above", "targets": IMAGE, "resolution": 64}])
@@ -135,6 +136,7 @@ def test_an_error_of_a_node_is_text(page: Page):
     _shows(page, f"targets '{IMAGE}' matches no layer")
 
 
+@pytest.mark.parametrize("opened", [False], ids=["classic"], indirect=True)
 def test_a_name_that_is_not_in_the_list_is_text(page: Page):
     page.open_template("4 Inspect ranks")
     page.ask(SET, ["LoRA2InspectRanks", {"lora_name": PLANTED}])
@@ -158,6 +160,7 @@ def test_what_a_file_says_of_itself_is_text(page: Page, server: Any):
     (server.output / "loras" / FILE).unlink()
 
 
+@pytest.mark.parametrize("opened", [True], ids=["nodes 2.0"], indirect=True)
 def test_the_help_is_text(page: Page, server: Any):
     _write_lora(server.output / "loras" / FILE, thumbnail())
     page.page.reload()
@@ -172,6 +175,7 @@ def test_the_help_is_text(page: Page, server: Any):
     (server.output / "loras" / FILE).unlink()
 
 
+@pytest.mark.parametrize("opened", [True], ids=["nodes 2.0"], indirect=True)
 @pytest.mark.parametrize("picture", FOREIGN)
 def test_a_picture_that_is_none_is_not_followed(page: Page, told: Any, picture: str):
     name = "4 Inspect ranks"

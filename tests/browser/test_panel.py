@@ -48,6 +48,17 @@ def page(request: pytest.FixtureRequest, browser: Any, server: Any) -> Iterator[
     opened.page.context.close()
 
 
+@pytest.fixture(scope="module")
+def finished(page: Page, server: Any) -> tuple[str, float]:
+    """A training of six steps that the page shows at its end, and the node's height before it."""
+    page.open_template(TEMPLATE)
+    height = page.ask(f"() => {TRAIN}.size[1]")
+    job_id = _run(page, server, "whole", steps=6)
+    page.page.locator(f'{PANEL}[data-job-state="finished"]').wait_for(timeout=SECONDS)
+    page.page.wait_for_timeout(500)
+    return job_id, height
+
+
 @pytest.fixture(autouse=True)
 def no_errors(page: Page, server: Any) -> Iterator[None]:
     """No test may leave an error in the page, nor a training at work for the next."""
@@ -103,6 +114,7 @@ def test_a_training_shows_itself_while_a_prompt_is_painted(page: Page, server: A
     _stop_and_keep(page, server, job_id, picture)
 
 
+@pytest.mark.parametrize("page", [True], ids=["nodes 2.0"], indirect=True)
 def test_pause_stops_within_one_step(page: Page, server: Any, picture: Any):
     job_id = _start(page, server, "paused", steps=4000, yield_to_prompts=False)
     page.page.wait_for_function(f"{POINTS[6:]} > 2", timeout=SECONDS)
@@ -118,16 +130,7 @@ def test_pause_stops_within_one_step(page: Page, server: Any, picture: Any):
     page.page.wait_for_function(f"old => {STEP[6:]} > old", arg=stood, timeout=SECONDS)
 
 
-def test_a_finished_training_keeps_its_curve(page: Page, server: Any, picture: Any):
-    job_id = _start(page, server, "whole", steps=6)
-    page.page.locator(f'{PANEL}[data-job-state="finished"]').wait_for(timeout=SECONDS)
-    page.page.wait_for_function(f"{POINTS[6:]} === 6", timeout=SECONDS)
-    assert not page.page.get_by_test_id("lora2-stop").is_visible()
-    assert not page.page.get_by_test_id("lora2-pause").is_visible()
-    assert _job(server, job_id)["file"]
-    picture("finished")
-
-
+@pytest.mark.parametrize("page", [False], ids=["classic"], indirect=True)
 def test_a_failed_training_says_why(page: Page, server: Any, picture: Any):
     _start(page, server, "failed", steps=4000, file_name=f"gone_{int(page.nodes2)}/failed")
     page.page.wait_for_function(f"{POINTS[6:]} > 1", timeout=SECONDS)
@@ -141,9 +144,22 @@ def test_a_failed_training_says_why(page: Page, server: Any, picture: Any):
     folder.unlink()
 
 
-def test_the_heat_map_is_read_with_the_keyboard(page: Page, server: Any, picture: Any):
-    job_id = _start(page, server, "keys", steps=6)
-    page.page.locator(f'{PANEL}[data-job-state="finished"]').wait_for(timeout=SECONDS)
+# The next three look at one training.
+
+
+def test_a_finished_training_keeps_its_curve(
+    page: Page, server: Any, finished: tuple[str, float], picture: Any
+):
+    page.page.wait_for_function(f"{POINTS[6:]} === 6", timeout=SECONDS)
+    assert not page.page.get_by_test_id("lora2-stop").is_visible()
+    assert not page.page.get_by_test_id("lora2-pause").is_visible()
+    assert _job(server, finished[0])["file"]
+    picture("finished")
+
+
+def test_the_heat_map_is_read_with_the_keyboard(
+    page: Page, server: Any, finished: tuple[str, float], picture: Any
+):
     heat = page.page.locator(MAP)
     page.page.wait_for_function(
         f"() => Number(document.querySelector('{MAP}').dataset.cells) > 0", timeout=SECONDS
@@ -159,7 +175,7 @@ def test_the_heat_map_is_read_with_the_keyboard(page: Page, server: Any, picture
     page.page.keyboard.press("ArrowRight")
     page.page.keyboard.press("ArrowDown")
     second = tip.inner_text()
-    told = server.get(f"/lora2/jobs/{job_id}")["components"]
+    told = server.get(f"/lora2/jobs/{finished[0]}")["components"]
     assert first != second
     assert all(any(one["module"] in text for one in told) for text in (first, second))
     assert "rank" in second and "ν" in second and "B" in second
@@ -168,17 +184,15 @@ def test_the_heat_map_is_read_with_the_keyboard(page: Page, server: Any, picture
     assert tip.count() == 0
 
 
-def test_a_copy_has_no_training_and_nothing_is_saved(page: Page, server: Any, picture: Any):
-    page.open_template(TEMPLATE)
-    opened = page.ask(f"() => {TRAIN}.size[1]")
-    _start(page, server, "copied", steps=6)
-    page.page.locator(f'{PANEL}[data-job-state="finished"]').wait_for(timeout=SECONDS)
-    page.page.wait_for_timeout(500)
+def test_a_copy_has_no_training_and_nothing_is_saved(
+    page: Page, finished: tuple[str, float], picture: Any
+):
+    assert page.page.locator(f'{PANEL}[data-job-id="{finished[0]}"]').count() == 1
     values = page.ask(f"() => {TRAIN}.serialize().widgets_values")
     real = page.ask(f"() => {TRAIN}.widgets.filter(w => w.options?.serialize !== false).length")
     assert len(values) <= real and None not in values
     saved = page.ask(f"() => {TRAIN}.serialize().size[1]")
-    assert saved == pytest.approx(opened, abs=30), "a saved node has no place for the panel"
+    assert saved == pytest.approx(finished[1], abs=30), "a saved node has no place for the panel"
     panels = page.page.locator(PANEL).count()
     page.ask(
         f"() => {{ const n = {TRAIN}; app.canvas.selectItems([n]); app.canvas.copyToClipboard();"
@@ -243,10 +257,15 @@ def test_the_ranks_of_a_chosen_file_are_shown(page: Page, server: Any, picture: 
 
 
 def _start(page: Page, server: Any, name: str, **settings: Any) -> str:
-    """Run the template with a training in the background; the training's id."""
-    known = {job["id"] for job in _jobs(server)}
+    """Open the template and :func:`_run` it."""
     page.open_template(TEMPLATE)
-    small: dict[str, Any] = {"resolution": 128, "batch_size": 1, "run": "background"}
+    return _run(page, server, name, **settings)
+
+
+def _run(page: Page, server: Any, name: str, **settings: Any) -> str:
+    """Queue the graph with a training in the background; the training's id."""
+    known = {job["id"] for job in _jobs(server)}
+    small: dict[str, Any] = {"resolution": 64, "batch_size": 1, "run": "background"}
     small["seed"] = time.time_ns() % 2**31  # or the run before would be gone on with
     file_name = f"panel/{name}_{int(page.nodes2)}"
     _set(page, **{**small, "file_name": file_name, **settings})
