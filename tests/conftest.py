@@ -104,6 +104,22 @@ def pytest_configure(config: pytest.Config) -> None:
     _enter_comfyui(runtime.path, directory)
 
 
+# Tests of one booted server run in one process, one after the other, and begin first.
+_SERVERS = ("server", "studio")
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Say which tests belong into one process, where several processes share them."""
+    if not hasattr(config, "workerinput"):
+        return
+    for item in items:
+        used = [name for name in _SERVERS if name in getattr(item, "fixturenames", ())]
+        group = used[0] if used else item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group").args[0] not in _SERVERS)
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Remove the folders that ComfyUI used in this process."""
     if _STATE in config.stash:

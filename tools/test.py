@@ -24,12 +24,12 @@ MOST_PROCESSES = 4  # each boots a ComfyUI of its own
 def side_by_side() -> list[str]:
     """Arguments of pytest for the whole suite: files of tests side by side, if there are cores.
 
-    In the order of their names, by which those of the browser, the slowest, come first.
+    Those that share a server stay together (tests/conftest.py); they take longest and come first.
     """
     processes = min(os.cpu_count() or 1, MOST_PROCESSES)
     if processes == 1:
         return []
-    return ["-n", str(processes), "--dist", "loadfile", "--no-loadscope-reorder"]
+    return ["-n", str(processes), "--dist", "loadgroup", "--no-loadscope-reorder"]
 
 
 def steps(runtime: Runtime, pytest_arguments: list[str]) -> dict[str, list[str]]:

@@ -15,7 +15,7 @@ from lora2_pack.bench.paper import app
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 COMMAND = [sys.executable, str(ROOT / "bench" / "paper" / "__main__.py")]
-SMALL = ["--plan=steps=1,prompts=1", "--only=mug-23,clock-79", "--seeds=1"]
+SMALL = ["--plan=steps=1,prompts=1", "--only=mug-23", "--seeds=1"]
 
 
 def start(out: Path, *more: str) -> subprocess.Popen[str]:
@@ -30,19 +30,19 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path):
     out, kept = tmp_path / "out", tmp_path / "kept.jsonl"
     run = start(out, "--processes=2", "--threads=1")
     until = time.monotonic() + 240
-    while len(list(out.glob("records/*/*.json"))) < 3 and time.monotonic() < until:
+    while len(list(out.glob("records/*/*.json"))) < 2 and time.monotonic() < until:
         assert run.poll() is None, run.communicate()[0]
         time.sleep(0.05)
     os.killpg(run.pid, signal.SIGKILL)
     run.communicate()
     done = {file: file.stat().st_mtime_ns for file in out.glob("records/*/*.json")}
-    assert 3 <= len(done) < 10, "it was killed in the middle"
+    assert 2 <= len(done) < 5, "it was killed in the middle"
     again = start(out, "--processes=1", "--threads=1", f"--archive={kept}")
     told = again.communicate(timeout=240)[0]
     assert again.returncode == 0, told
     assert all(file.stat().st_mtime_ns == when for file, when in done.items())
     records = list(out.glob("records/*/*.json"))
-    assert len(records) == 2 * 5  # without a LoRA, the subject itself, three methods
+    assert len(records) == 5  # without a LoRA, the subject itself, three methods
     assert told.count(" s)\n") == len(records) - len(done), "each of the rest once"
     assert ((out / "report" / "index.html").is_file() and "| ✔ |" in told) or "| ✘ |" in told
     assert len(kept.read_text("utf-8").splitlines()) == 1 + len(records)

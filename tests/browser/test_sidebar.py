@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from lora2_pack.tests.browser.test_templates import READY, Page
+from lora2_pack.tests.server.asking import ask, check_error, get, in_background, of_name, until
 from lora2_pack.tests.server.graphs import Workflow, changed, quick, twin
 from lora2_tools.server import Server
 
@@ -191,31 +191,50 @@ def test_after_a_reload_the_list_is_there(page: Page, server: Any):
     )
 
 
-def test_a_training_that_a_restart_interrupted_goes_on(browser: Any, runtime: Any, tmp_path: Path):
+def test_a_training_that_an_accident_interrupted_goes_on(
+    browser: Any, runtime: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     with Server(runtime, tmp_path) as server:
-        server.submit(_training("restarted", steps=5000))
-        _until(lambda: any(job["step"] > 1 for job in server.get("/lora2/jobs")["jobs"]))
-        server.stop()
+        demo = {"class_type": "LoRA2DemoModel", "inputs": {}}
+        server.submit(in_background("api/cut", 24, demo))
+        until(lambda: (of_name(server, "cut", "running") or {"step": 0})["step"] >= 7)
+        assert server._process is not None
+        server._process.kill()
+        server._process.wait()
         server.start()
+        cut = of_name(server, "cut", "interrupted")
+        _check_what_is_interrupted(server, cut)
         page = Page(browser, server, nodes2=False)
         _open_tab(page)
         row = page.page.locator(f"{ROW}[data-job-state=interrupted]")
         row.wait_for()
         row.get_by_role("button", name="Resume").click()
-        going_on = page.page.locator(f"{ROW}[data-job-state=running]")
-        going_on.wait_for(timeout=SECONDS)
         row.wait_for(state="detached", timeout=SECONDS)
-        _press(page, going_on, "Stop and keep")
-        page.page.locator(f"{ROW}[data-job-state=stopped]").wait_for(timeout=SECONDS)
+        page.page.locator(f"{ROW}[data-job-state=finished]").wait_for(timeout=SECONDS)
         assert page.errors == []
         page.page.context.close()
+        _check_it_has_gone_on(server, cut["id"])
 
 
-def _until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + SECONDS / 1000
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+def _check_what_is_interrupted(server: Any, cut: Any) -> None:
+    assert cut and cut["resumable"] and cut["node_id"] == "3"
+    get(server, f"/lora2/jobs/{cut['id']}", "job")
+    for what in ("pause", "cancel"):
+        check_error(ask(server, f"/lora2/jobs/{cut['id']}/{what}", "POST"), 409)
+    json_sent = {"Content_Type": "application/json"}
+    check_error(ask(server, f"/lora2/jobs/{cut['id']}/resume", "POST", b"[", **json_sent), 400)
+
+
+def _check_it_has_gone_on(server: Any, old: str) -> None:
+    assert ask(server, f"/lora2/jobs/{old}/resume", "POST")[0] in (404, 409)  # it has by now
+    done = of_name(server, "cut", "finished")
+    assert done["id"] != old
+    assert "Going on after step" in done["message"] and str(server.directory) not in done["message"]
+    job = get(server, f"/lora2/jobs/{done['id']}", "job")
+    assert job["history"]["steps"] == list(range(1, 25))
+    jobs = get(server, "/lora2/jobs", "jobs")["jobs"]
+    assert [found["id"] for found in jobs] == [done["id"]]
 
 
 # --- lists that this server cannot have ----------------------------------------------------------

@@ -27,7 +27,7 @@ def changed(workflow: Workflow, node: str, **inputs: Any) -> Workflow:
 def quick(workflow: Workflow) -> Workflow:
     """The same workflow on a few small steps: what it wires counts here, not how well it learns."""
     small = {
-        "LoRA2Train": {"steps": 4, "resolution": 128, "batch_size": 1},
+        "LoRA2Train": {"steps": 4, "resolution": 64, "batch_size": 1},
         "EmptyLatentImage": {"width": 128, "height": 128},
         "KSampler": {"steps": 3},
     }

@@ -6,14 +6,12 @@ import io
 import json
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import pytest
 from lora2_pack.tests.server import api_schema
 from lora2_pack.tests.server.asking import (
-    SECONDS,
     Ear,
     ask,
     check_error,
@@ -118,45 +116,3 @@ def test_two_trainings_one_after_the_other_and_a_cancel_of_each(studio: Studio):
     stopped = until(lambda: of_name(server, "one", "stopped"))
     assert stopped["file"] and stopped["file"] in ask(server, "/models/loras")[1]
     assert of_name(server, "two", "stopped")["file"] is None
-
-
-# --- after an accident ------------------------------------------------------------------------
-
-
-def test_an_interrupted_training_goes_on(runtime: Any, tmp_path: Path):
-    from lora2_tools.server import Server
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        with Server(runtime, tmp_path / "server") as server:
-            demo = {"class_type": "LoRA2DemoModel", "inputs": {}}
-            server.run(in_background("api/cut", 24, demo), timeout=SECONDS)
-            until(lambda: (of_name(server, "cut", "running") or {"step": 0})["step"] >= 7)
-            assert server._process is not None
-            server._process.kill()
-            server._process.wait()
-            server.start()
-            _check_going_on(server)
-
-
-def _check_going_on(server: Any) -> None:
-    cut = of_name(server, "cut", "interrupted")
-    assert cut and cut["resumable"] and cut["node_id"] == "3"
-    get(server, f"/lora2/jobs/{cut['id']}", "job")
-    for what in ("pause", "cancel"):
-        check_error(ask(server, f"/lora2/jobs/{cut['id']}/{what}", "POST"), 409)
-    check_error(ask(server, f"/lora2/jobs/{cut['id']}/resume", "POST", b"[", **_JSON), 400)
-    assert post(server, cut["id"], "resume")["id"] == cut["id"]
-    second = ask(server, f"/lora2/jobs/{cut['id']}/resume", "POST")
-    assert second[0] in (404, 409), second  # under way, or already gone on with
-    new = until(lambda: of_name(server, "cut", "running", "finished"))
-    assert new["id"] != cut["id"]
-    done = until(lambda: of_name(server, "cut", "finished"))
-    assert "Going on after step" in done["message"] and str(server.directory) not in done["message"]
-    job = get(server, f"/lora2/jobs/{done['id']}", "job")
-    assert job["history"]["steps"] == list(range(1, 25))
-    jobs = get(server, "/lora2/jobs", "jobs")["jobs"]
-    assert [found["id"] for found in jobs] == [done["id"]]
-
-
-_JSON = {"Content_Type": "application/json"}

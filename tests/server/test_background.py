@@ -87,7 +87,7 @@ def test_the_prompt_is_over_at_once_and_the_file_comes(studio: Studio):
     save = {"images": ["3", 4], "filename_prefix": "report"}
     show = {"lora_name": "(the connected LORA2)", "lora2": ["3", 2]}
     workflow = {
-        **background(40, steps=60),
+        **background(40, steps=30),
         "s": {"class_type": "SaveImage", "inputs": save},
         "i": {"class_type": "LoRA2InspectRanks", "inputs": show},
     }
@@ -102,14 +102,14 @@ def test_the_prompt_is_over_at_once_and_the_file_comes(studio: Studio):
     assert all(set(node) == {"class_type", "inputs"} for node in kept["prompt"].values())
     assert "tests/40_00001_.safetensors" not in studio.lora_files()
     found = until(studio.server, kept["id"], over)
-    assert found["state"] == "finished" and found["step"] == 60
+    assert found["state"] == "finished" and found["step"] == 30
     assert "tests/40_00001_.safetensors" in studio.lora_files()
     assert manifests(studio.server)[0]["state"] == "finished"
 
 
 def test_each_prompt_starts_one_and_no_file_is_overwritten(studio: Studio):
     """ComfyUI would serve an unchanged graph from its cache."""
-    workflow = background(41, steps=12)
+    workflow = background(41, steps=4)
     ids = [started(studio.server, workflow)["id"] for _ in range(2)]
     kept = started(studio.server, manifests(studio.server)[0]["prompt"])
     for id in (*ids, kept["id"]):
@@ -191,7 +191,7 @@ def test_cancel_of_a_prompt_never_reaches_the_training(studio: Studio, polite: b
 
 def test_a_prompt_waits_its_turn_and_gets_its_lora(studio: Studio):
     """The first one would wait for the prompt, and the prompt for the first one."""
-    first = started(studio.server, background(48, steps=40))
+    first = started(studio.server, background(48, steps=20))
     history = studio.run(training(49))
     assert history["status"]["completed"]
     order = [kept["id"] for kept in manifests(studio.server)]
@@ -282,7 +282,7 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_end_of_the_server_costs_nothing(runtime: Any, own_folder: Path):
     """SIGTERM in the middle; the same prompt again ends with the same bytes."""
-    steps, name = 90, "tests/52_00001_.safetensors"
+    steps, name = 45, "tests/52_00001_.safetensors"
     workflow = background(52, steps=steps)
     file = own_folder / "output" / "loras" / name
     with _server(runtime, own_folder) as server:
@@ -292,7 +292,7 @@ def test_the_end_of_the_server_costs_nothing(runtime: Any, own_folder: Path):
         file.unlink()  # so that the next one gets the same name
         kept = started(server, workflow)
         queued = started(server, background(53, steps=4))
-        until(server, kept["id"], lambda found: found["step"] >= 20)
+        until(server, kept["id"], lambda found: found["step"] >= 10)
     states = {found["id"]: found["state"] for found in manifests(server)}
     assert states[kept["id"]] == "interrupted"
     assert states[queued["id"]] in ("queued", "interrupted")
@@ -301,7 +301,7 @@ def test_the_end_of_the_server_costs_nothing(runtime: Any, own_folder: Path):
     assert not (file.parent / "53_00001_.safetensors").exists()
     with _server(runtime, own_folder) as server:
         found = job(server, kept["id"])
-        assert found["state"] == "interrupted" and 20 <= found["step"] < steps
+        assert found["state"] == "interrupted" and 10 <= found["step"] < steps
         assert job(server, queued["id"])["state"] == "interrupted"
         again = started(server, workflow)
         found = until(server, again["id"], over)
