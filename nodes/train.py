@@ -88,6 +88,8 @@ class LoRA2Train(io.ComfyNode):
 
     @classmethod
     def execute(cls, **lists: list[Any]) -> io.NodeOutput:
+        if (lists.get("run") or [WAIT])[0] == BACKGROUND:
+            comfy_host.need(comfy_host.Part.BACKGROUND)
         pictures = {name: lists.pop(name, None) for name in ("images", "captions", "masks")}
         class_images = lists.pop("class_images", None)
         one = {name: values[0] for name, values in lists.items()}
@@ -165,7 +167,7 @@ def _about_run(setup: TrainingSetup) -> Iterator[str]:
     yield f"This run takes {expected.text()}."
     needed = expected.memory.learning + expected.memory.activations  # the model is there by now
     free = comfy_host.free_memory()
-    if needed > free:
+    if free is not None and needed > free:
         ways = suggestions(setup.config, needed, free, expected=expected)
         text = f"That may be too much: {size(free)} are free for {size(needed)}."
         help_ = f" What would help: {'; or '.join(way.text for way in ways)}." if ways else ""

@@ -2,55 +2,92 @@
 
 It turns MODEL, CLIP and VAE into a private model and a task for the trainer, applies LoRAs as
 model patches, and resolves every path a user names.
+
+Its modules are imported when they are first asked for: where a version of ComfyUI lacks a module,
+only what needs it fails, with a sentence.
 """
 
-from .applying import Applied, apply_lora, apply_state
-from .encoding import Encoder
-from .errors import HostError
-from .judging import clip_vision_judge, judge_folder
-from .models import build_autoencoder, build_sdxl, check_model, prediction_of, private_copy
-from .paths import (
-    cache_folder,
-    checkpoint_folder,
-    dataset_folder,
-    dataset_folders,
-    jobs_folder,
-    lora_fingerprint,
-    lora_names,
-    lora_path,
-    new_lora_path,
-    strip_path,
-)
-from .prepare import prepare_training
-from .running import blocked, deaf_to_cancel, free_memory, progress_bar, raise_if_cancelled
+from __future__ import annotations
 
-__all__ = [
-    "Applied",
-    "Encoder",
-    "HostError",
-    "apply_lora",
-    "apply_state",
-    "blocked",
-    "build_autoencoder",
-    "build_sdxl",
-    "cache_folder",
-    "check_model",
-    "checkpoint_folder",
-    "clip_vision_judge",
-    "dataset_folder",
-    "dataset_folders",
-    "deaf_to_cancel",
-    "free_memory",
-    "jobs_folder",
-    "judge_folder",
-    "lora_fingerprint",
-    "lora_names",
-    "lora_path",
-    "new_lora_path",
-    "prediction_of",
-    "prepare_training",
-    "private_copy",
-    "progress_bar",
-    "raise_if_cancelled",
-    "strip_path",
-]
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from . import surface
+from .errors import HostError as HostError
+from .surface import Part as Part
+from .surface import need as need
+from .surface import report as report
+from .surface import version as version
+
+if TYPE_CHECKING:
+    from .applying import Applied as Applied
+    from .applying import apply_lora as apply_lora
+    from .applying import apply_state as apply_state
+    from .encoding import Encoder as Encoder
+    from .judging import clip_vision_judge as clip_vision_judge
+    from .judging import judge_folder as judge_folder
+    from .models import build_autoencoder as build_autoencoder
+    from .models import build_sdxl as build_sdxl
+    from .models import check_model as check_model
+    from .models import prediction_of as prediction_of
+    from .models import private_copy as private_copy
+    from .paths import cache_folder as cache_folder
+    from .paths import checkpoint_folder as checkpoint_folder
+    from .paths import dataset_folder as dataset_folder
+    from .paths import dataset_folders as dataset_folders
+    from .paths import jobs_folder as jobs_folder
+    from .paths import lora_fingerprint as lora_fingerprint
+    from .paths import lora_names as lora_names
+    from .paths import lora_path as lora_path
+    from .paths import new_lora_path as new_lora_path
+    from .paths import strip_path as strip_path
+    from .prepare import prepare_training as prepare_training
+    from .running import blocked as blocked
+    from .running import deaf_to_cancel as deaf_to_cancel
+    from .running import free_memory as free_memory
+    from .running import progress_bar as progress_bar
+    from .running import raise_if_cancelled as raise_if_cancelled
+
+_NAMES = {
+    "applying": ("Applied", "apply_lora", "apply_state"),
+    "encoding": ("Encoder",),
+    "judging": ("clip_vision_judge", "judge_folder"),
+    "models": (
+        "build_autoencoder",
+        "build_sdxl",
+        "check_model",
+        "prediction_of",
+        "private_copy",
+    ),
+    "paths": (
+        "cache_folder",
+        "checkpoint_folder",
+        "dataset_folder",
+        "dataset_folders",
+        "jobs_folder",
+        "lora_fingerprint",
+        "lora_names",
+        "lora_path",
+        "new_lora_path",
+        "strip_path",
+    ),
+    "prepare": ("prepare_training",),
+    "running": (
+        "blocked",
+        "deaf_to_cancel",
+        "free_memory",
+        "progress_bar",
+        "raise_if_cancelled",
+    ),
+}
+_HOME = {name: module for module, names in _NAMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        module = importlib.import_module(f".{_HOME[name]}", __name__)
+    except ImportError as error:
+        raise HostError(surface.sentence(error.name or str(error))) from error
+    return getattr(module, name)

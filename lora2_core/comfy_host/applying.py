@@ -6,12 +6,11 @@ import json
 import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import comfy.lora
 import comfy.lora_convert
 import torch
-from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ..config.load import WAYS, Strengths
@@ -19,9 +18,12 @@ from ..files.keys import ParsedKeys
 from ..files.metadata import understood_metadata
 from ..files.model_family import guess_family, misfit, unknown_components
 from ..files.read import LoRAFile
-from . import bypass, fitting
+from . import bypass, fitting, surface
 from .errors import HostError
 from .fitting import family_of, known_base_hash, layer_names
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
 
 _EVEN = Strengths()
 
@@ -67,8 +69,7 @@ def apply_lora(
     ``source``, when the LoRA fits no layer of the model or was made for layers of another shape;
     nothing is patched then.
     """
-    if way not in WAYS:
-        raise HostError(f"apply_as is {way!r}; choose one of {', '.join(WAYS)}.")
+    _check_way(way)
     every = layer_names(model, clip)
     file = fitting.in_known_names(file, every)
     file = file.with_state(comfy.lora_convert.convert_lora(file.state))
@@ -94,9 +95,19 @@ def apply_lora(
     note = " ".join(filter(None, notes))
     if note:
         logging.warning("LoRA²: %s", note)
+    if not surface.is_there(surface.Part.BYPASS):
+        exact = set(patches)  # merging rounds; the log has said why at the start
     merged = {"merge": patches.keys(), "bypass": (), "auto": exact}[way]
     patched = _patched(model, clip, patches, strength_model, strength_clip, strengths, merged)
     return Applied(*patched, note)
+
+
+def _check_way(way: str) -> None:
+    if way not in WAYS:
+        raise HostError(f"apply_as is {way!r}; choose one of {', '.join(WAYS)}.")
+    surface.need(surface.Part.LOADING)
+    if way == "bypass":
+        surface.need(surface.Part.BYPASS)
 
 
 def _patched(

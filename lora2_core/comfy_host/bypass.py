@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import comfy.patcher_extension
 import comfy.utils
 import torch
-from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import PatcherInjection
 from torch import Tensor, nn
 from torch.nn import functional
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
 
 PREFIX = "lora2_bypass_"
 
@@ -50,21 +52,20 @@ class Branch:
         return held
 
 
-class _Injection(PatcherInjection):
+class _Branches:
     """Branches of many layers, put in and taken out together."""
 
     def __init__(self, branches: Mapping[str, tuple[Branch, ...]]):
-        super().__init__(inject=self._put_in, eject=self._take_out)
         self.branches = dict(branches)  # by the key of the layer's weight
         self._handles: list[Any] = []
 
-    def _put_in(self, patcher: ModelPatcher) -> None:
-        self._take_out(patcher)  # clones share this; whichever is loaded, it works once
+    def put_in(self, patcher: ModelPatcher) -> None:
+        self.take_out(patcher)  # clones share this; whichever is loaded, it works once
         for key, branches in self.branches.items():
             layer = comfy.utils.get_attr(patcher.model, key.removesuffix(".weight"))
             self._handles.append(layer.register_forward_hook(_Adding(branches)))
 
-    def _take_out(self, _patcher: ModelPatcher) -> None:
+    def take_out(self, _patcher: ModelPatcher) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -97,7 +98,9 @@ def add_branches(model: ModelPatcher, patches: Mapping[str, Any], strength: Mapp
         scale = (1.0 if alpha is None else alpha / down.shape[0]) * strength[key]
         branches[key] = (*branches.get(key, ()), Branch(down, up, scale))
     # ComfyUI takes clones with equal names of injections for the same model.
-    model.set_injections(PREFIX + uuid.uuid4().hex, [_Injection(branches)])
+    both = _Branches(branches)
+    injection = comfy.patcher_extension.PatcherInjection(inject=both.put_in, eject=both.take_out)
+    model.set_injections(PREFIX + uuid.uuid4().hex, [injection])
 
 
 def branches_of(model: ModelPatcher) -> dict[str, tuple[Branch, ...]]:
@@ -136,6 +139,7 @@ def is_branch(hook: object) -> bool:
     return isinstance(hook, _Adding)
 
 
-def _ours(model: ModelPatcher) -> list[_Injection]:
+def _ours(model: ModelPatcher) -> list[_Branches]:
     injections = [i for name, i in model.injections.items() if name.startswith(PREFIX)]
-    return [one for group in injections for one in group if isinstance(one, _Injection)]
+    owners = [getattr(one.inject, "__self__", None) for group in injections for one in group]
+    return [owner for owner in owners if isinstance(owner, _Branches)]

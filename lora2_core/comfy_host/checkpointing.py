@@ -11,8 +11,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
+import comfy.ldm.modules.attention
 import torch
-from comfy.ldm.modules.attention import BasicTransformerBlock, SpatialTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -20,10 +20,7 @@ from ..training.objective import CrossAttentionEntropy
 from .running import deaf_to_cancel
 
 Level = Literal["block", "transformer"]
-_KINDS: dict[Level, type[nn.Module]] = {
-    "block": BasicTransformerBlock,
-    "transformer": SpatialTransformer,
-}
+_KINDS: dict[Level, str] = {"block": "BasicTransformerBlock", "transformer": "SpatialTransformer"}
 
 
 def checkpoint_blocks(
@@ -40,7 +37,7 @@ def checkpoint_blocks(
     blocks = blocks_of(model, level)
     if not blocks:
         raise ValueError(
-            f"{type(model).__name__} has no {_KINDS[level].__name__} to checkpoint; switch "
+            f"{type(model).__name__} has no {_KINDS[level]} to checkpoint; switch "
             "gradient_checkpointing off."
         )
     if entropy is not None:
@@ -51,7 +48,8 @@ def checkpoint_blocks(
 
 def blocks_of(model: nn.Module, level: Level = "block") -> list[nn.Module]:
     """The parts of ``model`` that :func:`checkpoint_blocks` computes twice."""
-    return [module for module in model.modules() if isinstance(module, _KINDS[level])]
+    kind = getattr(comfy.ldm.modules.attention, _KINDS[level])
+    return [module for module in model.modules() if isinstance(module, kind)]
 
 
 def remove_checkpoints(model: nn.Module) -> None:

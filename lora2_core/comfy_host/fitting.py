@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import comfy.lora
 import comfy.utils
 import torch
-from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
 from ..files.keys import DORA_SCALE, MAGNITUDES, plain_name
@@ -17,6 +16,9 @@ from ..files.kohya_names import kohya_name
 from ..files.model_family import FAMILY_OF_CONTEXT, Family
 from ..files.read import LoRAFile
 from ..files.shapes import Mismatch, product_of_kind, product_of_pair
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
 
 _FAMILIES = {  # ComfyUI's classes → names of families, as in files/model_family.py
     "SDXL": "SDXL", "SDXLRefiner": "the SDXL refiner", "SD3": "SD3", "AuraFlow": "AuraFlow",

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..reports import vision
 from ..reports.scoring import Likeness, Picture
+from . import surface
 from .errors import HostError
 from .paths import leaves
 
@@ -37,6 +38,8 @@ def judge_folder(name: str) -> Path | None:
 
 def clip_vision_judge(clip_vision: Any) -> Likeness:
     """A CLIP_VISION of ComfyUI as one more judge of likeness, by its projected features."""
+
+    surface.need(surface.Part.SCORE)
 
     def embed(pictures: Sequence[Picture]) -> Tensor:
         parts: list[Tensor] = []

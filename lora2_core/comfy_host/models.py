@@ -5,22 +5,25 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import comfy.latent_formats
 import comfy.model_base
 import comfy.model_management
+import comfy.model_patcher
 import comfy.model_sampling
 import comfy.sd
 import comfy.supported_models
 import torch
-from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
-from . import bypass
-from .copies.structure import CASTING, PLAIN, free_of_holders, new_unet, put_objects
+from . import bypass, surface
+from .copies.structure import casting, free_of_holders, new_unet, plain, put_objects
 from .copies.weights import Weights
 from .errors import HostError
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -89,17 +92,19 @@ def build_sdxl(
 ) -> tuple[ModelPatcher, Any]:
     """MODEL and CLIP of SDXL's real classes in any size; ``fill`` sets the weights of U-Net and
     text towers."""
+    surface.need(surface.Part.DEMO)
     config = comfy.supported_models.SDXL(unet_config)
     config.set_inference_dtype(torch.float32, None)
-    config.custom_operations = PLAIN
+    config.custom_operations = plain()
     device = comfy.model_management.get_torch_device()
     offload = comfy.model_management.unet_offload_device()
     base = config.get_model({}, "", offload)
     target = config.clip_target()
-    options = {**text_configs, "dtype": torch.float32, "custom_operations": CASTING}
+    options = {**text_configs, "dtype": torch.float32, "custom_operations": casting()}
     clip = comfy.sd.CLIP(target, model_options=options)
     fill(base.diffusion_model, clip.cond_stage_model)
-    return ModelPatcher(base, load_device=device, offload_device=offload), clip
+    patcher = comfy.model_patcher.ModelPatcher
+    return patcher(base, load_device=device, offload_device=offload), clip
 
 
 def build_autoencoder(weights: Mapping[str, Tensor]) -> Any:

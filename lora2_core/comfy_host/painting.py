@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..training.denoising import TextSource
 from ..training.out_of_memory import is_out_of_memory
+from . import surface
 from .copies.structure import copied
 from .copies.weights import Weights
 from .errors import HostError
@@ -34,6 +35,7 @@ class Painter:
     """
 
     def __init__(self, model: comfy.model_base.BaseModel, vae: Any, texts: TextSource):
+        surface.need(surface.Part.PAINTING)
         self.model, self.texts = model, texts
         self.device = next(model.diffusion_model.parameters()).device
         self._decoder = _Decoder(vae)

@@ -6,11 +6,10 @@ import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import comfy.ldm.modules.attention
 import torch
-from comfy.ldm.modules.attention import CrossAttention, attention_pytorch
-from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
 from ..adapters.network import AdaptiveRankNetwork
@@ -25,15 +24,18 @@ from ..training.denoising import CachedTexts, DenoisingTask, TextSource
 from ..training.estimate import attempt
 from ..training.objective import CrossAttentionEntropy
 from ..training.setup import TrainingSetup
-from . import bypass
+from . import bypass, surface
 from .checkpointing import blocks_of, checkpoint_blocks
 from .class_images import class_images, class_samples, paints
+from .copies.text_encoders import TextEncoders
 from .encoding import Encoder
 from .fitting import remember_base_hash
 from .models import DTYPES, check_model, prediction_of, private_copy
 from .painting import Painter
 from .running import raise_if_cancelled
-from .text_encoders import TextEncoders
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
 
 
 def prepare_training(
@@ -52,6 +54,7 @@ def prepare_training(
     disk. May be called under inference mode, as nodes are. Raises HostError for a model, CLIP or
     VAE that does not fit, and ValueError for settings that do not fit the model.
     """
+    surface.need(surface.Part.TRAINING)
     check_model(model)
     with torch.inference_mode(False):
         return _prepare(model, clip, vae, photos, config, class_photos, TensorCache(cache))
@@ -140,7 +143,8 @@ def _targets(roots: dict[str, nn.Module], config: TrainConfig) -> list[Target]:
 
 def _cross_attention(unet: nn.Module) -> CrossAttentionEntropy:
     layers = [module for name, module in unet.named_modules() if name.endswith(".attn2")]
-    return CrossAttentionEntropy([layer for layer in layers if isinstance(layer, CrossAttention)])
+    kind = comfy.ldm.modules.attention.CrossAttention
+    return CrossAttentionEntropy([layer for layer in layers if isinstance(layer, kind)])
 
 
 def _base_hash(model: ModelPatcher, unet: nn.Module, config: TrainConfig) -> str:
@@ -158,4 +162,4 @@ def _data_hash(photos: Sequence[Photo], classes: Sequence[Photo]) -> str:
 
 
 def _plain_attention(_chosen: object, *args: Any, **kwargs: Any) -> Tensor:
-    return attention_pytorch(*args, **kwargs)
+    return comfy.ldm.modules.attention.attention_pytorch(*args, **kwargs)

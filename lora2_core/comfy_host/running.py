@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import comfy.model_management
 import comfy.utils
-from comfy_execution.graph_utils import ExecutionBlocker
+import comfy_execution.graph_utils
+
+from . import surface
+from .surface import Part
+
+_CHECK = "throw_exception_if_processing_interrupted"
 
 
 class ThreadGuard:
@@ -20,7 +25,7 @@ class ThreadGuard:
 
     def __init__(self, module: Any, name: str):
         self._module, self._name = module, name
-        self._original: Callable[..., Any] = getattr(module, name)
+        self._original: Callable[..., Any] = getattr(module, name, lambda: None)
         self._lock = threading.Lock()
         self._users = 0
         self._thread = threading.local()
@@ -52,23 +57,31 @@ class ThreadGuard:
 
 # Cancel is one global flag that every operation checks and the first reader consumes: a training
 # thread would steal a prompt's Cancel and die of it. Entered there, this makes it deaf to the flag.
-deaf_to_cancel = ThreadGuard(
-    comfy.model_management, "throw_exception_if_processing_interrupted"
-).silenced
+_guard = ThreadGuard(comfy.model_management, _CHECK)
+
+
+def deaf_to_cancel() -> AbstractContextManager[None]:
+    """Inside, this thread does not see ComfyUI's Cancel."""
+    return _guard.silenced() if surface.is_there(Part.CANCEL) else nullcontext()
 
 
 def raise_if_cancelled() -> None:
     """Raises ComfyUI's own interruption when the running prompt was cancelled."""
-    comfy.model_management.throw_exception_if_processing_interrupted()
+    if surface.is_there(Part.CANCEL):
+        comfy.model_management.throw_exception_if_processing_interrupted()
 
 
 def progress_bar(total: int) -> Callable[[int], None]:
     """ComfyUI's progress bar of the node that runs now; call it with the steps done."""
+    if not surface.is_there(Part.PROGRESS):
+        return lambda _done: None
     return comfy.utils.ProgressBar(total).update_absolute
 
 
-def free_memory() -> int:
-    """Bytes that are free on the device that trains, as ComfyUI counts them."""
+def free_memory() -> int | None:
+    """Bytes that are free on the device that trains, as ComfyUI counts them, where it does."""
+    if not surface.is_there(Part.MEMORY):
+        return None
     device = comfy.model_management.get_torch_device()
     free: Any = comfy.model_management.get_free_memory(device)
     return int(free)
@@ -76,4 +89,5 @@ def free_memory() -> int:
 
 def blocked() -> Any:
     """An output of a node that has nothing to give: what depends on it is left out, silently."""
-    return ExecutionBlocker(None)
+    surface.need(Part.BACKGROUND)
+    return comfy_execution.graph_utils.ExecutionBlocker(None)

@@ -9,16 +9,17 @@ import asyncio
 import json
 import logging
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
+import aiohttp
 from aiohttp import web
 
 import server
-from server import PromptServer
 
 from ...lora2_core import comfy_host
+from ...lora2_core.comfy_host.surface import MISSING, Part
 from ...lora2_core.files.header import LoRAFileError
 from ...lora2_core.jobs.queue import JobQueue, UnknownJob, WrongState
 from . import listed_names, views
@@ -51,14 +52,15 @@ def show_text(node_id: str, text: str) -> None:
     Not by ComfyUI's own message for that: up to front end 1.32 its text runs as markup, and in
     every page.
     """
-    client = PromptServer.instance.client_id
+    instance = _instance()
+    client = instance and instance.client_id
     if client is not None:
-        PromptServer.instance.send_sync(NOTE, {"node_id": str(node_id), "text": text}, client)
+        instance.send_sync(NOTE, {"node_id": str(node_id), "text": text}, client)
 
 
 def prompt_running() -> bool:
     """Whether ComfyUI executes a prompt now or has one waiting."""
-    instance = _instance()
+    instance = _instance(Part.BACKGROUND)
     return instance is not None and instance.prompt_queue.get_tasks_remaining() > 0
 
 
@@ -76,13 +78,14 @@ def register(queue: JobQueue) -> None:
 
 
 class Api:
-    """The handlers, on any queue. ``queue_prompt(prompt, client)`` gives the id under which
-    ComfyUI has it, and raises WrongState where it is refused; ``is_pending(id)``: not yet over."""
+    """The handlers, on any queue. ``queue_prompt(prompt, client, headers)`` gives the id under
+    which ComfyUI has it, and raises WrongState where it is refused; ``is_pending(id)``: not yet
+    over."""
 
     def __init__(
         self,
         queue: JobQueue,
-        queue_prompt: Callable[[dict[str, Any], str], Awaitable[str]],
+        queue_prompt: Callable[[dict[str, Any], str, Mapping[str, str]], Awaitable[str]],
         is_pending: Callable[[str], bool],
     ):
         self.jobs = JobList(queue, listed_names.host())
@@ -128,7 +131,8 @@ class Api:
             raise web.HTTPNotFound(text=f"A training can cancel, pause and resume, not {what!r}.")
         done = await asyncio.to_thread(self.jobs.act, id, what)
         if done is None:
-            await self._go_on(id, await _client_of(request))
+            comfy_host.need(Part.RESUME)
+            await self._go_on(id, await _client_of(request), request.headers)
             done = await asyncio.to_thread(self.jobs.summary, id)
         return await _json(lambda: done)
 
@@ -138,7 +142,7 @@ class Api:
             raise BadInput("name must be that of a file in the list of LoRAs.")
         return await _json(lambda: _inspected(name))
 
-    async def _go_on(self, id: str, client: str) -> None:
+    async def _go_on(self, id: str, client: str, headers: Mapping[str, str]) -> None:
         """Queue the prompt of an interrupted training, unless that is under way already."""
         prompt = await asyncio.to_thread(self.jobs.prompt, id)
         queued = self._again.get(id)
@@ -146,7 +150,7 @@ class Api:
             raise WrongState("The workflow of this training is queued already; it goes on soon.")
         self._again[id] = ""  # a second click may come before ComfyUI has answered
         try:
-            self._again[id] = await self._queue_prompt(prompt, client)
+            self._again[id] = await self._queue_prompt(prompt, client, headers)
         except BaseException:
             del self._again[id]
             raise
@@ -236,44 +240,58 @@ async def _client_of(request: web.Request) -> str:
 # --- ComfyUI's own queue --------------------------------------------------------------------
 
 
-def _instance() -> Any:
-    """The server; None in a process without one."""
-    return getattr(PromptServer, "instance", None)
+def _instance(*parts: Part) -> Any:
+    """The server; None in a process without one, or with one that cannot do this."""
+    if MISSING.keys() & {Part.SCREEN, *parts}:
+        return None
+    return getattr(server.PromptServer, "instance", None)
 
 
 def _defined(instance: Any) -> list[web.RouteDef]:
     return [route for route in instance.routes if isinstance(route, web.RouteDef)]
 
 
-class _Asked:
-    """As much of a request as ComfyUI's handler of prompts reads."""
+async def _queue_prompt(prompt: dict[str, Any], client: str, headers: Mapping[str, str]) -> str:
+    """Queue a prompt by a POST to /prompt, as a page does: it is checked, other packs see it.
 
-    def __init__(self, body: dict[str, Any]):
-        self._body = body
-
-    async def json(self) -> dict[str, Any]:
-        return self._body
-
-
-async def _queue_prompt(prompt: dict[str, Any], client: str) -> str:
-    """Queue a prompt as a POST to /prompt does: other packs' handlers see it, it is checked."""
-    body: dict[str, Any] = {"prompt": json.loads(json.dumps(prompt))}
-    if client:
-        body["client_id"] = client
-    handlers = [r.handler for r in _defined(_instance()) if (r.method, r.path) == _PROMPT]
-    reply: Any = await handlers[0](_Asked(body))  # type: ignore[arg-type, operator]
-    answer = json.loads(reply.text or "{}")
-    if reply.status != 200:
-        error = answer.get("error")
-        reason = error.get("message", "") if isinstance(error, dict) else str(error)
-        raise WrongState(
-            f"ComfyUI refuses the workflow of this training ({reason or 'it does not say why'}): "
-            "open it, put it right and queue it again."
-        )
-    return str(answer.get("prompt_id", ""))
+    ``headers``: of the request that asks for it, which name its user and may be needed to pass.
+    """
+    body: dict[str, Any] = {"prompt": prompt} | ({"client_id": client} if client else {})
+    kept = {name: value for name, value in headers.items() if not _OF_ONE_REQUEST.match(name)}
+    try:
+        async with (
+            aiohttp.ClientSession(headers=kept, timeout=_PATIENCE) as session,
+            session.post(_own_address(), json=body, ssl=False) as reply,
+        ):
+            answer = json.loads(await reply.text() or "{}") if reply.status in (200, 400) else {}
+            status = reply.status
+    except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+        raise WrongState(f"ComfyUI does not take its own prompts ({error}); {_BY_HAND}") from None
+    if status == 200 and "prompt_id" in answer:
+        return str(answer["prompt_id"])
+    error = answer.get("error")
+    reason = error.get("message", "") if isinstance(error, dict) else str(error or f"HTTP {status}")
+    raise WrongState(f"ComfyUI refuses the workflow of this training ({reason}): {_BY_HAND}")
 
 
-_PROMPT = ("POST", "/prompt")
+_BY_HAND = "open it, put it right and queue it again."
+_PATIENCE = aiohttp.ClientTimeout(total=60)
+# What is said of one connection, one body or the page; the rest belongs to the user.
+_OF_ONE_REQUEST = re.compile(
+    r"(?i)(host|origin|referer|sec-.*|content-.*|connection|keep-alive|transfer-encoding|te|trailer"
+    r"|upgrade|expect|accept.*|if-.*|range)$"
+)
+
+
+def _own_address() -> str:
+    """Where this server takes prompts, from this machine."""
+    instance, told = _instance(), getattr(server, "args", None)
+    host = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(
+        instance.address, instance.address
+    )
+    secure = getattr(told, "tls_keyfile", None) and getattr(told, "tls_certfile", None)
+    host = f"[{host}]" if ":" in host else host
+    return f"http{'s' if secure else ''}://{host}:{instance.port}/prompt"
 
 
 def _is_pending(prompt_id: str) -> bool:

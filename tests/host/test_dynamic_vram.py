@@ -24,10 +24,10 @@ import pytest
 import torch
 from lora2_pack.lora2_core import comfy_host, lora_file
 from lora2_pack.lora2_core.adapters.targets import find_targets
+from lora2_pack.lora2_core.comfy_host.copies.text_encoders import TextEncoders
 from lora2_pack.lora2_core.comfy_host.copies.weights import Weights
 from lora2_pack.lora2_core.comfy_host.encoding import Encoder
 from lora2_pack.lora2_core.comfy_host.painting import _Decoder
-from lora2_pack.lora2_core.comfy_host.text_encoders import TextEncoders
 from lora2_pack.lora2_core.data.cache import TensorCache, content_key, weights_hash
 from lora2_pack.lora2_core.files.component import Component
 from lora2_pack.lora2_core.training.trainer import Trainer

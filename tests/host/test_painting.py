@@ -14,8 +14,8 @@ from lora2_pack.lora2_core import comfy_host
 from lora2_pack.lora2_core.adapters.network import AdaptiveRankNetwork
 from lora2_pack.lora2_core.adapters.targets import find_targets
 from lora2_pack.lora2_core.comfy_host import painting
+from lora2_pack.lora2_core.comfy_host.copies.text_encoders import TextEncoders
 from lora2_pack.lora2_core.comfy_host.painting import Painter
-from lora2_pack.lora2_core.comfy_host.text_encoders import TextEncoders
 from lora2_pack.lora2_core.config.ranks import RankConfig
 from lora2_pack.tests.core import toy
 from lora2_pack.tests.host import demo

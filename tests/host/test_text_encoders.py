@@ -15,7 +15,7 @@ import torch
 from lora2_pack.lora2_core import comfy_host, lora_file
 from lora2_pack.lora2_core.adapters.network import AdaptiveRankNetwork
 from lora2_pack.lora2_core.adapters.targets import Target, find_targets
-from lora2_pack.lora2_core.comfy_host.text_encoders import TextEncoders
+from lora2_pack.lora2_core.comfy_host.copies.text_encoders import TextEncoders
 from lora2_pack.lora2_core.config.ranks import RankConfig
 from lora2_pack.lora2_core.config.train import TextConfig
 from lora2_pack.lora2_core.tiny_sdxl.model import (

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import copy
 import re
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
+import comfy.ldm.modules.diffusionmodules.openaimodel
 import comfy.ops
 import torch
-from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from torch import Tensor, nn
 
 from .. import bypass
 from ..errors import HostError
 from .weights import Weights, frozen
+
+if TYPE_CHECKING:
+    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
 # What ComfyUI hangs on a module while a patcher holds it. Of dynamic VRAM (0.16 and newer) these
 # are native memory, freed with the object: a copy must neither own nor share it.
@@ -42,8 +46,16 @@ def with_memory(operations: Any) -> Any:
     return type(operations.__name__, (operations,), kinds)
 
 
-PLAIN = with_memory(comfy.ops.disable_weight_init)  # computes in the type of its weights
-CASTING = with_memory(comfy.ops.manual_cast)  # computes in the type of its input
+@cache
+def plain() -> Any:
+    """Layers that compute in the type of their weights."""
+    return with_memory(comfy.ops.disable_weight_init)
+
+
+@cache
+def casting() -> Any:
+    """Layers that compute in the type of their input."""
+    return with_memory(comfy.ops.manual_cast)
 
 
 def free_of_holders(attributes: dict[str, Any]) -> dict[str, Any]:
@@ -57,7 +69,8 @@ def new_unet(base: Any, weights: Weights, dtype: torch.dtype) -> UNetModel:
     Raises HostError when these are not the weights of such a U-Net.
     """
     config = {**base.model_config.unet_config, "dtype": dtype}
-    unet: Any = UNetModel(**config, device="meta", operations=PLAIN)
+    network: Any = comfy.ldm.modules.diffusionmodules.openaimodel.UNetModel
+    unet = network(**config, device="meta", operations=plain())
     missing = set(unet.state_dict())
     for name in weights:
         path, _, leaf = name.removeprefix("diffusion_model.").rpartition(".")
@@ -137,7 +150,9 @@ def copied(root: nn.Module, weights: Weights, prefix: str, dtype: torch.dtype) -
 
 def _plain_linear(module: Any, memo: dict[int, Any]) -> nn.Module:
     bias: Tensor | None = module.bias
-    layer = CASTING.Linear(module.in_features, module.out_features, bias is not None, device="meta")
+    layer = casting().Linear(
+        module.in_features, module.out_features, bias is not None, device="meta"
+    )
     layer.weight = memo[id(module.weight)]
     if bias is not None:
         layer.bias = memo[id(bias)]

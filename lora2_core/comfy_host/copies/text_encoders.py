@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import comfy.clip_model
+import comfy.sd1_clip
+import comfy.sdxl_clip
 import torch
-from comfy.clip_model import CLIPLayer
-from comfy.sd1_clip import gen_empty_tokens
-from comfy.sdxl_clip import SDXLClipModel
 from torch import Tensor, nn
 
-from .checkpointing import recomputed
-from .copies.structure import copied, free_of_holders
-from .copies.weights import Weights
-from .errors import HostError
+from .. import surface
+from ..checkpointing import recomputed
+from ..errors import HostError
+from .structure import copied, free_of_holders
+from .weights import Weights
+
+if TYPE_CHECKING:
+    from comfy.clip_model import CLIPLayer
 
 # Our name of a tower, ComfyUI's, and the tokenizer's. Kohya's keys start with the first.
 _TOWERS = (("te1", "clip_l", "l"), ("te2", "clip_g", "g"))
@@ -42,8 +46,9 @@ class TextEncoders:
 
     @torch.inference_mode(False)
     def __init__(self, clip: Any, device: torch.device | None = None, checkpointing: bool = False):
+        surface.need(surface.Part.TEXT)
         model = clip.cond_stage_model
-        if not isinstance(model, SDXLClipModel):
+        if not isinstance(model, comfy.sdxl_clip.SDXLClipModel):
             raise HostError(
                 f"clip is a {type(model).__name__}; the text encoders of SDXL are trained. Connect "
                 "the CLIP of an SDXL checkpoint."
@@ -109,7 +114,7 @@ def _private_tower(
     if layer is not None:
         private.set_clip_options({"layer": layer})
     for module in private.transformer.modules():
-        if isinstance(module, CLIPLayer):
+        if isinstance(module, comfy.clip_model.CLIPLayer):
             module.forward = _Layer(module, checkpointing)
     return private
 
@@ -147,7 +152,7 @@ def _read(tower: Any, texts: Sequence[list[Window]]) -> _Read:
     weighted = any(weight != 1 for window in windows for _, weight in window)
     tokens = [[token for token, _ in window] for window in windows]
     if weighted:
-        tokens.append(gen_empty_tokens(tower.special_tokens, len(tokens[0])))
+        tokens.append(comfy.sd1_clip.gen_empty_tokens(tower.special_tokens, len(tokens[0])))
     hidden, pooled = tower(tokens)[:2]  # (windows, 77, width), (windows, width)
     if weighted:
         hidden = _weighed(hidden[:-1], hidden[-1], windows)
