@@ -23,6 +23,7 @@ import torch
 from ..config.train import doubts_about_rates, rate_to_try
 from ..files.atomic import remove_leftovers
 from ..files.checkpoint import Checkpoint
+from ..files.raw.memory import free_ram
 from ..files.write import NotWritten, write_beside_others
 from ..training import out_of_memory
 from ..training.memory import size
@@ -174,7 +175,7 @@ class Run:
     def _out_of_memory(self, error: Exception) -> OutOfMemory:
         needed, free = out_of_memory.needed_and_free(str(error))
         if free is None and self.setup.network.log_nu.device.type == "cpu":
-            free = out_of_memory.free_ram()
+            free = free_ram()
         step = self.trainer.step + 1
         return OutOfMemory(
             out_of_memory.message(
