@@ -72,6 +72,7 @@ class TensorFile:
         data = torch.empty(entry.nbytes, dtype=torch.uint8)
         if entry.nbytes:
             self._fill(memoryview(data.numpy()), self.header.data_start + entry.start)
+        self.check_unchanged()  # before anybody calls the numbers of two files one damaged file
         return data.view(dtype).reshape(entry.shape)
 
     def all(self) -> dict[str, Tensor]:
@@ -82,9 +83,7 @@ class TensorFile:
                 f"{self.header.path} needs {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB "
                 "are free; close other programs, or resize the file first."
             )
-        state = {key: self.tensor(key) for key in self.header.entries}
-        self.check_unchanged()
-        return state
+        return {key: self.tensor(key) for key in self.header.entries}
 
     def check_unchanged(self) -> None:
         """Raises LoRAFileError if the file is no longer what its header was read from."""
