@@ -19,7 +19,7 @@ from lora2_pack.lora2_core.resizing.resize import merge_files, resize_file
 from lora2_pack.tests.conftest import ROOT
 from lora2_pack.tests.core import spoiling
 
-LAYERS = [(f"input_blocks.{n}.1.attn1.to_q", 300, 200) for n in range(6)]
+LAYERS = [(f"input_blocks.{n}.1.attn1.to_q", 4000, 3000) for n in range(12)]  # 0.7 MB
 SOUND = spoiling.sound_of_two_factors(LAYERS, "kohya")
 
 
@@ -105,7 +105,7 @@ def test_what_is_loaded_stays(path: Path, change) -> None:
 
 
 USE = """
-import os, runpy, sys, threading
+import runpy, sys, threading, time
 from importlib import import_module
 from pathlib import Path
 
@@ -128,6 +128,7 @@ def spoil(stop):
         with path.open("r+b") as file:
             file.truncate(len(sound) // 3)
         path.write_bytes(sound)
+        time.sleep(0.002)
 stop = threading.Event()
 thread = threading.Thread(target=spoil, args=(stop,), daemon=True)
 thread.start()
