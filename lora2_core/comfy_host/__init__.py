@@ -19,6 +19,7 @@ from .paths import (
     lora_names,
     lora_path,
     new_lora_path,
+    own_folders,
     strip_path,
 )
 from .prepare import prepare_training
@@ -47,6 +48,7 @@ __all__ = [
     "lora_names",
     "lora_path",
     "new_lora_path",
+    "own_folders",
     "prediction_of",
     "prepare_training",
     "private_copy",

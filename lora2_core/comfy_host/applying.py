@@ -84,14 +84,7 @@ def apply_lora(
         key: strength_model * strengths.of(_weight(key)) if _is_unet(key) else strength_clip
         for key in patches
     }
-    exact = set[Any]()  # weights that merging would not round
-    for key, patch in patches.items():
-        shape, dtype = _weight_of(model, clip, key)
-        if shape is not None and (why := fitting.shape_misfit(patch, shape)):
-            raise HostError(f"{_made_for_another(file, model, source)} ({key} {why}.)")
-        if not bypass.is_fp8(dtype or model.model_dtype()):
-            exact.add(key)
-        _check_size(_root_of(model, clip, key), key, patch, factors[key], source)
+    exact = _checked(model, clip, file, patches, factors, source)
     notes = (
         _unknown(parsed, patches, names, source, clip is not None),
         _unread(parsed, patches, source),
@@ -103,6 +96,27 @@ def apply_lora(
     merged = {"merge": patches.keys(), "bypass": (), "auto": exact}[way]
     patched = _patched(model, clip, patches, factors, strength_clip, merged)
     return Applied(*patched, note)
+
+
+def _checked(
+    model: ModelPatcher,
+    clip: Any | None,
+    file: LoRAFile,
+    patches: Mapping[Any, Any],
+    factors: Mapping[Any, float],
+    source: str,
+) -> set[Any]:
+    """The weights that merging would not round. Raises HostError where a patch does not fit its
+    weight, in shape or in the size of its numbers."""
+    exact = set[Any]()
+    for key, patch in patches.items():
+        shape, dtype = _weight_of(model, clip, key)
+        if shape is not None and (why := fitting.shape_misfit(patch, shape)):
+            raise HostError(f"{_made_for_another(file, model, source)} ({key} {why}.)")
+        if not bypass.is_fp8(dtype or model.model_dtype()):
+            exact.add(key)
+        _check_size(_root_of(model, clip, key), key, patch, factors[key], source)
+    return exact
 
 
 def _check_size(root: nn.Module, key: Any, patch: Any, factor: float, source: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection
 from pathlib import Path, PureWindowsPath
 
@@ -121,6 +122,29 @@ def checkpoint_folder() -> Path:
 def jobs_folder() -> Path:
     """Where it is noted what trainings there are and were."""
     return _own_folder() / "jobs"
+
+
+def own_folders() -> tuple[str, ...]:
+    """Every folder of ComfyUI that a message may name, the innermost first."""
+    known = folder_paths.folder_names_and_paths.values()
+    return _every_spelling(
+        folder_paths.get_output_directory(),
+        folder_paths.get_input_directory(),
+        folder_paths.get_temp_directory(),
+        folder_paths.get_user_directory(),
+        str(Path(folder_paths.get_user_directory()).parent),
+        folder_paths.base_path,
+        *(str(folder) for folders, *_ in known for folder in folders),
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def _every_spelling(*folders: str) -> tuple[str, ...]:
+    """``folders`` and where links lead from them; kept, since a screen asks for every line."""
+    found = {Path(folder) for folder in folders}
+    found |= {folder.resolve() for folder in found}
+    texts = {str(folder) for folder in found if len(folder.parts) > 1}
+    return tuple(sorted(texts, key=len, reverse=True))
 
 
 def dataset_folders() -> list[str]:

@@ -10,6 +10,7 @@ What this pack writes (LoRAs, checkpoints, cached tensors) has its header from
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -97,7 +98,7 @@ def read_header(path: str | os.PathLike[str], largest: int = LARGEST_HEADER) -> 
     path = Path(path)
     try:
         with open_regular(path) as file:
-            return _read(path, file, largest)
+            return _read(path, file, stamp_of(file), largest)
     except NotAFile:
         raise LoRAFileError(
             f"{path} does not exist; choose a file from the loras folder."
@@ -106,6 +107,11 @@ def read_header(path: str | os.PathLike[str], largest: int = LARGEST_HEADER) -> 
         raise LoRAFileError(
             f"{path} cannot be read: {error.strerror or error}. Check its permissions."
         ) from error
+
+
+def parse_header(path: Path, data: bytes) -> Header:
+    """The header of what was, or is to be, written to ``path``. Raises as :func:`read_header`."""
+    return _read(path, io.BytesIO(data), (0, len(data), 0), LARGEST_HEADER)
 
 
 def in_file_order(shapes: Mapping[str, TensorShape]) -> dict[str, TensorShape]:
@@ -156,8 +162,7 @@ def one_line(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
 
 
-def _read(path: Path, file: BinaryIO, largest: int) -> Header:
-    stamp = stamp_of(file)
+def _read(path: Path, file: BinaryIO, stamp: Stamp, largest: int) -> Header:
     size = stamp[1]
     start = file.read(9)
     if len(start) < 9 or start[8:] != b"{":

@@ -316,7 +316,7 @@ class Run:
         def write(path: Path, new: bool) -> None:
             run_hash = self.keeper.run_hash
             trained = save_lora(path, self.setup, components, events, steps, run_hash, new)
-            size = path.stat().st_size / 1e6
+            size = trained.nbytes / 1e6
             self.progress.log.append(f"Wrote {path.name}, {size:.2f} MB.")
             logging.info("LoRA²: wrote %s, %.2f MB, after %d steps.", path, size, steps)
             self.progress.result = trained
