@@ -176,8 +176,8 @@ def too_large(patch: Any, strength: float, root: nn.Module, key: Any) -> bool:
     shape, dtype = weight_of(root, key)
     if shape is None:
         return False
-    largest = torch.finfo(dtype).max if _whole_range(dtype) else torch.finfo(torch.float32).max
-    if _bound(patch, shape) * abs(strength) < largest / 4 - _USUAL:
+    stored = _stored_as(dtype)
+    if _bound(patch, shape) * abs(strength) < torch.finfo(stored).max / 4 - _USUAL:
         return False
     known = torch.is_tensor(weight) and not weight.is_meta and weight.shape == shape
     start = weight.detach().float().cpu() if known else torch.zeros(shape)
@@ -185,12 +185,13 @@ def too_large(patch: Any, strength: float, root: nn.Module, key: Any) -> bool:
         found = comfy.lora.calculate_weight(
             [(strength, patch, 1.0, None, None)], start.clone(), key
         )
-    return not bool((found.to(dtype) if _whole_range(dtype) else found).isfinite().all())
+    return not bool(found.to(stored).isfinite().all())
 
 
-def _whole_range(dtype: torch.dtype | None) -> bool:
-    """Whether a weight of this type is stored as it is, and not scaled into an 8-bit range."""
-    return dtype is not None and dtype.is_floating_point and dtype.itemsize > 1
+def _stored_as(dtype: torch.dtype | None) -> torch.dtype:
+    """Whose range a weight must keep to: 8-bit types are scaled into theirs."""
+    simple = dtype is not None and dtype.is_floating_point and dtype.itemsize > 1
+    return dtype if dtype is not None and simple else torch.float32
 
 
 def _bound(patch: Any, shape: torch.Size) -> float:

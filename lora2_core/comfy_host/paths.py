@@ -73,7 +73,7 @@ def new_lora_path(file_name: str, taken: Collection[Path] = ()) -> Path:
     clean = file_name.strip().removesuffix(".safetensors").replace("\\", "/")
     if leaves(clean) or not _fits_a_disk(clean):
         raise HostError(
-            f"file_name is {file_name[:60]!r}; it must be a plain name or a subfolder and a name, "
+            f"file_name is {_shown(file_name)}; it must be a plain name or a subfolder and a name, "
             "such as 'cats/sks_cat', of letters, digits and signs that every system takes, at most "
             "200 bytes each, and stays within output/loras."
         )
@@ -82,7 +82,7 @@ def new_lora_path(file_name: str, taken: Collection[Path] = ()) -> Path:
         folder, name, counter, _, _ = folder_paths.get_save_image_path(clean, str(root))
     except OSError as error:
         raise HostError(
-            f"file_name is {file_name[:60]!r}, whose folder cannot be used ({error.strerror}: "
+            f"file_name is {_shown(file_name)}, whose folder cannot be used ({error.strerror}: "
             f"{Path(error.filename or root).name}); choose another."
         ) from error
     while (path := Path(folder) / f"{name}_{counter:05}_.safetensors") in taken:
@@ -162,14 +162,18 @@ def dataset_folder(name: str) -> Path:
     registered = folder_paths.folder_names_and_paths.get("lora2_datasets", ([], set()))[0]
     outputs = (folder_paths.get_output_directory(), folder_paths.get_temp_directory())
     allowed = [root, *map(Path, outputs), *map(Path, registered)]
-    path = (root / name).resolve()  # an absolute name replaces the root
+    try:
+        path = (root / name).resolve()  # an absolute name replaces the root
+        there = path.is_dir()
+    except (OSError, ValueError, RuntimeError):  # no path at all, too long, links in a circle
+        path, there = root, False
     if not any(path.is_relative_to(folder.resolve()) for folder in allowed):
         raise HostError(
-            f"folder {name!r} is outside ComfyUI's folders; put the images under input/, or list "
-            "their folder as lora2_datasets in extra_model_paths.yaml."
+            f"folder {_shown(name)} is outside ComfyUI's folders; put the images under input/, or "
+            "list their folder as lora2_datasets in extra_model_paths.yaml."
         )
-    if not path.is_dir():
-        raise HostError(f"folder {name!r} does not exist under {root}; check the name.")
+    if not there:
+        raise HostError(f"folder {_shown(name)} does not exist under {root}; check the name.")
     return path
 
 

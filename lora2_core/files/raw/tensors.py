@@ -71,7 +71,7 @@ class TensorFile:
             )
         data = torch.empty(entry.nbytes, dtype=torch.uint8)
         if entry.nbytes:
-            self._fill(memoryview(data.numpy()), self.header.data_start + entry.start)
+            self._fill(data.numpy().data, self.header.data_start + entry.start)
         self.check_unchanged()  # before anybody calls the numbers of two files one damaged file
         return data.view(dtype).reshape(entry.shape)
 
