@@ -99,6 +99,7 @@ class Api:
         table.get(one + "/report")(_safe(self.show_report))
         table.post(one + "/{what}")(_safe(self.act))
         table.get("/lora2/inspect")(_safe(self.inspect))
+        table.post("/lora2/checkpoints/clear")(_safe(self.clear_checkpoints))
 
     def announce(self, send: Callable[[dict[str, Any]], None]) -> None:
         """Send an event of whatever happens from now on."""
@@ -106,7 +107,11 @@ class Api:
         self.jobs.queue.listen(announcer.listen)
 
     async def list_jobs(self, _request: web.Request) -> web.Response:
-        return await _json(lambda: {"jobs": self.jobs.summaries()})
+        jobs = self.jobs
+        return await _json(lambda: {"jobs": jobs.summaries(), "checkpoints": jobs.checkpoints()})
+
+    async def clear_checkpoints(self, _request: web.Request) -> web.Response:
+        return await _json(self.jobs.clear_checkpoints)
 
     async def show_job(self, request: web.Request) -> web.Response:
         return await _json(lambda: self.jobs.details(request.match_info["id"]))

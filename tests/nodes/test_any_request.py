@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
+from lora2_pack.lora2_core.jobs.checkpoints import CheckpointFolder
 from lora2_pack.lora2_core.jobs.queue import JobQueue
 from lora2_pack.lora2_core.jobs.store import INTERRUPTED, JobStore, Kept
 from lora2_pack.nodes.screen.routes import Api
 from lora2_pack.tests.core.tries import TRIES, in_memory
 
-ID = "interrupted-0001"
+ID, RUN = "interrupted-0001", "a" * 64
 PIECES = (
     ID, "no-such-training", "..", "%2e%2e%2f", "%00", "%ff%fe", "a" * 5000, "💣", "%ED%A0%80", "",
     "-1", "0", "99999999999999999999", "1e999", "nan", "%0a", "x y", "C%3A%5Cx", "?", "{id}",
@@ -39,11 +40,12 @@ TYPES = (
 )
 
 
-def _served(folder: Path) -> tuple[web.Application, list[str]]:
+def _served(folder: Path, checkpoints: Path | None = None) -> tuple[web.Application, list[str]]:
     """The interface on a queue of its own, with one interrupted training; and who asked for it."""
     store = JobStore(folder)
     prompt = {"3": {"class_type": "LoRA2Train", "inputs": {}}}
-    store.put(lambda: Kept(ID, "cat", "3", time.time(), "running", 1, 9, prompt, None, None))
+    kept = Kept(ID, "cat", "3", time.time(), "running", 1, 9, prompt, None, None, run=RUN)
+    store.put(lambda: kept)
     manifest = json.loads((folder / f"{ID}.json").read_text())
     (folder / f"{ID}.json").write_text(json.dumps(manifest | {"process": "an earlier one"}))
     assert [kept.state for kept in store.all()] == [INTERRUPTED]
@@ -54,7 +56,8 @@ def _served(folder: Path) -> tuple[web.Application, list[str]]:
         return "prompt"
 
     table = web.RouteTableDef()
-    Api(JobQueue(store), queue_prompt, lambda _id: False).add_to(table)
+    queue = JobQueue(store, None if checkpoints is None else CheckpointFolder(checkpoints))
+    Api(queue, queue_prompt, lambda _id: False).add_to(table)
     app = web.Application(client_max_size=100 * 2**20)  # as large as ComfyUI's
     app.add_routes(table)
     return app, clients
@@ -105,6 +108,25 @@ def test_requests_at_random(tmp_path: Path) -> None:
     assert seen[200] > TRIES // 50
     assert set(clients) <= {"", "page-1", "x" * 100} and "page-1" in clients
     assert [one.name for one in tmp_path.iterdir()] == [f"{ID}.json"]
+
+
+def test_checkpoints_are_cleared_but_for_those_that_are_needed(tmp_path: Path) -> None:
+    jobs, folder = tmp_path / "jobs", tmp_path / "checkpoints"
+    jobs.mkdir(), folder.mkdir()
+    app, _ = _served(jobs, folder)
+    for run in (RUN, "b" * 64, "c" * 64):
+        (folder / f"{run}.safetensors").write_bytes(bytes(1000))
+
+    async def ask() -> list[Any]:
+        async with TestClient(TestServer(app)) as client:
+            before = await (await client.get("/lora2/jobs")).json()
+            cleared = await (await client.post("/lora2/checkpoints/clear")).json()
+            headers = {"Origin": "http://evil.example"}
+            foreign = await client.post("/lora2/checkpoints/clear", headers=headers)
+            return [before["checkpoints"], cleared, foreign.status]
+
+    assert asyncio.run(ask()) == [{"count": 2, "bytes": 2000}, {"count": 0, "bytes": 0}, 403]
+    assert [one.name for one in folder.iterdir()] == [f"{RUN}.safetensors"]
 
 
 @pytest.mark.parametrize("chunked", [False, True])
