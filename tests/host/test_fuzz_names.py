@@ -62,6 +62,15 @@ def _lora(name: str, loras: Path) -> None:
     assert comfy_host.lora_path(name).parent.resolve().is_relative_to(loras)
 
 
+def test_a_folder_that_was_deleted_is_listed_no_more(comfy_directory: Path) -> None:
+    folder = comfy_directory / "output" / "loras" / "deleted"
+    folder.mkdir(parents=True)
+    (folder / "a.safetensors").touch()
+    assert any("deleted" in name for name in comfy_host.lora_names())
+    shutil.rmtree(folder)
+    assert not any("deleted" in name for name in comfy_host.lora_names())
+
+
 @pytest.mark.parametrize("use", [_new_lora, _dataset, _lora])
 def test_names_at_random(folders, use: Callable[[str, Path], None]) -> None:
     loras, inputs = folders

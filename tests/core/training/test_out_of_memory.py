@@ -73,6 +73,7 @@ def test_messages_of_graphics_cards_are_read() -> None:
     assert out_of_memory.is_out_of_memory(torch.OutOfMemoryError(CUDA))
     assert out_of_memory.is_out_of_memory(RuntimeError(MPS))
     assert out_of_memory.is_out_of_memory(MemoryError())
+    assert out_of_memory.is_out_of_memory(RuntimeError("could not create a primitive"))
 
 
 @pytest.mark.parametrize("error", [RuntimeError("mat1 and mat2"), ValueError(CUDA), KeyError("a")])
