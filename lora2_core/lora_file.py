@@ -9,13 +9,14 @@ under ``lora2.``.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
 from .files.component import Component
 from .files.encode import PREFIXES, encode, fold, kohya_key, stored_ranks, to_state
-from .files.header import LoRAFileError
+from .files.header import LoRAFileError, parse_header
 from .files.keys import ALPHA, DOWN, MID, UP
 from .files.metadata import FORMAT_VERSION, complete_metadata, headline
 from .files.read import (
@@ -49,6 +50,7 @@ __all__ = [
     "save",
     "to_state",
     "truncate",
+    "write",
     "write_atomically",
     "writing",
 ]
@@ -75,6 +77,15 @@ def truncate(state: Mapping[str, Tensor], max_rank: int) -> dict[str, Tensor]:
     return out
 
 
+@dataclass(frozen=True)
+class Written:
+    """What was written, without a look at the disk."""
+
+    file: LoRAFile
+    components: tuple[ComponentInfo, ...]
+    nbytes: int
+
+
 def save(
     path: Path,
     components: Sequence[Component],
@@ -93,6 +104,19 @@ def save(
     the same bytes. Raises LoRAFileError when there is nothing to write or the disk is full; an
     existing file then stays as it was.
     """
+    write(path, components, metadata, megabytes, min_rank, new)
+    return path
+
+
+def write(
+    path: Path,
+    components: Sequence[Component],
+    metadata: Mapping[str, str],
+    megabytes: float | None = None,
+    min_rank: int = 1,
+    new: bool = False,
+) -> Written:
+    """:func:`save`, and what is in the file now: it need not be read, which might fail."""
     if megabytes is None:
         state = to_state(components)
         ranks = stored_ranks(state, components)
@@ -105,5 +129,7 @@ def save(
             f"{path.name} was not written: no component has learnt anything yet. Train for more "
             "steps or with a higher learning_rate."
         )
-    write_atomically(path, encode(state, full), new)
-    return path
+    data = encode(state, full)
+    write_atomically(path, data, new)
+    infos, written = describe(parse_header(path, data))
+    return Written(LoRAFile(state, written), tuple(infos), len(data))

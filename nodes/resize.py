@@ -7,6 +7,7 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ..lora2_core import comfy_host
+from ..lora2_core.files.atomic import remove_leftovers_in
 from ..lora2_core.files.write import write_beside_others
 from ..lora2_core.resizing.resize import Resized, merge_files, resize_file
 from .background import job_queue
@@ -123,6 +124,7 @@ def _outputs() -> list[io.Output]:
 def _written(file_name: str, write: Callable[[Path, bool], Resized]) -> io.NodeOutput:
     """Write under a new name, also where another takes it meanwhile, and tell of it."""
     path = comfy_host.new_lora_path(file_name, job_queue().paths())
+    remove_leftovers_in(path.parent, path.suffix)
     found = write_beside_others(path, write, own=lambda _: False)
     text = found.text()
     return io.NodeOutput(str(found.path), text, ui=ui.PreviewText(text))

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from .paths import lora_names as lora_names
     from .paths import lora_path as lora_path
     from .paths import new_lora_path as new_lora_path
+    from .paths import own_folders as own_folders
     from .paths import strip_path as strip_path
     from .prepare import prepare_training as prepare_training
     from .running import blocked as blocked
@@ -69,6 +70,7 @@ _NAMES = {
         "lora_names",
         "lora_path",
         "new_lora_path",
+        "own_folders",
         "strip_path",
     ),
     "prepare": ("prepare_training",),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import comfy.lora
 import comfy.lora_convert
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config.load import WAYS, Strengths
 from ..files.keys import ParsedKeys
@@ -77,16 +77,15 @@ def apply_lora(
     if parsed.lonely:
         raise HostError(f"{source} is damaged: {parsed.lonely[0][:80]} lacks its other half.")
     names = _asked_for(every, parsed)
-    patches = comfy.lora.load_lora(fitting.without_empty(file), names, False)
+    state = fitting.without_empty(file)
+    patches = comfy.lora.load_lora(state, names, False)
     if not patches:
-        raise HostError(_made_for_another(file, model, source))
-    exact = set[Any]()  # weights that merging would not round
-    for key, patch in patches.items():
-        shape, dtype = _weight_of(model, clip, key)
-        if shape is not None and (why := fitting.shape_misfit(patch, shape)):
-            raise HostError(f"{_made_for_another(file, model, source)} ({key} {why}.)")
-        if not bypass.is_fp8(dtype or model.model_dtype()):
-            exact.add(key)
+        raise HostError(_no_patch(file, state, model, source))
+    factors = {
+        key: strength_model * strengths.of(_weight(key)) if _is_unet(key) else strength_clip
+        for key in patches
+    }
+    exact = _checked(model, clip, file, patches, factors, source)
     notes = (
         _unknown(parsed, patches, names, source, clip is not None),
         _unread(parsed, patches, source),
@@ -98,7 +97,7 @@ def apply_lora(
     if not surface.is_there(surface.Part.BYPASS):
         exact = set(patches)  # merging rounds; the log has said why at the start
     merged = {"merge": patches.keys(), "bypass": (), "auto": exact}[way]
-    patched = _patched(model, clip, patches, strength_model, strength_clip, strengths, merged)
+    patched = _patched(model, clip, patches, factors, strength_clip, merged)
     return Applied(*patched, note)
 
 
@@ -110,19 +109,48 @@ def _check_way(way: str) -> None:
         surface.need(surface.Part.BYPASS)
 
 
+def _checked(
+    model: ModelPatcher,
+    clip: Any | None,
+    file: LoRAFile,
+    patches: Mapping[Any, Any],
+    factors: Mapping[Any, float],
+    source: str,
+) -> set[Any]:
+    """The weights that merging would not round. Raises HostError where a patch does not fit its
+    weight, in shape or in the size of its numbers."""
+    exact = set[Any]()
+    for key, patch in patches.items():
+        shape, dtype = _weight_of(model, clip, key)
+        if shape is not None and (why := fitting.shape_misfit(patch, shape)):
+            raise HostError(f"{_made_for_another(file, model, source)} ({key} {why}.)")
+        if not bypass.is_fp8(dtype or model.model_dtype()):
+            exact.add(key)
+        _check_size(_root_of(model, clip, key), key, patch, factors[key], source)
+    return exact
+
+
+def _check_size(root: nn.Module, key: Any, patch: Any, factor: float, source: str) -> None:
+    """Raises HostError where a patched weight would no longer be a number."""
+    if factor and fitting.too_large(patch, factor, root, key):
+        raise HostError(
+            f"{source} would turn {key} into what is no number at strength {factor:g}; lower the "
+            "strength, or choose another LoRA."
+        )
+
+
 def _patched(
     model: ModelPatcher,
     clip: Any | None,
     patches: Mapping[Any, Any],
-    strength_model: float,
+    strength_of: Mapping[Any, float],
     strength_clip: float,
-    strengths: Strengths,
     merged: Collection[Any],
 ) -> tuple[ModelPatcher, Any | None]:
     new_model, new_clip = model.clone(), None if clip is None else clip.clone()
     new_model.is_injected = False  # what is in the layers by now is the other's
-    unet = {k: p for k, p in patches.items() if _weight(k).startswith("diffusion_model.")}
-    factors = {key: strength_model * strengths.of(_weight(key)) for key in unet}
+    unet = {key: patch for key, patch in patches.items() if _is_unet(key)}
+    factors = {key: strength_of[key] for key in unet}
     free = {key: patch for key, patch in unet.items() if key not in merged}
     beside = {key: patch for key, patch in free.items() if bypass.fits(model, key, patch)}
     if wanted := {key: patch for key, patch in beside.items() if factors[key]}:
@@ -141,11 +169,23 @@ def _weight(key: Any) -> str:
     return key if isinstance(key, str) else key[0]
 
 
+def _is_unet(key: Any) -> bool:
+    return _weight(key).startswith("diffusion_model.")
+
+
 def _asked_for(names: dict[str, Any], parsed: ParsedKeys) -> dict[str, Any]:
     """Of all names of layers those that the file has: ComfyUI tries every kind of patch on each."""
     if parsed.unknown:  # of a kind that this pack cannot tell
         return names
     return {name: names[name] for name in parsed.names if name in names}
+
+
+def _no_patch(file: LoRAFile, state: Mapping[str, Tensor], model: ModelPatcher, source: str) -> str:
+    """Why nothing of ``file`` patches anything; ``state``: without what is empty."""
+    components = [set(keys) for _, keys in file.parsed.components()]
+    if not components or any(keys & state.keys() for keys in components):
+        return _made_for_another(file, model, source)
+    return f"{source} changes nothing: every component has rank 0; choose another LoRA."
 
 
 def _made_for_another(file: LoRAFile, model: ModelPatcher, source: str) -> str:
@@ -195,7 +235,7 @@ def _other_base(model: ModelPatcher, metadata: Mapping[str, str], source: str) -
     """What is said where both know their base and it is not the same."""
     metadata = understood_metadata(metadata)
     try:
-        precision = json.loads(metadata.get("lora2.config", "{}")).get("precision", "")
+        precision = str(json.loads(metadata.get("lora2.config", "{}")).get("precision", ""))
     except (ValueError, AttributeError, RecursionError):  # somebody else's words
         return ""
     ours, theirs = known_base_hash(model, precision), metadata.get("lora2.base_model_hash", "")
@@ -212,7 +252,9 @@ def _weight_of(
 ) -> tuple[torch.Size | None, torch.dtype | None]:
     if not isinstance(key, str):
         return None, None  # a part of a weight: ComfyUI's business
-    root: Any = model.model
-    if not key.startswith("diffusion_model.") and clip is not None:
-        root = clip.cond_stage_model
-    return fitting.weight_of(root, key)
+    return fitting.weight_of(_root_of(model, clip, key), key)
+
+
+def _root_of(model: ModelPatcher, clip: Any | None, key: Any) -> Any:
+    """The module whose weight ``key`` names."""
+    return model.model if clip is None or _is_unet(key) else clip.cond_stage_model

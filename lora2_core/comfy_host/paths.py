@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection
 from pathlib import Path, PureWindowsPath
 
@@ -9,12 +10,18 @@ import folder_paths
 
 from .errors import HostError
 
+_LONGEST_NAME, _LONGEST_PATH = 200, 1000  # bytes of a name, characters of all folders and it
+_RESERVED = {"CON", "PRN", "AUX", "NUL"} | {f"{n}{i}" for n in ("COM", "LPT") for i in range(10)}
 _ENDINGS = (".safetensors", "")  # of files that a LoRA's link may lead to
 
 
 def lora_names() -> list[str]:
     """LoRA files that ComfyUI lists, relative to its loras folders; safetensors only."""
-    names = folder_paths.get_filename_list("loras")
+    try:
+        names = folder_paths.get_filename_list("loras")
+    except FileNotFoundError:  # a folder that ComfyUI has listed before was deleted
+        folder_paths.filename_list_cache.pop("loras", None)
+        names = folder_paths.get_filename_list("loras")
     return [name for name in names if name.endswith(".safetensors")]
 
 
@@ -64,18 +71,35 @@ def new_lora_path(file_name: str, taken: Collection[Path] = ()) -> Path:
     trainings under way. Raises HostError for a name that leaves the folder.
     """
     clean = file_name.strip().removesuffix(".safetensors").replace("\\", "/")
-    name = clean.rpartition("/")[2]
-    unfit = not 0 < len(name.strip(". ").encode()) <= 200 or any(c in clean for c in '<>:"|?*\0')
-    if leaves(clean) or unfit:
+    if leaves(clean) or not _fits_a_disk(clean):
         raise HostError(
-            f"file_name is {file_name[:60]!r}; it must be a plain name or a subfolder and a name, "
-            "such as 'cats/sks_cat', of at most 200 bytes, and stays within output/loras."
+            f"file_name is {_shown(file_name)}; it must be a plain name or a subfolder and a name, "
+            "such as 'cats/sks_cat', of letters, digits and signs that every system takes, at most "
+            "200 bytes each, and stays within output/loras."
         )
     root = Path(folder_paths.get_output_directory()).resolve() / "loras"
-    folder, name, counter, _, _ = folder_paths.get_save_image_path(clean, str(root))
+    try:
+        folder, name, counter, _, _ = folder_paths.get_save_image_path(clean, str(root))
+    except OSError as error:
+        raise HostError(
+            f"file_name is {_shown(file_name)}, whose folder cannot be used ({error.strerror}: "
+            f"{Path(error.filename or root).name}); choose another."
+        ) from error
     while (path := Path(folder) / f"{name}_{counter:05}_.safetensors") in taken:
         counter += 1
     return path
+
+
+def _fits_a_disk(name: str) -> bool:
+    """Whether folders and a file may be called so on every system, and look as they are called."""
+    # Line breaks, signs that turn the text round, half characters: none of them is printable.
+    if not name.isprintable() or any(c in name for c in '<>:"|?*') or len(name) > _LONGEST_PATH:
+        return False
+    return all(
+        part.strip(". ") and len(part.encode()) <= _LONGEST_NAME
+        and part.split(".")[0].strip().upper() not in _RESERVED
+        for part in name.split("/")
+    )  # fmt: skip
 
 
 def strip_path(lora: Path) -> Path:
@@ -100,6 +124,29 @@ def jobs_folder() -> Path:
     return _own_folder() / "jobs"
 
 
+def own_folders() -> tuple[str, ...]:
+    """Every folder of ComfyUI that a message may name, the innermost first."""
+    known = folder_paths.folder_names_and_paths.values()
+    return _every_spelling(
+        folder_paths.get_output_directory(),
+        folder_paths.get_input_directory(),
+        folder_paths.get_temp_directory(),
+        folder_paths.get_user_directory(),
+        str(Path(folder_paths.get_user_directory()).parent),
+        folder_paths.base_path,
+        *(str(folder) for folders, *_ in known for folder in folders),
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def _every_spelling(*folders: str) -> tuple[str, ...]:
+    """``folders`` and where links lead from them; kept, since a screen asks for every line."""
+    found = {Path(folder) for folder in folders}
+    found |= {folder.resolve() for folder in found}
+    texts = {str(folder) for folder in found if len(folder.parts) > 1}
+    return tuple(sorted(texts, key=len, reverse=True))
+
+
 def dataset_folders() -> list[str]:
     """Subfolders of ComfyUI's input folder, for a list to choose from."""
     return sorted(folder_paths.get_input_subfolders())
@@ -115,14 +162,18 @@ def dataset_folder(name: str) -> Path:
     registered = folder_paths.folder_names_and_paths.get("lora2_datasets", ([], set()))[0]
     outputs = (folder_paths.get_output_directory(), folder_paths.get_temp_directory())
     allowed = [root, *map(Path, outputs), *map(Path, registered)]
-    path = (root / name).resolve()  # an absolute name replaces the root
+    try:
+        path = (root / name).resolve()  # an absolute name replaces the root
+        there = path.is_dir()
+    except (OSError, ValueError, RuntimeError):  # no path at all, too long, links in a circle
+        path, there = root, False
     if not any(path.is_relative_to(folder.resolve()) for folder in allowed):
         raise HostError(
-            f"folder {name!r} is outside ComfyUI's folders; put the images under input/, or list "
-            "their folder as lora2_datasets in extra_model_paths.yaml."
+            f"folder {_shown(name)} is outside ComfyUI's folders; put the images under input/, or "
+            "list their folder as lora2_datasets in extra_model_paths.yaml."
         )
-    if not path.is_dir():
-        raise HostError(f"folder {name!r} does not exist under {root}; check the name.")
+    if not there:
+        raise HostError(f"folder {_shown(name)} does not exist under {root}; check the name.")
     return path
 
 

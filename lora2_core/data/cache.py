@@ -13,13 +13,20 @@ import struct
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import safetensors
 import torch
 from torch import Tensor, nn
 
 from ..files.atomic import replacing
 from ..files.encode import bytes_of, shapes_of
-from ..files.header import encode_header, in_file_order, tensor_bytes, tensor_entries
+from ..files.header import (
+    LoRAFileError,
+    encode_header,
+    in_file_order,
+    read_header,
+    tensor_bytes,
+    tensor_entries,
+)
+from ..files.raw.tensors import TensorFile
 
 _KEY, _CONTENT = "lora2.cache.key", "lora2.cache.content"  # in the header of a file
 
@@ -136,15 +143,15 @@ def _read(path: Path, key: str) -> dict[str, Tensor] | None:
     if not path.is_file():
         return None
     try:
-        with torch.inference_mode(False), safetensors.safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-            # Clones: the file may be replaced while what it gives is still mapped into memory.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except (OSError, safetensors.SafetensorError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        header = read_header(path)
+        with torch.inference_mode(False), TensorFile(header) as file:
+            tensors = file.all()
+    except LoRAFileError as error:
+        reason = str(error)
     else:
-        if header.get(_KEY) == key and header.get(_CONTENT) == _digest(tensors):
+        said = header.metadata
+        if said.get(_KEY) == key and said.get(_CONTENT) == _digest(tensors):
             return tensors
-        reason = "it holds something else"
-    logging.warning("LoRA²: %s in the cache is made anew: %s.", path, reason)
+        reason = "it holds something else."
+    logging.warning("LoRA²: %s in the cache is made anew: %s", path, reason)
     return None

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
+from ..files.raw.regular import NotAFile, open_regular
 from .captions import with_trigger
+from .pictures import PictureError, decode, open_picture
 
 SMALLEST_SIDE = 64  # px; below that a photo holds nothing to learn from
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_STRIP = 256  # rows that are worked on at once
+MOST_CAPTION = 100_000  # bytes
 ASPECT_TOLERANCE = 0.02  # between a mask and its image; rounding of sides stays far below
 
 
@@ -63,7 +68,7 @@ def check_photos(
     texts = _matched_texts(captions, prompt, trigger, len(frames))
     found = _matched_masks(masks, frames)
     return [
-        Photo(frame[..., :3].float().clamp(0, 1), text, mask)
+        Photo(_clamped(frame[..., :3]), text, mask)
         for frame, text, mask in zip(frames, texts, found, strict=True)
     ]
 
@@ -73,10 +78,12 @@ def load_folder(folder: Path) -> tuple[list[Tensor], list[str], list[Tensor]]:
 
     A caption is the text file of the image's name beside it (``cat.png``, ``cat.txt``), empty
     where there is none. A mask is how opaque the image is; transparent parts of it are white.
-    Returns images (1, height, width, 3), as many captions, and masks (1, height, width). Raises
-    DatasetError for a folder without images, a file that is no image or one wholly transparent.
+    A photo of more than 32 megapixels comes out at so many. Returns images (1, height, width, 3),
+    as many captions, and masks (1, height, width). Raises DatasetError for a folder without images,
+    and for a file that is no image, wholly transparent, or beyond the limits of :mod:`.pictures`.
     """
-    paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+    every = (p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+    paths = sorted(p for p in every if not p.is_dir())
     if not paths:
         kinds = ", ".join(suffix.lstrip(".") for suffix in IMAGE_SUFFIXES)
         raise DatasetError(f"folder {folder.name!r} holds no image; put {kinds} files into it.")
@@ -136,13 +143,12 @@ def _mask_frames(batch: Tensor) -> list[Tensor]:
 
 def _fitted_mask(mask: Tensor, frame: Tensor, number: int) -> Tensor | None:
     """``mask`` at the size of ``frame``, 0 to 1; None when it is 1 everywhere."""
-    mask = mask.float()
-    if not torch.isfinite(mask).all():
+    if not _finite(mask):
         raise DatasetError(
             f"masks: number {number} holds values that are not numbers (NaN or infinite); check "
             "the node that made it."
         )
-    mask = mask.clamp(0, 1)
+    mask = _clamped(mask)
     if not mask.any():
         raise DatasetError(
             f"masks: number {number} is 0 everywhere, so there is nothing to learn (Load Image "
@@ -166,8 +172,23 @@ def resized_mask(mask: Tensor, size: tuple[int, int], box: tuple[int, int, int, 
     """``mask`` (height, width) resized to ``size`` (width, height), and of that the ``box``."""
     image = Image.fromarray(mask.cpu().numpy())
     # Bilinear in Pillow is an average over the area when it shrinks, and never leaves 0 to 1.
-    resized = image.resize(size, Image.Resampling.BILINEAR).crop(box)
+    resized = resized_part(image, size, box, Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(resized)).clamp(0, 1)
+
+
+def resized_part(
+    image: Image.Image,
+    size: tuple[int, int],
+    box: tuple[int, int, int, int],
+    way: Image.Resampling,
+) -> Image.Image:
+    """The ``box`` of ``image`` resized to ``size``, of which the rest is never made.
+
+    A long strip would otherwise become a giant before its middle is cut out.
+    """
+    x, y = image.width / size[0], image.height / size[1]
+    part = (box[0] * x, box[1] * y, min(box[2] * x, image.width), min(box[3] * y, image.height))
+    return image.resize((box[2] - box[0], box[3] - box[1]), way, box=part)
 
 
 def _frames(batch: Tensor) -> list[Tensor]:
@@ -187,42 +208,64 @@ def _check_frame(frame: Tensor, number: int) -> None:
             f"images: number {number} is {width}×{height} px; both sides must be at least "
             f"{SMALLEST_SIDE} px. Use a larger photo."
         )
-    if not torch.isfinite(frame).all():
+    if not _finite(frame):
         raise DatasetError(
             f"images: number {number} holds pixels that are not numbers (NaN or infinite); check "
             "the node that made it."
         )
 
 
+def _finite(values: Tensor) -> bool:
+    """Whether all are numbers; nothing of their size is made for it."""
+    if not values.numel():
+        return True
+    low, high = torch.aminmax(values)  # both are NaN where one value is
+    return math.isfinite(low) and math.isfinite(high)
+
+
+def _clamped(values: Tensor) -> Tensor:
+    """``values`` in fp32 and between 0 and 1: themselves where they are already."""
+    values = values.float()
+    if not values.numel():
+        return values
+    low, high = torch.aminmax(values)
+    return values if low >= 0 and high <= 1 else values.clamp(0, 1)
+
+
 def _read_image(path: Path) -> tuple[Tensor, Tensor]:
     """Pixels (height, width, 3) on white, and how opaque they are (height, width)."""
     try:
-        with Image.open(path) as image:
-            # Phones store the rotation beside the pixels; transparency becomes white.
-            upright = _eight_bit(ImageOps.exif_transpose(image)).convert("RGBA")
-    except Exception as error:  # Pillow's decoders raise anything on damaged files
-        raise DatasetError(f"{path.name} is not a readable image ({error}); remove it.") from error
-    alpha = upright.getchannel("A")
-    if not alpha.getbbox():
+        image = decode(open_picture(path))
+    except PictureError as error:
+        raise DatasetError(f"{path.name} {error}.") from error
+    width, height = image.size
+    pixels, mask = torch.empty(height, width, 3), torch.ones(height, width)
+    # In strips, so that nothing of a photo's size is in memory beside it and what comes out.
+    for top in range(0, height, _STRIP):
+        bottom = min(top + _STRIP, height)
+        strip = image.crop((0, top, width, bottom))
+        if strip.mode == "RGBA":
+            mask[top:bottom] = to_tensor(strip.getchannel("A"))
+            strip = Image.alpha_composite(Image.new("RGBA", strip.size, "white"), strip)
+        pixels[top:bottom] = to_tensor(strip.convert("RGB"))
+    if not mask.any():
         raise DatasetError(f"{path.name} is transparent everywhere; remove it.")
-    flat = Image.new("RGBA", upright.size, "white")
-    pixels = Image.alpha_composite(flat, upright).convert("RGB")
-    return to_tensor(pixels), to_tensor(alpha)
-
-
-def _eight_bit(image: Image.Image) -> Image.Image:
-    """16-bit grey scaled to 8 bits; Pillow's own conversion clips it to white."""
-    if not image.mode.startswith("I"):
-        return image
-    return Image.fromarray((np.asarray(image, dtype=np.float64) / 257).round().astype(np.uint8))
+    return pixels, mask
 
 
 def _read_caption(path: Path) -> str:
     sidecar = path.with_suffix(".txt")
-    if not sidecar.is_file():
-        return ""
     try:
-        return sidecar.read_text(encoding="utf-8-sig").strip()
+        with open_regular(sidecar) as file:
+            text = file.read(MOST_CAPTION + 1)
+        if len(text) > MOST_CAPTION:
+            raise DatasetError(
+                f"{sidecar.name} has more than {MOST_CAPTION:,} bytes, which no caption has; "
+                "shorten it."
+            )
+        return text.decode("utf-8-sig").strip()
+    except NotAFile:
+        return ""
     except (OSError, UnicodeDecodeError) as error:
         raise DatasetError(f"{sidecar.name} is not readable UTF-8 text ({error}).") from error
 

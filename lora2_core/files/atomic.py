@@ -112,9 +112,17 @@ def remove_leftovers(path: Path) -> None:
     What a living process writes is held by it. Where nothing can be held, a file is left behind
     when nobody has written to it for an hour.
     """
-    leftover = re.compile(re.escape(f".{path.name}.") + r"[^.]{8}")
+    _sweep(path.parent, re.compile(re.escape(f".{path.name}.") + r"[^.]{8}"))
+
+
+def remove_leftovers_in(folder: Path, suffix: str) -> None:
+    """:func:`remove_leftovers` of every file of ``folder`` whose name ends in ``suffix``."""
+    _sweep(folder, re.compile(r"\..+" + re.escape(suffix) + r"\.[^.]{8}"))
+
+
+def _sweep(folder: Path, leftover: re.Pattern[str]) -> None:
     with suppress(OSError):
-        for file in list(path.parent.iterdir()):
+        for file in list(folder.iterdir()):
             if leftover.fullmatch(file.name):
                 with suppress(OSError):
                     _remove_if_left(file)

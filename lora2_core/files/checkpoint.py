@@ -8,6 +8,7 @@ so that writing takes no memory beside theirs.
 from __future__ import annotations
 
 import json
+import re
 import struct
 import zlib
 from collections.abc import Callable, Mapping
@@ -15,18 +16,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from torch import Tensor
 
 from .atomic import replacing
 from .encode import DTYPE_NAMES, bytes_of, shapes_of
-from .header import encode_header, in_file_order, tensor_entries
+from .header import LoRAFileError, encode_header, in_file_order, read_header, tensor_entries
+from .raw.tensors import TensorFile
 
 _VERSION = "1"  # of checkpoints; LoRA files have their own
 _PREFIX = "lora2.checkpoint."
 _SUM = "crc32"  # name of the tensor that holds the checksum
 _CHUNK = 1 << 22  # bytes read at once
+_LARGEST_HEADER = 1 << 30  # bytes; it holds every number of a run that is no tensor
 
 
 class CheckpointError(ValueError):
@@ -73,22 +75,35 @@ def write(path: Path, checkpoint: Checkpoint) -> None:
 def read(path: Path, run: str) -> Checkpoint:
     """The checkpoint of ``run`` at ``path``, bit for bit what was written.
 
-    Its tensors, on the CPU, may still be mapped from the file: copy what you keep. Raises
-    CheckpointError for a file that is damaged, of another run or version, or no checkpoint.
+    Its tensors are on the CPU. Raises CheckpointError for a file that is damaged, of another run or
+    version, or no checkpoint.
     """
     try:
-        with safetensors.safe_open(path, "pt") as file:
-            metadata = dict(file.metadata() or {})
-            _check(path, metadata, run)
+        header = read_header(path, _LARGEST_HEADER)
+        metadata = header.metadata
+        _check(path, metadata, run)
+        with TensorFile(header) as file:
             if not _is_whole(path):
                 raise CheckpointError(f"{path} is damaged: its checksum does not fit its content.")
             tree = json.loads(metadata[_PREFIX + "tree"])
-            state = _restored(tree, file.get_tensor)
-        step = int(metadata[_PREFIX + "step"])
+            state = _restored(tree, file.tensor)
+            file.check_unchanged()
+        step = _step(metadata[_PREFIX + "step"])
         return Checkpoint(run, step, metadata[_PREFIX + "target"], state)
-    except (OSError, safetensors.SafetensorError, KeyError, RecursionError) as error:
+    except CheckpointError:
+        raise
+    except LoRAFileError as error:
+        reason = str(error).removeprefix(f"{path} ").rstrip(".")
+        raise CheckpointError(f"{path} is damaged or no checkpoint: it {reason}.") from error
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path} is damaged or no checkpoint: {reason}.") from error
+
+
+def _step(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise ValueError(f"its step is {text[:20]!r}")
+    return int(text)
 
 
 def _check(path: Path, metadata: Mapping[str, str], run: str) -> None:

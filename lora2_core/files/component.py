@@ -57,15 +57,16 @@ def component_from_tensors(
 ) -> Component:
     """What a file holds of a component, in fp32, its scale alpha/rank taken into ``lora_up``.
 
-    ``down``: (rank, in, …); ``up``: (out, rank, …); ``mid``: (rank, rank, height, width), the third
-    factor of some convolutions, which is multiplied into ``lora_down`` (exact).
+    ``down``: (rank, in, …); ``up``: (out, rank, …), which comes out with as many dimensions;
+    ``mid``: (rank, rank, height, width), the third factor of some convolutions, which is multiplied
+    into ``lora_down`` (exact).
     """
     down, up = down.float(), up.float()
     if mid is not None:
         down = torch.einsum("abhw,bi->aihw", mid.float(), down.flatten(1))  # (rank, in, h, w)
-        up = up.view(*up.shape[:2], 1, 1)
+    up = up.reshape(*up.shape[:2], *(1 for _ in down.shape[2:]))
     rank = down.shape[0]
-    if alpha is not None and alpha != rank:
+    if alpha is not None and rank and alpha != rank:
         up = up * (alpha / rank)
     return Component(name, down, up, torch.ones(rank), nu=None, root="file")
 
@@ -102,6 +103,8 @@ def decompose(component: Component) -> Component:
     By QR of both sides and the SVD of a rank × rank matrix, in fp64; ΔW itself (out × in) is never
     formed. Convolutions are unrolled for it. Columns that add nothing are gone.
     """
+    if not component.rank:
+        return component
     down, up = _sides(component)
     up_q, up_r = torch.linalg.qr(up * component.importance.double())  # (out, rank), (rank, rank)
     down_q, down_r = torch.linalg.qr(down.t())  # (in, rank), (rank, rank)
@@ -117,6 +120,8 @@ def decompose_quickly(component: Component) -> Component:
     With DDᵀ = Q w Qᵀ and H = Q √w, the eigenvectors of HᵀUᵀUH turn the rows of D into the right
     singular vectors of U D: both sides follow by products with U and D alone.
     """
+    if not component.rank:
+        return component
     down, up = _sides(component)
     products = _Products(down, up, component.importance.double())
     squares, vectors = torch.linalg.eigh(products.inner)
@@ -135,6 +140,8 @@ def singular_values(component: Component) -> Tensor:
     From the rank × rank matrices of inner products: to 1e-7 of the largest, or of the columns'
     norm, below which they are left out. A few times faster than :func:`decompose`.
     """
+    if not component.rank:
+        return torch.zeros(0, dtype=torch.float64)
     products = _Products(*_sides(component), component.importance.double())
     squares = torch.linalg.eigvalsh(products.inner)
     return squares[products.not_faint(squares)].flip(0).sqrt()
@@ -148,6 +155,8 @@ def column_energies(component: Component) -> Tensor:
     entries are negative where a column works against the later ones: what it adds is then further
     from ΔW than nothing. Their sum never is.
     """
+    if not component.rank:
+        return torch.zeros(0, dtype=torch.float64)
     down, up = _sides(component)
     up = up * component.importance.double()
     products = (up.t() @ up) * (down @ down.t())  # (rank, rank)

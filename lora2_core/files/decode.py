@@ -111,8 +111,9 @@ def _foreign_component(
     scale = 1.0
     if alpha is not None:
         scale = alpha / _configured_rank(alpha, tuple(down.shape[2:]), metadata)
-    shape = (1, -1, *(1 for _ in up.shape[2:]))
-    scaled = up.double() * (importance * scale).view(shape)  # (out, rank, …)
+    ones = [1 for _ in down.shape[2:]]
+    up = up.double().reshape(*up.shape[:2], *ones)
+    scaled = up * (importance * scale).view(1, -1, *ones)  # (out, rank, …)
     known = value if value > 0 else None
     return Component(name, down.float(), scaled.float(), torch.ones(rank), known, "file")
 

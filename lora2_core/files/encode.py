@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .component import Component, within_bounds
 from .header import (
+    LARGEST_HEADER,
     Entry,
     LoRAFileError,
     TensorShape,
@@ -167,7 +168,13 @@ def hashed_header(
         "modelspec.hash_sha256": "0x" + digest,
         "sshs_legacy_hash": legacy,
     }
-    return encode_header(entries, dict(sorted(full.items())))
+    header = encode_header(entries, dict(sorted(full.items())))
+    if len(header) > LARGEST_HEADER:  # our own readers, too, would refuse the file
+        raise LoRAFileError(
+            f"Nothing was written: the metadata would take {len(header) / 1e6:.1f} MB, and "
+            f"{LARGEST_HEADER / 1e6:.0f} MB is the most. Choose LoRAs with less of it."
+        )
+    return header
 
 
 def library_header_bytes(shapes: Mapping[str, TensorShape], metadata: Mapping[str, str]) -> int:

@@ -10,6 +10,7 @@ What this pack writes (LoRAs, checkpoints, cached tensors) has its header from
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from .keys import ParsedKeys, parse_keys
+from .raw.regular import NotAFile, Stamp, open_regular, stamp_of
 
 LARGEST_HEADER = 10_000_000  # bytes; that of 560 components with all metadata takes 0.3 MB
 ITEM_BYTES = {
@@ -73,6 +75,7 @@ class Header:
     metadata: dict[str, str]
     data_start: int  # bytes from the beginning of the file
     file_bytes: int
+    stamp: Stamp  # of the file as it was when this was read
 
     @cached_property
     def parsed(self) -> ParsedKeys:
@@ -86,18 +89,17 @@ class Header:
         return self.entries[key]
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: str | os.PathLike[str], largest: int = LARGEST_HEADER) -> Header:
     """The checked header of a safetensors file; no tensor is read.
 
-    Raises LoRAFileError, in one sentence, when the file is missing, may not be read, is cut short
-    or no sound safetensors file.
+    ``largest``: bytes that it may take. Raises LoRAFileError, in one sentence, when the file is
+    missing, may not be read, is cut short or no sound safetensors file.
     """
+    path = Path(path)
     try:
-        if not path.is_file():  # a pipe would be waited for
-            raise FileNotFoundError
-        with path.open("rb") as file:
-            return _read(path, file)
-    except FileNotFoundError:
+        with open_regular(path) as file:
+            return _read(path, file, stamp_of(file), largest)
+    except NotAFile:
         raise LoRAFileError(
             f"{path} does not exist; choose a file from the loras folder."
         ) from None
@@ -105,6 +107,11 @@ def read_header(path: Path) -> Header:
         raise LoRAFileError(
             f"{path} cannot be read: {error.strerror or error}. Check its permissions."
         ) from error
+
+
+def parse_header(path: Path, data: bytes) -> Header:
+    """The header of what was, or is to be, written to ``path``. Raises as :func:`read_header`."""
+    return _read(path, io.BytesIO(data), (0, len(data), 0), LARGEST_HEADER)
 
 
 def in_file_order(shapes: Mapping[str, TensorShape]) -> dict[str, TensorShape]:
@@ -155,15 +162,15 @@ def one_line(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
 
 
-def _read(path: Path, file: BinaryIO) -> Header:
-    size = os.fstat(file.fileno()).st_size
+def _read(path: Path, file: BinaryIO, stamp: Stamp, largest: int) -> Header:
+    size = stamp[1]
     start = file.read(9)
     if len(start) < 9 or start[8:] != b"{":
         raise _no_safetensors(path, "it is empty" if not start else "it has no header")
     (length,) = struct.unpack("<Q", start[:8])
-    if length > LARGEST_HEADER:
+    if length > largest:
         raise _no_safetensors(
-            path, f"its header would take {_size(length)}, and {_size(LARGEST_HEADER)} is the most"
+            path, f"its header would take {_size(length)}, and {_size(largest)} is the most"
         )
     if length > size - 8:
         raise LoRAFileError(
@@ -185,7 +192,7 @@ def _read(path: Path, file: BinaryIO) -> Header:
         _check_places(entries, there)
     except _Flaw as flaw:
         raise _no_safetensors(path, str(flaw)) from None
-    return Header(path, entries, metadata, 8 + length, size)
+    return Header(path, entries, metadata, 8 + length, size, stamp)
 
 
 def _parse(text: bytes) -> tuple[dict[str, TensorEntry], dict[str, str]]:

@@ -19,6 +19,7 @@ from .encode import STORED_ALPHA, kohya_key
 FORMAT_VERSION = "1"  # of LoRA files
 VERSION, COMPONENTS = "lora2.format_version", "lora2.components"
 RUN = "lora2.run"  # the hash of the run that a file is of
+_SHOWN = 200  # characters of a value in a headline
 _MODULE = "lora2_core.network"
 _CLASSES = {
     "adamw": "torch.optim.adamw.AdamW",
@@ -103,9 +104,12 @@ def understood_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def headline(metadata: Mapping[str, str]) -> str:
-    """One line about a file; empty when its metadata says nothing."""
-    mode, steps = metadata.get("lora2.mode"), metadata.get("ss_steps")
-    trigger = metadata.get("modelspec.trigger_phrase")
+    """One line about a file; empty when its metadata says nothing.
+
+    A stranger may have written megabytes: of each value the beginning.
+    """
+    names = ("lora2.mode", "ss_steps", "modelspec.trigger_phrase")
+    mode, steps, trigger = (metadata[name][:_SHOWN] if name in metadata else None for name in names)
     facts = (
         f"LoRA² {mode} mode" if is_ours(metadata) and mode is not None else "",
         f"{steps} steps" if steps else "",

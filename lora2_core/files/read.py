@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from torch import Tensor
 
 from .header import Header, LoRAFileError, read_header, shown_key
 from .keys import ALPHA, DOWN, MAGNITUDES, Pair, ParsedKeys, parse_keys
 from .metadata import COMPONENTS, understood_metadata
+from .raw.tensors import TensorFile
 from .shapes import Mismatch, product_of_kind, product_of_pair
 
 _LARGEST_WIDTH = 1 << 31  # of a layer that the metadata may list
+_FRACTIONS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
+# Of a factor; those that are trained stay below a thousand. Products and their squares are finite.
+LARGEST_WEIGHT = 1e15
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class LoRAFile:
         return LoRAFile(state, self.metadata, self.parsed if same else None)
 
 
-def inspect(path: Path) -> tuple[list[ComponentInfo], dict[str, str]]:
+def inspect(path: str | os.PathLike[str]) -> tuple[list[ComponentInfo], dict[str, str]]:
     """Components and metadata from the header alone; no tensor is read.
 
     Of LoRAs of any trainer and kind. Components that training left out as zero are listed with
@@ -84,20 +87,16 @@ def inspect_header(header: Header) -> tuple[list[ComponentInfo], dict[str, str]]
     return infos, header.metadata
 
 
-def load(path: Path) -> LoRAFile:
-    """Tensors and metadata of a LoRA file; the tensors are mapped, and read when they are used.
+def load(path: str | os.PathLike[str]) -> LoRAFile:
+    """Tensors and metadata of a LoRA file, in memory: whatever becomes of the file, they stay.
 
-    Raises LoRAFileError for anything unreadable, and for parts that do not fit together.
+    Raises LoRAFileError for anything unreadable, for parts that do not fit together, and for a file
+    that is changed while it is read.
     """
     header = read_header(path)
     _components(header, {})
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            state = {key: file.get_tensor(key) for key in header.entries}
-    # It has changed since, or is of a type that this version of torch does not know.
-    except (OSError, AttributeError, safetensors.SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        raise LoRAFileError(f"{path} cannot be read ({reason}). Copy it again.") from error
+    with TensorFile(header) as file:
+        state = file.all()
     return LoRAFile(state, header.metadata, header.parsed)
 
 
@@ -107,7 +106,8 @@ def component_keys(keys: Mapping[str, Any]) -> list[str]:
 
 
 def check_finite(state: Mapping[str, Tensor], source: str) -> None:
-    """Raises LoRAFileError, naming the tensor, if a weight is infinite or not a number."""
+    """Raises LoRAFileError, naming the tensor, if a weight is infinite, not a number, or so large
+    that nothing can be calculated with it."""
     for key, tensor in state.items():
         if not tensor.is_floating_point() or not tensor.numel():
             continue
@@ -117,6 +117,12 @@ def check_finite(state: Mapping[str, Tensor], source: str) -> None:
             raise LoRAFileError(
                 f"{source} is damaged: {shown_key(key)} holds weights that are not finite. "
                 "Copy or download it again, or train again with a lower learning_rate."
+            )
+        if max(-low, high) > LARGEST_WEIGHT:
+            raise LoRAFileError(
+                f"{source} is damaged: {shown_key(key)} holds weights up to "
+                f"{float(max(-low, high)):.0e}, which ruin every model. Copy or download it again, "
+                "or train again with a lower learning_rate."
             )
 
 
@@ -177,6 +183,8 @@ def _info(
     header: Header, pair: Pair, trained: Mapping[str, Any] | None, magnitudes: bool
 ) -> ComponentInfo:
     """Of two factors; ``magnitudes``: whether PEFT's belong to them."""
+    beside = {pair.alpha, pair.reshape, pair.nu}
+    _check_types(header, [key for key in pair.keys if key not in beside])
     down, up = header[pair.down], header[pair.up]
     mid = header[pair.mid] if pair.mid else None
     if pair.alpha:
@@ -197,11 +205,22 @@ def _info(
 def _other(header: Header, kind: str, name: str, keys: Sequence[str]) -> ComponentInfo:
     """A component of another kind than two factors; 0 for what its tensors do not tell."""
     _check_alpha(header, name + ALPHA)
+    _check_types(header, [key for key in keys if key != name + ALPHA])
     product = product_of_kind(kind, {key[len(name) :]: header[key].shape for key in keys})
     nbytes = sum(header[key].nbytes for key in keys)
     return ComponentInfo(
         name, product.rank, product.in_features, product.out_features, None, nbytes, kind
     )
+
+
+def _check_types(header: Header, keys: Iterable[str]) -> None:
+    """Nobody calculates with whole numbers."""
+    for key in keys:
+        if (dtype := header[key].dtype) not in _FRACTIONS:
+            raise LoRAFileError(
+                f"{header.path} is damaged: {shown_key(key)} is of type {dtype}, where a LoRA has "
+                "fractions. Copy or download it again."
+            )
 
 
 def _check_alpha(header: Header, key: str) -> None:

@@ -41,14 +41,27 @@ def product_of_pair(down: Shape, up: Shape, mid: Shape | None = None) -> Product
         if len(mid) != 4 or mid[:2] != (down[0], down[0]) or inputs != down[1]:
             raise Mismatch(down, mid)
         inputs *= math.prod(mid[2:])
+    if not inputs or not up[0]:  # a layer without inputs or outputs
+        raise Mismatch(down, up)
     return Product(down[0], inputs, up[0])
 
 
 def product_of_kind(kind: str, shapes: Mapping[str, Shape]) -> Product:
     """Of a kind of :data:`.keys.OTHER_ENDINGS`; ``shapes`` by the ending of the key.
 
-    Raises Mismatch.
+    Raises Mismatch, also for a layer without inputs or outputs.
     """
+    product = _product_of_kind(kind, shapes)
+    if kind in ("loha", "lokr", "glora"):
+        empty = not product.in_features or not product.out_features  # a rank may be 0
+    else:
+        empty = any(0 in shape for shape in shapes.values())
+    if empty:
+        raise Mismatch(*[*shapes.values(), ()][:2])
+    return product
+
+
+def _product_of_kind(kind: str, shapes: Mapping[str, Shape]) -> Product:
     match kind:
         case "loha":
             return _loha(shapes)

@@ -11,7 +11,7 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 
 from ..files.write import next_free
 from . import shutdown
+from .checkpoints import CheckpointFolder
 from .job import TrainingJob
 from .progress import ENDED, State
 from .store import INTERRUPTED, JobStore, Kept
@@ -77,8 +78,8 @@ class Entry:
 class JobQueue:
     """First come, first served. Safe to use from any thread."""
 
-    def __init__(self, store: JobStore | None = None):
-        self.store = store
+    def __init__(self, store: JobStore | None = None, checkpoints: CheckpointFolder | None = None):
+        self.store, self.checkpoints = store, checkpoints
         # Reentrant: a signal's handler may close the queue while this thread is in here.
         self._lock = threading.RLock()
         self._entries: dict[str, Entry] = {}  # the oldest first
@@ -123,6 +124,11 @@ class JobQueue:
     def paths(self) -> set[Path]:
         """Where trainings that are not over are going to write."""
         return {entry.job.path for entry in self.entries() if entry.state not in ENDED}
+
+    def runs_in_use(self, kept: Sequence[Kept]) -> set[str]:
+        """The hashes of runs that need their checkpoints: under way here, or cut off (``kept``)."""
+        here = {entry.job.run_hash for entry in self.entries() if not entry.over.is_set()}
+        return here | {one.run for one in kept if one.state == INTERRUPTED}
 
     def wait(self, id: str, seconds: float | None = None) -> bool:
         """Wait at most ``seconds``; whether the training is over and its thread gone."""
@@ -244,6 +250,8 @@ class JobQueue:
                 self._entries.pop(old.id, None)
         if self.store is not None:
             self.store.prune()
+            if self.checkpoints is not None:
+                self.checkpoints.tidy(self.runs_in_use(self.store.all()))
 
     def _changed(self, entry: Entry) -> None:
         """Note and tell what ``entry`` is now. Takes no lock, since a signal's handler may wait

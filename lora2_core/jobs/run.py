@@ -23,6 +23,7 @@ import torch
 from ..config.train import doubts_about_rates, rate_to_try
 from ..files.atomic import remove_leftovers
 from ..files.checkpoint import Checkpoint
+from ..files.raw.memory import free_ram
 from ..files.write import NotWritten, write_beside_others
 from ..training import out_of_memory
 from ..training.memory import size
@@ -174,7 +175,7 @@ class Run:
     def _out_of_memory(self, error: Exception) -> OutOfMemory:
         needed, free = out_of_memory.needed_and_free(str(error))
         if free is None and self.setup.network.log_nu.device.type == "cpu":
-            free = out_of_memory.free_ram()
+            free = free_ram()
         step = self.trainer.step + 1
         return OutOfMemory(
             out_of_memory.message(
@@ -315,7 +316,7 @@ class Run:
         def write(path: Path, new: bool) -> None:
             run_hash = self.keeper.run_hash
             trained = save_lora(path, self.setup, components, events, steps, run_hash, new)
-            size = path.stat().st_size / 1e6
+            size = trained.nbytes / 1e6
             self.progress.log.append(f"Wrote {path.name}, {size:.2f} MB.")
             logging.info("LoRA²: wrote %s, %.2f MB, after %d steps.", path, size, steps)
             self.progress.result = trained

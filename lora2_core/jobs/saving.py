@@ -24,6 +24,7 @@ class TrainedLoRA:
     components: tuple[ComponentInfo, ...]
     config: TrainConfig
     events: tuple[StepEvent, ...]  # the steps, without their ranks
+    nbytes: int = 0  # of the file
 
 
 def save_lora(
@@ -52,11 +53,12 @@ def save_lora(
         run=run_hash,
     )
     rank = config.rank
-    lora_file.save(path, components, text, rank.target_megabytes, rank.min_rank, new)
+    written = lora_file.write(path, components, text, rank.target_megabytes, rank.min_rank, new)
     return TrainedLoRA(
         path=path,
-        file=lora_file.load(path),
-        components=tuple(lora_file.inspect(path)[0]),
+        file=written.file,
+        components=written.components,
         config=config,
         events=tuple(replace(event, ranks=()) for event in events),
+        nbytes=written.nbytes,
     )

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ..files.atomic import replacing
+from ..files.atomic import remove_leftovers_in, replacing
 
 KEPT = 100  # of those that are over, and as many interrupted ones
 ALIVE = ("queued", "running", "paused")
@@ -94,7 +94,8 @@ class JobStore:
                 self.remove(kept.id)
 
     def prune(self) -> None:
-        """Forget the oldest of those that are over."""
+        """Forget the oldest of those that are over, and what a killed process left half written."""
+        remove_leftovers_in(self.folder, ".json")
         every = self.all()
         interrupted = [kept for kept in every if kept.state == INTERRUPTED]
         over = [kept for kept in every if kept.state not in (*ALIVE, INTERRUPTED)]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import binascii
+import functools
 import io
 import json
 import re
@@ -14,6 +16,7 @@ from typing import Any
 
 from PIL import Image
 
+from ..data.pictures import PictureError, decode, open_picture
 from ..files.header import read_header
 from ..files.metadata import headline, is_ours, newer_version, understood_metadata
 from ..files.model_family import Family, guess_family
@@ -29,6 +32,8 @@ _CORNER, _TOP = 64, 24  # px: side of a thumbnail in the rank map, and where it 
 _LINE = 200  # characters of a value that are shown
 _LARGEST_THUMBNAIL = 1_000_000  # characters of its data URI
 _LARGEST_PICTURE = 4096 * 4096  # pixels
+_KEPT_PICTURE = 512 * 512  # pixels of one that was decoded
+_REMEMBERED = 8  # pictures of files that were looked at lately
 _THUMBNAIL = re.compile(r"data:image/(?:png|jpeg|webp);base64,([A-Za-z0-9+/=\s]{16,})")
 _SETTINGS = {
     "mode": "lora2.mode", "steps": "ss_steps", "learning rate": "ss_learning_rate",
@@ -78,16 +83,17 @@ class FileReport:
             return "1 in every component, so that strength 1 is as trained"
         return self.metadata.get("ss_network_alpha", "")
 
-    def thumbnail(self) -> Image.Image | None:
+    def thumbnail(self) -> Thumbnail | None:
         """The picture in the file; None where there is none that can be shown."""
         return decoded(self.metadata.get("modelspec.thumbnail", ""))
 
     def picture(self) -> Image.Image:
         """The rank map, and in its corner the picture that the file holds."""
         title, line = Path(self.name).stem, headline(self.metadata)
-        small = self.thumbnail()
-        if small is None:
+        found = self.thumbnail()
+        if found is None:
             return rank_picture(self.components, title, line)
+        small = found.picture.copy()
         small.thumbnail((_CORNER, _CORNER), Image.Resampling.LANCZOS)
         room = WIDTH - 2 * MARGIN - _CORNER - 16  # what is written ends before the picture
         title, line = fitted(title, 26, room), fitted(line, 14, room)
@@ -191,25 +197,37 @@ def most_frequent_tags(metadata: Mapping[str, str]) -> list[str]:
         counts: Counter[str] = Counter()
         for folder in json.loads(metadata.get("ss_tag_frequency", "{}")).values():
             counts.update({str(tag): int(count) for tag, count in folder.items()})
-    except (ValueError, TypeError, AttributeError, RecursionError):
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         return []
     return [_one_line(tag) for tag, _ in counts.most_common(_TAGS)]
 
 
-def decoded(uri: str) -> Image.Image | None:
-    """The picture of a data URI that a stranger wrote; None for what is none, or too large."""
+@dataclass(frozen=True)
+class Thumbnail:
+    """A picture that came in a file."""
+
+    width: int  # px, as it is there
+    height: int
+    picture: Image.Image  # RGB, of at most 512² px; not to be changed
+
+
+@functools.lru_cache(maxsize=_REMEMBERED)
+def decoded(uri: str) -> Thumbnail | None:
+    """The picture of a data URI that a stranger wrote; None for what is none, or too large.
+
+    Decoded once, however often a node, a page and a picture of ranks ask.
+    """
     match = _THUMBNAIL.fullmatch(uri) if len(uri) <= _LARGEST_THUMBNAIL else None
     if match is None:
         return None
     try:
         data = base64.b64decode("".join(match[1].split()), validate=True)
-        picture = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
-        if picture.width * picture.height > _LARGEST_PICTURE:
+        opened = open_picture(io.BytesIO(data), _LARGEST_PICTURE)
+        if opened.format == "BMP":  # no page shows it as one of the three
             return None
-        return picture.convert("RGB")
-    # Decoders meet spoilt data with errors of many kinds, and one that claims to be huge with
-    # DecompressionBombError, which is no OSError: whatever it is, there is no picture to show.
-    except Exception:
+        width, height = opened.size
+        return Thumbnail(width, height, decode(opened, _KEPT_PICTURE).convert("RGB"))
+    except (PictureError, binascii.Error):
         return None
 
 

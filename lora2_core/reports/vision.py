@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..data.pictures import PictureError, decode, open_picture
 from .scoring import Judge, Likeness, Obedience, Picture
 
 DINO, CLIP = "facebook/dino-vits16", "openai/clip-vit-base-patch32"  # the paper's
@@ -158,10 +159,9 @@ def opened(picture: Picture) -> Image.Image:
     if isinstance(picture, Image.Image):
         return picture.convert("RGB")
     try:
-        with Image.open(picture) as file:
-            return file.convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise JudgeError(f"{picture} is no picture that can be opened; remove it.") from error
+        return decode(open_picture(picture)).convert("RGB")
+    except PictureError as error:
+        raise JudgeError(f"{picture} {error}.") from error
 
 
 def _shown(folder: Path) -> str:

@@ -63,6 +63,7 @@ def measure_file(path: Path) -> Measured:
             whole = decompose(component)
             beside = source.extra(key)  # a DoRA's magnitudes stay as they are
             parts.append(part_of(whole, source.nbytes, decomposed=True, beside=beside))
+        source.check_unchanged()
         metadata = source.metadata
     total = sum(sum(part.energies) for part in parts)
     ranks = ranks_for_energy(parts, _ALMOST_ALL) if total else [0] * len(parts)

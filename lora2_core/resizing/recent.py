@@ -13,7 +13,7 @@ from ..files.read import LoRAFile, check_finite, load
 from .shrink import shrink
 
 _COUNT = 8
-_CUT_BYTES = 1 << 30  # of what was computed; what is only mapped from a file takes no memory
+_MOST_BYTES = 1 << 30  # of all that is kept; the newest is kept whatever it takes
 
 
 class LoRACache:
@@ -40,24 +40,25 @@ class LoRACache:
         return made
 
     def _forget(self) -> None:
-        while len(self._kept) > _COUNT or (len(self._kept) > 1 and self._computed() > _CUT_BYTES):
+        while len(self._kept) > _COUNT or (len(self._kept) > 1 and self._bytes() > _MOST_BYTES):
             self._kept.popitem(last=False)
 
-    def _computed(self) -> int:
-        return sum(
-            sum(tensor.nbytes for tensor in file.state.values())
-            for (_, limits), file in self._kept.items()
-            if not limits.nothing
-        )
+    def _bytes(self) -> int:
+        """Of every tensor once: what was cut shares those that were left as they are."""
+        tensors = {id(t): t for file in self._kept.values() for t in file.state.values()}
+        return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def _read(path: Path) -> LoRAFile:
     file = load(path)
     check_finite(file.state, str(path))
     try:
-        return in_our_layout(file)
+        ours = in_our_layout(file)
     except ValueError as error:
         raise LoRAFileError(f"{path} is damaged: {error}") from None
+    if ours is not file:
+        check_finite(ours.state, str(path))
+    return ours
 
 
 def _identity(path: Path) -> object:

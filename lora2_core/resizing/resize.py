@@ -22,6 +22,7 @@ from ..files.decode import factor_tensors
 from ..files.encode import STORED_ALPHA, encoded_bytes
 from ..files.header import LoRAFileError, TensorShape, shown_key
 from ..files.metadata import VERSION, listing_entry, understood_metadata, with_listing
+from ..files.raw.regular import open_regular
 from ..files.write import writing
 from .choice import Outline, Part, choose_exactly, kept_energy, part_of, part_of_values
 from .shrink import ranks_within
@@ -80,7 +81,7 @@ def resize_file(source: Path, target: Path, limits: Limits, new: bool = False) -
         known = _titled(understood_metadata(opened.metadata), target)
         work = _Work(opened, limits, known, "lora2.resize", about)
         if work.copies(work.ranks):
-            _copy(source, target, new)
+            _copy(opened, target, new)
             return work.result(target, opened.nbytes, opened.nbytes)
         after = work.write(target, new)
         return work.result(target, opened.nbytes, after, opened.ignored)
@@ -167,7 +168,9 @@ class _Work:
             for part, rank in zip(self._parts, self.ranks, strict=True)
             if rank
         ]
-        return write_stream(target, planned, self._metadata_at(self.ranks), self._tensors, new)
+        metadata = self._metadata_at(self.ranks)
+        unchanged = self._source.check_unchanged
+        return write_stream(target, planned, metadata, self._tensors, new, unchanged)
 
     def _part(self, component: Component) -> Part:
         file_end, beside = self._source.nbytes + 10**6, self._source.extra(component.name)
@@ -202,8 +205,14 @@ class _Work:
         if self._svd:
             component = decompose_quickly(component)
         factors = factor_tensors(component.first(planned.rank), planned.half)
-        if factors is None:
-            raise RuntimeError(f"{planned.outline.key} has changed while it was read")
+        if factors is None or factors[0].shape[0] != planned.rank:
+            self._source.check_unchanged()
+            raise RuntimeError(f"{planned.outline.key} is not what it was a moment ago")
+        if not all(bool(factor.isfinite().all()) for factor in factors):
+            raise LoRAFileError(
+                f"{shown_key(planned.outline.key)} holds values that are too large to be stored, "
+                "so nothing was written; choose another LoRA."
+            )
         return factors
 
     def _metadata_at(self, ranks: Sequence[int]) -> dict[str, str]:
@@ -229,9 +238,10 @@ class _Work:
         return with_listing({**self._metadata, **changed}, entries)
 
 
-def _copy(source: Path, target: Path, new: bool) -> None:
-    with writing(target, source.stat().st_size, new) as file, source.open("rb") as original:
+def _copy(source: LoRASource, target: Path, new: bool) -> None:
+    with writing(target, source.nbytes, new) as file, open_regular(source.path) as original:
         shutil.copyfileobj(original, file)
+        source.check_unchanged()
 
 
 def _titled(metadata: Mapping[str, str], target: Path) -> dict[str, str]:

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Protocol
 
-import safetensors
 from torch import Tensor
 
 from ..files.component import Component, sum_of
@@ -16,6 +15,7 @@ from ..files.decode import component_of
 from ..files.header import LoRAFileError, read_header, shown_key
 from ..files.keys import DORA_SCALE, Pair
 from ..files.kohya_names import in_one_style, kohya_name
+from ..files.raw.tensors import TensorFile
 from ..files.read import check_finite, inspect_header
 
 _UNCUT = {  # kinds that have no columns to cut or to put side by side
@@ -43,11 +43,16 @@ class Source(Protocol):
         """Tensors beside the factors, by their ending."""
         ...
 
+    def check_unchanged(self) -> None:
+        """Raises LoRAFileError if what components were read from is not what it was."""
+        ...
+
 
 class LoRASource:
-    """One file. Its tensors are mapped and read when a component is asked for.
+    """One file. The tensors of a component are read when it is asked for.
 
-    Raises LoRAFileError for a file that is unreadable, or whose LoRA is not of two factors.
+    Raises LoRAFileError for a file that is unreadable, or whose LoRA is not of two factors, and
+    once it has been changed.
     """
 
     def __init__(self, path: Path):
@@ -72,10 +77,10 @@ class LoRASource:
         self._pairs = {kohya_name(pair.name): pair for pair in parsed.pairs}
         if len(self._pairs) < len(parsed.pairs):
             raise LoRAFileError(f"{path} is damaged: it names a component twice.")
-        self._file: Any = None
+        self._file = TensorFile(self.header)
 
     def __enter__(self) -> LoRASource:
-        self._file = safetensors.safe_open(self.path, "pt").__enter__()
+        self._file.__enter__()
         return self
 
     def __exit__(
@@ -85,7 +90,6 @@ class LoRASource:
         trace: TracebackType | None,
     ) -> None:
         self._file.__exit__(kind, error, trace)
-        self._file = None
 
     @property
     def keys(self) -> list[str]:
@@ -100,17 +104,26 @@ class LoRASource:
 
     def component(self, key: str) -> Component:
         pair = self._pairs[key]
-        state = {name: self._file.get_tensor(name) for name in pair.keys}
+        state = {name: self._file.tensor(name) for name in pair.keys}
         check_finite(state, str(self.path))
         try:
             component = component_of(state, pair, key, self.metadata)
         except ValueError as error:
             raise LoRAFileError(f"{self.path} is damaged: {error}") from None
+        check_finite({pair.down: component.lora_down, pair.up: component.lora_up}, str(self.path))
         return component if pair.nu is not None else replace(component, nu=self._nu[pair.name])
 
     def extra(self, key: str) -> dict[str, Tensor]:
         name = self._pairs[key].dora_scale
-        return {} if name is None else {DORA_SCALE: self._file.get_tensor(name).float()}
+        if name is None:
+            return {}
+        magnitudes = self._file.tensor(name)
+        check_finite({name: magnitudes}, str(self.path))
+        return {DORA_SCALE: magnitudes.float()}
+
+    def check_unchanged(self) -> None:
+        """Raises LoRAFileError if the file was changed since its header was read."""
+        self._file.check_unchanged()
 
 
 @dataclass(frozen=True)
@@ -158,6 +171,10 @@ class Sum:
 
     def extra(self, key: str) -> dict[str, Tensor]:
         return {}
+
+    def check_unchanged(self) -> None:
+        for addend in self._addends:
+            addend.source.check_unchanged()
 
 
 def _check_alike(key: str, holders: Sequence[tuple[Addend, str]]) -> None:

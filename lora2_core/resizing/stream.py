@@ -45,11 +45,13 @@ def write_stream(
     metadata: Mapping[str, str],
     tensors_of: Callable[[Planned], tuple[Tensor, Tensor]],
     new: bool = False,
+    check: Callable[[], None] = lambda: None,
 ) -> int:
     """Write a LoRA file whole or not at all; its size in bytes.
 
     ``tensors_of``: (down, up) of one component, asked for once each, in the order of the file.
-    ``new``: nothing is replaced. Raises LoRAFileError for a full or closed disk, and NameTaken as
+    ``new``: nothing is replaced. ``check`` is asked before the file gets its name; where it raises,
+    there is none. Raises LoRAFileError for a full or closed disk, and NameTaken as
     :func:`..files.atomic.replacing` does.
     """
     shapes = in_file_order({key: shape for one in planned for key, shape in one.shapes.items()})
@@ -71,6 +73,7 @@ def write_stream(
         )
         if len(header) != length:
             raise RuntimeError(f"{path.name}: the header has {len(header)} bytes, not {length}")
+        check()
         file.seek(0)
         file.write(header)
     return size

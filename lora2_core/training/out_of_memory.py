@@ -6,10 +6,8 @@ The advice scales what was counted of the run, or what SDXL takes where nothing 
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
@@ -17,7 +15,10 @@ from ..config.train import TrainConfig
 from .estimate import Estimate
 from .memory import SDXL, scaled, size
 
-_SIGNS = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed")
+_SIGNS = (
+    "out of memory", "not enough memory", "can't allocate memory", "alloc_failed",
+    "could not create a primitive",  # of oneDNN, which does not say why: it is out of memory
+)  # fmt: skip
 _UNITS = {"": 1, "bytes": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 _AMOUNT = r"([\d.]+)\s*([kmgt]|bytes)i?b?"
 
@@ -58,27 +59,6 @@ def needed_and_free(text: str) -> tuple[int | None, int | None]:
         used = [rf"mps allocated: {_AMOUNT}", rf"other allocations: {_AMOUNT}"]
         free = max(0, largest - sum(_bytes(pattern, text) or 0 for pattern in used))
     return needed, free
-
-
-def free_ram() -> int | None:
-    """Bytes that this process may still allocate; None where the system does not tell.
-
-    The lower of what Linux calls available and what is left of a limit on the process.
-    """
-    found: list[int] = []
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
-        if sys.platform != "win32":
-            import resource
-
-            limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-            if limit != resource.RLIM_INFINITY:
-                pages = int(Path("/proc/self/statm").read_text().split()[0])
-                found.append(max(0, limit - pages * resource.getpagesize()))
-    except (OSError, ValueError, ImportError):
-        return None
-    return min(found, default=None)
 
 
 def message(

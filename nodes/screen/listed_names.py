@@ -12,7 +12,13 @@ from .views import Host
 _REMEMBERED = 1000
 _LISTED_SECONDS, _MISSING_SECONDS = 2.0, 30.0
 # An absolute path that no scheme or name precedes: its folders, up to the last separator.
-_FOLDERS = re.compile(r"(?<![\w:/\\.~-])(?:[A-Za-z]:)?[/\\](?:[^\s/\\:*?\"'<>|]+[/\\])+")
+_START = r"(?<![\w:/\\.~-])(?:[A-Za-z]:)?[/\\](?=\S)"
+_FOLDERS = re.compile(_START + r"(?:[^\s/\\:*?\"'<>|]+[/\\])+")
+# The same up to the end of quotes or brackets, or to the name of a file: blanks may be in it, too.
+_BLANKS = _START + r"(?:[^/\\:*?\"'<>|()\n]+[/\\])+"
+_QUOTED = re.compile(_BLANKS + r"(?=[^/\\\n\"'()]*[\"')])")
+_OF_A_FILE = re.compile(_BLANKS + r"(?=[^/\\:*?\"'<>|\n]{1,200}?\.(?:safetensors|json|png)\b)")
+_LONGEST = 10_000  # characters of a text that are looked at
 
 
 def host() -> Host:
@@ -22,11 +28,14 @@ def host() -> Host:
 
 def clean(text: str) -> str:
     """``text`` without folders of this machine: a path becomes its last part."""
-    user = comfy_host.checkpoint_folder().parents[1]
-    for folder in (user, user.parent):  # they may hold spaces, which end any other path
-        if len(folder.parts) > 1:
-            text = text.replace(f"{folder}/", "").replace(f"{folder}\\", "")
-    return _FOLDERS.sub("", text)
+    text = text[:_LONGEST]
+    if "/" not in text and "\\" not in text:
+        return text
+    for folder in comfy_host.own_folders():  # they may hold blanks, which end any other path
+        text = text.replace(f"{folder}/", "").replace(f"{folder}\\", "")
+    for pattern in (_QUOTED, _OF_A_FILE, _FOLDERS):
+        text = pattern.sub("", text)
+    return text
 
 
 class _FileNames:

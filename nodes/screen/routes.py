@@ -32,6 +32,7 @@ _LONGEST_NAME = 1000
 # Control characters, absolute paths, drives, and a way up: no name in a list looks like that.
 _UNFIT = re.compile(r"[\x00-\x1f]|^[/\\]|^[A-Za-z]:|(^|[/\\])\.\.([/\\]|$)")
 _LARGEST_BODY = 10_000
+_CLIENT = re.compile(r"[A-Za-z0-9_-]{1,100}")  # the id of a page's websocket
 NOTE = "lora2.note"
 # A browser that opens a reply by itself takes it for what it is said to be.
 _INERT = {"X-Content-Type-Options": "nosniff"}
@@ -101,6 +102,7 @@ class Api:
         table.get(one + "/report")(_safe(self.show_report))
         table.post(one + "/{what}")(_safe(self.act))
         table.get("/lora2/inspect")(_safe(self.inspect))
+        table.post("/lora2/checkpoints/clear")(_safe(self.clear_checkpoints))
 
     def announce(self, send: Callable[[dict[str, Any]], None]) -> None:
         """Send an event of whatever happens from now on."""
@@ -108,7 +110,11 @@ class Api:
         self.jobs.queue.listen(announcer.listen)
 
     async def list_jobs(self, _request: web.Request) -> web.Response:
-        return await _json(lambda: {"jobs": self.jobs.summaries()})
+        jobs = self.jobs
+        return await _json(lambda: {"jobs": jobs.summaries(), "checkpoints": jobs.checkpoints()})
+
+    async def clear_checkpoints(self, _request: web.Request) -> web.Response:
+        return await _json(self.jobs.clear_checkpoints)
 
     async def show_job(self, request: web.Request) -> web.Response:
         return await _json(lambda: self.jobs.details(request.match_info["id"]))
@@ -227,14 +233,18 @@ def _allowed_origin() -> str | None:
 
 async def _client_of(request: web.Request) -> str:
     """The page that wants to see how the prompt gets on, by the id of its websocket."""
-    if (request.content_length or 0) > _LARGEST_BODY:
-        raise BadInput("The body is too large; {} will do.")
+    sent = bytearray()
+    # Read in parts: whoever sends it so need not say how long it is.
+    async for part in request.content.iter_chunked(_LARGEST_BODY):
+        sent += part
+        if len(sent) > _LARGEST_BODY:
+            raise BadInput("The body is too large; {} will do.")
     try:
-        body = json.loads(await request.text() or "{}")
-    except ValueError:
+        body = json.loads(sent.decode() or "{}")
+    except (ValueError, RecursionError):
         raise BadInput("The body is no JSON; {} will do.") from None
     client = body.get("client_id", "") if isinstance(body, dict) else ""
-    return client if isinstance(client, str) else ""
+    return client if isinstance(client, str) and _CLIENT.fullmatch(client) else ""
 
 
 # --- ComfyUI's own queue --------------------------------------------------------------------

@@ -48,6 +48,23 @@ class JobList:
         jobs += [self._kept_summary(kept) for kept in self.kept()]
         return sorted(jobs, key=lambda job: job["created"] or 0, reverse=True)
 
+    def checkpoints(self) -> dict[str, int]:
+        """Those of trainings that are over: how many, and the bytes that they take."""
+        folder = self.queue.checkpoints
+        if folder is None:
+            return {"count": 0, "bytes": 0}
+        unused = folder.measure(self._in_use())
+        return {"count": unused.count, "bytes": unused.nbytes}
+
+    def clear_checkpoints(self) -> dict[str, int]:
+        """Delete those; what is left of them."""
+        if self.queue.checkpoints is not None:
+            self.queue.checkpoints.clear(self._in_use())
+        return self.checkpoints()
+
+    def _in_use(self) -> set[str]:
+        return self.queue.runs_in_use(self.kept())
+
     def details(self, id: str) -> dict[str, Any]:
         """Everything about one training. Raises UnknownJob."""
         found = self.find(id)

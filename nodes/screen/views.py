@@ -42,6 +42,9 @@ _SHOWN = re.compile(
 )
 
 
+_NAMES = {"ss_output_name", "modelspec.title"}
+
+
 @dataclass(frozen=True)
 class Host:
     """What only the host knows."""
@@ -234,7 +237,17 @@ def inspected(name: str, path: Path) -> dict[str, Any]:
 
 def short_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
     """What a person may want to know of a file, a line each."""
-    return {name: text[:_LINE] for name, text in sorted(metadata.items()) if _SHOWN.fullmatch(name)}
+    shown = {
+        name: text[:_LINE] for name, text in sorted(metadata.items()) if _SHOWN.fullmatch(name)
+    }
+    # Trainers put the path of a file here as they were given it.
+    return {name: _last(text) if name in _NAMES else text for name, text in shown.items()}
+
+
+def _last(text: str) -> str:
+    """``C:\\Ada\\cat`` → ``cat``; what is no path stays."""
+    folders = re.match(r"([A-Za-z]:)?[/\\]|\.{1,2}[/\\]|~[/\\]|\\\\", text)
+    return re.split(r"[/\\]", text)[-1] if folders else text
 
 
 def points(curves: Curves) -> list[list[float | int | None]]:

@@ -80,6 +80,18 @@ def _training(name: str, **inputs: Any) -> Workflow:
     return changed(short, "3", **settings, **inputs)
 
 
+def _clear_checkpoints(page: Page, server: Any) -> None:
+    """What stopped trainings have left is told, and deleted with one click."""
+    folder = server.directory / "user" / "lora2" / "checkpoints"
+    assert list(folder.glob("*.safetensors"))
+    told = page.page.locator("[data-testid=lora2-checkpoints]")
+    told.wait_for()
+    assert "checkpoint" in told.inner_text() and "MB" in told.inner_text()
+    told.get_by_role("button", name="Delete").click()
+    told.wait_for(state="hidden")
+    assert not list(folder.glob("*.safetensors"))
+
+
 # --- a real training ---------------------------------------------------------------------------
 
 
@@ -107,6 +119,7 @@ def test_a_training_is_steered_with_the_keyboard_and_its_file_used(page: Page, s
     stopped.wait_for(timeout=SECONDS)
     page.page.locator(".p-toast-message", has_text=name).first.wait_for()
     _load_and_check(page, stopped, name)
+    _clear_checkpoints(page, server)
 
 
 _STEP = """Number(document.querySelector(

@@ -202,6 +202,18 @@ def test_any_ranks_survive_the_file(ranks: list[int]) -> None:
     assert found == {f"lora_unet_b_{i}_to_q": rank for i, rank in enumerate(ranks)}
 
 
+@pytest.mark.parametrize("megabytes", [None, 0.008])
+def test_what_was_written_is_known_without_reading_it(tmp_path: Path, megabytes) -> None:
+    path = tmp_path / "x.safetensors"
+    written = lora_file.write(path, three(), {"ss_steps": "3"}, megabytes)
+    read = lora_file.load(path)
+    assert written.file.metadata == read.metadata and written.nbytes == path.stat().st_size
+    assert list(written.components) == lora_file.inspect(path)[0]
+    assert written.file.state.keys() == read.state.keys()
+    for key, tensor in written.file.state.items():
+        assert tensor.dtype == read.state[key].dtype and torch.equal(tensor, read.state[key])
+
+
 def test_components_come_back_in_the_order_of_the_model(tmp_path: Path) -> None:
     components = [toy.component(f"b.{i}.to_q", i + 1) for i in range(12)]
     infos, _ = lora_file.inspect(saved(tmp_path, components))

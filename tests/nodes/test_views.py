@@ -97,7 +97,9 @@ def test_a_training_can_be_shown_at_every_point(queue: JobQueue, tmp_path: Path)
     )
     assert held.there.wait(60)
 
-    running, queued = check({"jobs": jobs.summaries()}, "jobs")["jobs"][::-1]
+    running, queued = check({"jobs": jobs.summaries(), "checkpoints": jobs.checkpoints()}, "jobs")[
+        "jobs"
+    ][::-1]
     assert (running["id"], running["node_id"], running["state"]) == (first.id, "12", "running")
     assert 0 < running["step"] < 24 and running["seconds_left"] > 0 and running["loss"] > 0
     assert (queued["state"], queued["position"], queued["step"]) == ("queued", 1, 0)
@@ -256,7 +258,7 @@ def test_trainings_of_earlier_sessions(queue: JobQueue, tmp_path: Path):
     )
     _earlier(tmp_path / "jobs", "moved-away", state="finished", file="/no/where", created=2.0)
     jobs = JobList(queue, HOST)
-    found = check({"jobs": jobs.summaries()}, "jobs")["jobs"]
+    found = check({"jobs": jobs.summaries(), "checkpoints": jobs.checkpoints()}, "jobs")["jobs"]
     assert [(j["id"], j["state"], j["resumable"], j["file"]) for j in found] == [
         ("interrupted1", "interrupted", True, None),
         ("without-prompt", "interrupted", False, None),
@@ -308,6 +310,7 @@ def test_a_file_of_others(tmp_path: Path):
         {
             "ss_dataset_dirs": '{"/home/ada/photos": 5}',
             "ss_network_dim": "2",
+            "ss_output_name": "C:\\Users\\ada\\my cats\\cat",
             "modelspec.trigger_phrase": "sks cat",
             "modelspec.thumbnail": picture,
             "modelspec.title": "t" * 5000,
@@ -318,8 +321,9 @@ def test_a_file_of_others(tmp_path: Path):
     assert found["name"] == "x/of others.safetensors" and found["trigger"] == "sks cat"
     assert found["bytes"] == path.stat().st_size and found["mean_rank"] == 2
     assert found["metadata"].keys() == {
-        "ss_network_dim", "modelspec.trigger_phrase", "modelspec.title",
+        "ss_network_dim", "ss_output_name", "modelspec.trigger_phrase", "modelspec.title",
     }  # fmt: skip
+    assert found["metadata"]["ss_output_name"] == "cat"
     assert len(found["metadata"]["modelspec.title"]) <= 500
     assert found["thumbnail"] == picture
     assert found["base"] == "an unknown model" and found["kinds"] == {"lora": 1}

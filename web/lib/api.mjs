@@ -7,7 +7,18 @@ const PICTURE = /^data:image\/(png|jpeg|webp);base64,/;
 
 /** All trainings, the newest first: short forms without history. */
 export async function jobs() {
-  return (await ask("/lora2/jobs")).jobs ?? [];
+  return (await overview()).jobs;
+}
+
+/** The same, and {count, bytes} of checkpoints that no training needs. */
+export async function overview() {
+  const { jobs = [], checkpoints = null } = await ask("/lora2/jobs");
+  return { jobs, checkpoints };
+}
+
+/** Delete those checkpoints; {count, bytes} of what is left. */
+export function clearCheckpoints() {
+  return ask("/lora2/checkpoints/clear", { method: "POST" });
 }
 
 /** One training with its history, components, samples and log. */

@@ -2,6 +2,7 @@
 import * as api from "./api.mjs";
 import { JobRow } from "./card.mjs";
 import { insertLoader } from "./insert.mjs";
+import { Leftovers } from "./leftovers.mjs";
 import { addStyle, icon, make, put } from "./sidebar_style.mjs";
 import { bytes, define, number, ready, t } from "./text.mjs";
 
@@ -54,6 +55,7 @@ export function registerSidebar(app) {
 /** What is known of all trainings, kept up to date whether the tab is open or not. */
 class Jobs {
   known = new Map();
+  checkpoints = null; // {count, bytes} of those that no training needs
   error = null;
   loaded = false;
   heard = new Set(); // while a list is on its way: events are newer than it
@@ -84,7 +86,8 @@ class Jobs {
   async load() {
     this.heard.clear();
     try {
-      const found = await api.jobs();
+      const { jobs: found, checkpoints } = await api.overview();
+      this.checkpoints = checkpoints;
       const ids = new Set(found.map((job) => job.id));
       const gone = (id) => !ids.has(id) && !this.heard.has(id);
       [...this.known.keys()].filter(gone).forEach((id) => this.known.delete(id));
@@ -113,8 +116,8 @@ class Jobs {
     const ended = !ACTIVE.has(job.state) && (before ? ACTIVE.has(before.state) : tell);
     if (!ended || job.state === "interrupted") return;
     if (job.background && tell) this.announce(job);
-    // Those behind it have moved up, of which no event tells.
-    if (this.some("queued")) this.loadSoon();
+    // Those behind it have moved up, of which no event tells; what was stopped left a checkpoint.
+    if (this.some("queued") || job.state !== "finished") this.loadSoon();
   }
 
   some(state) {
@@ -130,6 +133,15 @@ class Jobs {
     const job = await api.post(id, what);
     if (job?.id) this.hear(job);
     this.loadSoon(); // an interrupted training goes on under another name
+  }
+
+  async clearCheckpoints() {
+    try {
+      this.checkpoints = await api.clearCheckpoints();
+    } catch (error) {
+      this.toast("error", "sidebar_trouble", error.message);
+    }
+    this.view?.draw();
   }
 
   async insert(file) {
@@ -192,7 +204,8 @@ class JobList {
     this.earlier = section();
     this.list.append(this.now.root, this.earlier.root);
     this.note = make("div", "lora2-side-note", { hidden: true });
-    this.root.append(this.heading, this.note, this.list);
+    this.leftovers = new Leftovers(() => jobs.clearCheckpoints());
+    this.root.append(this.heading, this.note, this.list, this.leftovers.root);
     host.replaceChildren(this.root);
     this.watch = new IntersectionObserver((seen) => {
       for (const { isIntersecting, target } of seen) if (isIntersecting) target.lora2Row.reveal();
@@ -257,7 +270,8 @@ class JobList {
   #tidy() {
     this.now.root.hidden = !this.now.list.childElementCount;
     this.earlier.root.hidden = !this.earlier.list.childElementCount;
-    const { error, loaded } = this.jobs;
+    const { error, loaded, checkpoints } = this.jobs;
+    this.leftovers.draw(checkpoints);
     const kind = error ? "error" : loaded && !this.rows.size ? "empty" : "";
     if (kind === this.note.dataset.kind && kind !== "error") return;
     this.note.dataset.kind = kind;

@@ -21,6 +21,10 @@ const CSS = `
 .lora2-side section:first-child h3 { margin-top: 0; }
 .lora2-side p { margin: 0; }
 .lora2-side ul { list-style: none; margin: 0; padding: 0; display: grid; gap: 8px; }
+.lora2-side-leftovers {
+  display: flex; flex-wrap: wrap; align-items: center; justify-content: space-between; gap: 4px 8px;
+  margin-top: 16px; font-size: 12px; color: var(--descrip-text);
+}
 .lora2-side-note {
   display: grid; justify-items: center; gap: 8px; padding: 32px 8px; text-align: center;
 }

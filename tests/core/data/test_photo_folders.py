@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import random
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -68,12 +66,14 @@ def test_transparency_becomes_white(mode: str, tmp_path: Path) -> None:
         assert float(image[0, 10, 10, 0]) == pytest.approx(127 / 255, abs=1 / 255)
 
 
-@pytest.mark.parametrize("mode", ["L", "1", "CMYK", "P"])
-def test_other_kinds_of_image_are_read(mode: str, tmp_path: Path) -> None:
-    source = picture().convert(mode)
-    source.save(tmp_path / "x.bmp", "TIFF")
+@pytest.mark.parametrize(
+    ("mode", "kind"), [("L", "BMP"), ("1", "BMP"), ("P", "BMP"), ("1", "PNG"), ("CMYK", "JPEG")]
+)
+def test_other_kinds_of_image_are_read(mode: str, kind: str, tmp_path: Path) -> None:
+    picture().convert(mode).save(tmp_path / "x.bmp", kind)
     ((image,), _, _) = load_folder(tmp_path)
-    expected = torch.from_numpy(np.asarray(source.convert("RGB"), np.float32) / 255)
+    with Image.open(tmp_path / "x.bmp") as source:
+        expected = torch.from_numpy(np.asarray(source.convert("RGB"), np.float32) / 255)
     torch.testing.assert_close(image[0], expected, rtol=0, atol=1.5 / 255)
 
 
@@ -123,23 +123,6 @@ def test_a_gigantic_image_is_named(tmp_path: Path) -> None:
     Image.new("1", (20_000, 20_000)).save(tmp_path / "b.png")
     with pytest.raises(DatasetError, match=r"b\.png"):
         load_folder(tmp_path)
-
-
-@pytest.mark.parametrize("suffix", [".png", ".webp", ".bmp"])
-def test_no_damage_escapes_as_another_error(suffix: str, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000_000)  # keeps damaged sizes affordable
-    buffer, chance = io.BytesIO(), random.Random(0)
-    picture().save(buffer, suffix.lstrip(".").upper(), exif=Image.Exif())
-    for _ in range(600):
-        data = bytearray(buffer.getvalue())
-        data[chance.randrange(100)] = chance.randrange(256)
-        (tmp_path / f"x{suffix}").write_bytes(data)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                load_folder(tmp_path)
-            except DatasetError as error:
-                assert f"x{suffix}" in str(error)
 
 
 def test_a_caption_that_is_no_text_is_named(tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from lora2_pack.lora2_core.files import atomic, checkpoint
 from lora2_pack.lora2_core.files.atomic import remove_leftovers, replacing
 from lora2_pack.lora2_core.files.checkpoint import Checkpoint, CheckpointError
 from lora2_pack.lora2_core.files.encode import DTYPE_NAMES
-from lora2_pack.tests.core import toy
+from lora2_pack.tests.core import spoiling, toy
 
 DTYPES = [dtype for dtype in DTYPE_NAMES if dtype is not torch.bool] + [torch.bool]
 
@@ -167,6 +169,15 @@ def test_other_files_say_what_they_are(tmp_path: Path, monkeypatch: pytest.Monke
     checkpoint.write(path, _example())
     with pytest.raises(CheckpointError, match="a run with other settings or photos"):
         checkpoint.read(path, "another run")
+    data = path.read_bytes()
+    for step in ("x", "-1", "1e9", "7" * 5000, ""):
+        head, body = spoiling.header_and_body(data)
+        head["__metadata__"]["lora2.checkpoint.step"] = step
+        text = json.dumps(head).encode()
+        whole = len(text).to_bytes(8, "little") + text + body[:-4]
+        path.write_bytes(whole + struct.pack("<I", zlib.crc32(whole)))
+        with pytest.raises(CheckpointError, match="damaged or no checkpoint: its step is"):
+            checkpoint.read(path, "run")
     monkeypatch.setattr(checkpoint, "_VERSION", "2")
     checkpoint.write(path, _example())
     monkeypatch.undo()

@@ -15,6 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 from lora2_pack.lora2_core import cli, lora_file
+from lora2_pack.lora2_core.files.raw.tensors import TensorFile
 from lora2_pack.lora2_core.reports import canvas, comparison, inspector
 from lora2_pack.lora2_core.reports.report import Scale, scale_ticks, short
 from lora2_pack.lora2_core.resizing.measure import measure_file
@@ -35,12 +36,13 @@ def test_the_facts_of_a_file(tmp_path: Path, monkeypatch):
         ss_tag_frequency=tags, ss_steps="500", ss_sd_model_name="base.safetensors",
         **{"modelspec.thumbnail": thumbnail()},
     )  # fmt: skip
-    monkeypatch.setattr(safetensors, "safe_open", None)  # the header alone
+    monkeypatch.setattr(TensorFile, "tensor", None)  # the header alone
     found = inspector.inspect(path)
     assert found.trigger == "sks dog" and found.tags == ["sks dog", "grass", "sky"]
     assert found.kinds == {"lora": 8, "conv": 1}
     picture = found.thumbnail()
-    assert picture is not None and picture.size == (16, 16)
+    assert picture is not None and (picture.width, picture.height) == (16, 16)
+    assert picture.picture.size == (16, 16)
     red, green, _ = found.picture().getpixel((1280 - 36 - 8, 32))
     assert red > 150 > 80 > green, "the thumbnail is in the corner of the map"
     text = found.text()

@@ -178,7 +178,7 @@ def test_the_command(dino: Path, clip: Path, tmp_path: Path, capsys: pytest.Capt
     assert "Mean of subjects" in text and f"{found[0]['mean']:.4f}" in text
     (painted / "mug" / "0" / "x.png").write_text("no picture")
     assert cli.main(arguments) == 1
-    assert "x.png is no picture" in capsys.readouterr().err
+    assert "x.png is not a readable image" in capsys.readouterr().err
     (painted / "mug" / "0" / "prompt.txt").unlink()
     assert cli.main(arguments) == 1
     assert "prompt.txt is missing" in capsys.readouterr().err

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lora2_pack.lora2_core.config.ranks import RankConfig
 from lora2_pack.lora2_core.config.train import DataConfig, OptimizerConfig, TextConfig, TrainConfig
+from lora2_pack.lora2_core.files.raw.memory import free_ram
 from lora2_pack.lora2_core.training import out_of_memory
 from lora2_pack.lora2_core.training.estimate import Estimate
 from lora2_pack.lora2_core.training.memory import SDXL, Memory, scaled
@@ -54,13 +55,13 @@ def test_a_limit_on_the_process_is_what_is_free() -> None:
         torch.empty(50 * 2**20, dtype=torch.uint8)
         with pytest.raises(RuntimeError) as caught:
             torch.empty(400 * 2**20, dtype=torch.uint8)
-        free = out_of_memory.free_ram()
+        free = free_ram()
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
     assert out_of_memory.is_out_of_memory(caught.value)
     assert out_of_memory.needed_and_free(str(caught.value))[0] == 400 * 2**20
     assert free is not None and 200 * 2**20 < free <= 300 * 2**20
-    unlimited = out_of_memory.free_ram()
+    unlimited = free_ram()
     assert unlimited is not None and unlimited > 0
 
 
@@ -72,6 +73,7 @@ def test_messages_of_graphics_cards_are_read() -> None:
     assert out_of_memory.is_out_of_memory(torch.OutOfMemoryError(CUDA))
     assert out_of_memory.is_out_of_memory(RuntimeError(MPS))
     assert out_of_memory.is_out_of_memory(MemoryError())
+    assert out_of_memory.is_out_of_memory(RuntimeError("could not create a primitive"))
 
 
 @pytest.mark.parametrize("error", [RuntimeError("mat1 and mat2"), ValueError(CUDA), KeyError("a")])

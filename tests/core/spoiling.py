@@ -6,17 +6,18 @@ import json
 import math
 import random
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import safetensors.torch
 import torch
 from lora2_pack.lora2_core import lora_file
-from lora2_pack.lora2_core.adapters.targets import find_targets
 from lora2_pack.lora2_core.files.component import Component
+from lora2_pack.lora2_core.files.header import ITEM_BYTES
 from lora2_pack.tests.core import toy
 from torch import Tensor
 
+LARGE = (1e5, -1e9, 9e14, 1e16, -1e20, 1e38, 1e-45, 0.0)
 HUGE = (1 << 31, 1 << 62, 1 << 63, 1 << 64, 10**30)
 NAMES = (
     "", "../../etc/passwd", "__class__", "a" * 5000, "\x00\n\x1b[31m", "💣", "lora_unet_", ".alpha",
@@ -24,32 +25,41 @@ NAMES = (
 )  # fmt: skip
 
 
+Layer = tuple[str, int, int]  # dotted name, outputs, inputs
+
+
 def noise(*shape: int) -> Tensor:
     return toy.noise(*shape, seed=sum(shape)) / 10
 
 
-def sound(model: Any) -> bytes:
-    """A LoRA of every fourth layer."""
+def sound(layers: Sequence[Layer]) -> bytes:
+    """A LoRA of LoRA²'s own for ``layers``."""
     components = [
-        Component(
-            target.name, noise(2, target.in_features), noise(target.out_features, 2),
-            torch.ones(2), 0.1,
-        )
-        for target in find_targets(model.model.diffusion_model)[::4]
-    ]  # fmt: skip
+        Component(name, noise(2, inside), noise(out, 2), torch.ones(2), 0.1)
+        for name, out, inside in layers
+    ]
     return lora_file.encode(lora_file.to_state(components), {"ss_tag_frequency": "{}", "x": "y"})
 
 
-def sound_of_other_kinds(model: Any) -> bytes:
+def sound_of_other_kinds(layers: Sequence[Layer]) -> bytes:
     """A layer of every kind that ComfyUI applies, a LoRA under PEFT's names among them."""
-    layers = [t for t in find_targets(model.model.diffusion_model) if "attn1" in t.name]
     state: dict[str, Tensor] = {}
-    for layer, make in zip(layers, KINDS.values(), strict=False):
-        name = f"diffusion_model.{layer.name}"
-        for end, tensor in make(layer.out_features, layer.in_features).items():
-            state[name + end] = tensor
+    for (layer, out, inside), make in zip(layers, KINDS.values(), strict=False):
+        for end, tensor in make(out, inside).items():
+            state[f"diffusion_model.{layer}{end}"] = tensor
     assert len(layers) >= len(KINDS)
     return safetensors.torch.save(state)
+
+
+def sound_of_two_factors(layers: Sequence[Layer], way: str) -> bytes:
+    """What can be resized and added, as another trainer writes it; ``way``: of TWO_FACTORS."""
+    state: dict[str, Tensor] = {}
+    for name, out, inside in layers:
+        for end, tensor in TWO_FACTORS[way](out, inside).items():
+            state[("lora_unet_" + name.replace(".", "_") if way in KOHYA else name) + end] = tensor
+    if way == "with embeddings":
+        state["bundle_emb.sks.string_to_param.*"] = noise(2, 8)
+    return safetensors.torch.save(state, {"ss_network_dim": "2", "modelspec.trigger_phrase": "sks"})
 
 
 KINDS: dict[str, Callable[[int, int], dict[str, Tensor]]] = {
@@ -84,6 +94,44 @@ KINDS: dict[str, Callable[[int, int], dict[str, Tensor]]] = {
 }  # fmt: skip
 
 
+def _pair(out: int, inside: int, *kernel: int) -> dict[str, Tensor]:
+    one = [1 for _ in kernel]
+    return {
+        ".lora_down.weight": noise(2, inside, *kernel), ".lora_up.weight": noise(out, 2, *one),
+        ".alpha": torch.tensor(1.0),
+    }  # fmt: skip
+
+
+TWO_FACTORS: dict[str, Callable[[int, int], dict[str, Tensor]]] = {
+    "kohya": _pair,
+    "convolutions": lambda out, inside: _pair(out, inside, 3, 3),
+    "half": lambda out, inside: {end: t.half() for end, t in _pair(out, inside).items()},
+    "three factors": lambda out, inside: {
+        **_pair(out, inside, 1, 1), ".lora_mid.weight": noise(2, 2, 3, 3),
+    },
+    "ranks above the sides": lambda out, inside: {
+        ".lora_down.weight": noise(40, inside), ".lora_up.weight": noise(out, 40),
+    },
+    "magnitudes": lambda out, inside: {**_pair(out, inside), ".dora_scale": noise(out, 1) + 1},
+    "another LoRA²": lambda out, inside: {**_pair(out, inside), ".lora2_nu": torch.tensor(0.1)},
+    "PEFT": lambda out, inside: {
+        ".lora_A.weight": noise(2, inside), ".lora_B.weight": noise(out, 2),
+    },
+    "PEFT's magnitudes": lambda out, inside: {
+        ".lora_A.default.weight": noise(2, inside), ".lora_B.default.weight": noise(out, 2),
+        ".lora_magnitude_vector.default.weight": noise(out) + 1,
+    },
+    "diffusers": lambda out, inside: {
+        "_lora.down.weight": noise(2, inside), "_lora.up.weight": noise(out, 2),
+    },
+    "another size": lambda out, inside: {
+        **_pair(out, inside), ".reshape_weight": torch.tensor([out, inside]),
+    },
+    "with embeddings": _pair,
+}  # fmt: skip
+KOHYA = ("kohya", "convolutions", "half", "three factors", "another LoRA²", "with embeddings")
+
+
 def header_and_body(data: bytes) -> tuple[dict[str, Any], bytes]:
     (length,) = struct.unpack("<Q", data[:8])
     return json.loads(data[8 : 8 + length]), data[8 + length :]
@@ -98,7 +146,7 @@ def laid_out(header: dict[str, Any], body: bytes) -> bytes:
     end = 0
     for key in tensors_of(header):
         entry = header[key]
-        size = math.prod(entry["shape"]) * (2 if entry["dtype"] == "F16" else 4)
+        size = math.prod(entry["shape"]) * ITEM_BYTES[entry["dtype"]]
         entry["data_offsets"] = [end, end + size]
         end += size
     return toy.raw_file(header, (body * (end // max(1, len(body)) + 1))[:end])
@@ -204,9 +252,76 @@ class Mutations:
         bad = {
             "F16": (b"\x00\x7e", b"\x00\x7c", b"\x00\xfc"),
             "F32": (b"\x00\x00\xc0\x7f", b"\x00\x00\x80\x7f", b"\x00\x00\x80\xff"),
+            "I64": (b"\xff" * 8, b"\0" * 8, b"\1" * 8),
         }[header[key]["dtype"]]
         spoilt[start : start + len(bad[0])] = self.chance.choice(bad)
         return toy.raw_file(header, bytes(spoilt))
+
+    def numbers(self) -> bytes:
+        """Finite, and more than can be calculated with."""
+        header, body = header_and_body(self.sound)
+        spoilt = bytearray(body)
+        keys = sorted(tensors_of(header))
+        for key in self.chance.sample(keys, self.chance.choice((1, 2, len(keys)))):
+            entry, value = header[key], self.chance.choice(LARGE)
+            start, end = entry["data_offsets"]
+            kind = {"F16": "<e", "F32": "<f", "I64": "<q"}[entry["dtype"]]
+            most = {"<e": 65504.0, "<f": 3e38, "<q": 1 << 62}[kind]
+            one = struct.pack(kind, type(most)(max(-most, min(most, value))))
+            count = (end - start) // len(one)
+            filled = count if self.chance.random() < 0.5 else min(1, count)
+            spoilt[start : start + filled * len(one)] = one * filled
+        return toy.raw_file(header, bytes(spoilt))
+
+    def wide(self) -> bytes:
+        """Numbers of 64 bits, which become infinite in 32, and of other types."""
+        header, body = header_and_body(self.sound)
+        for key in self.chance.sample(sorted(tensors_of(header)), 2):
+            header[key]["dtype"] = self.chance.choice(
+                ("F64", "BF16", "F8_E4M3", "I32", "U8", "U16")
+            )
+        return laid_out(header, body)
+
+    def empty(self) -> bytes:
+        """Some components of rank 0, or all; or without inputs and outputs."""
+        state = safetensors.torch.load(self.sound)
+        names = sorted({key.rpartition(".lora")[0] or key.rpartition(".")[0] for key in state})
+        chosen = self.chance.sample(names, self.chance.choice((1, 1, len(names))))
+        rank = self.chance.random() < 0.7
+        for key, tensor in state.items():
+            if tensor.dim() < 2 or not key.startswith(tuple(chosen)):
+                continue
+            first = any(end in key for end in (".lora_down", ".lora_A", "_lora.down", "_b"))
+            place = (0 if first else 1) if rank else (1 if first else 0)
+            state[key] = tensor.narrow(place, 0, 0).contiguous()
+        return safetensors.torch.save(state)
+
+    def dimensions(self) -> bytes:
+        """The same numbers in more or fewer dimensions."""
+        state = safetensors.torch.load(self.sound)
+        for key in self.chance.sample(sorted(state), min(len(state), 3)):
+            tensor = state[key]
+            state[key] = self.chance.choice((
+                tensor.flatten(), tensor[None], tensor[..., None], tensor[..., None, None],
+                tensor.flatten(1) if tensor.dim() > 1 else tensor, tensor.squeeze(),
+            )).clone()  # fmt: skip
+        return safetensors.torch.save(state)
+
+    def beside(self) -> bytes:
+        """Alphas, sizes, magnitudes and a ν that nothing fits."""
+        state = safetensors.torch.load(self.sound)
+        key = self.chance.choice(sorted(state))
+        name = key.rpartition(".lora")[0] or key.rpartition(".")[0]
+        end = self.chance.choice(
+            (".alpha", ".reshape_weight", ".dora_scale", ".lora2_nu", ".lora_mid.weight", ".diff_b",
+             ".rescale", ".lora_magnitude_vector", ".hada_t1", ".set_weight"),
+        )  # fmt: skip
+        state[name + end] = self.chance.choice((
+            torch.tensor(1e14), torch.tensor(-3.0), torch.tensor(0.0), torch.ones(0), torch.ones(2),
+            torch.tensor([1, 1]), torch.tensor([1 << 40, 1 << 40]), torch.tensor([[3, 4]]),
+            torch.ones(3, 3), torch.ones(2, 2, 3, 3), torch.tensor(True), torch.tensor([-1, 5]),
+        ))  # fmt: skip
+        return safetensors.torch.save(state)
 
     def metadata(self) -> bytes:
         header, body = header_and_body(self.sound)
@@ -218,6 +333,16 @@ class Mutations:
                 {"lora2.config": "[" * 9999}, {"ss_tag_frequency": '{"a": {"b": "c"}}'},
                 {"modelspec.thumbnail": "data:image/png;base64," + "A" * 4000},
                 {"modelspec.trigger_phrase": "\n\x1b[31m" * 50},
+                {"lora2.config": '{"precision": []}', "lora2.format_version": "1"},
+                {"lora2.config": '{"precision": {}}', "lora2.base_model_hash": "x"},
+                {"ss_tag_frequency": '{"a": {"b": 1e999}}'}, {"ss_tag_frequency": '{"a": [1]}'},
+                {"ss_tag_frequency": '{"a": {"b": {}}}'}, {"ss_network_dim": "1e999"},
+                {"ss_network_args": '{"conv_dim": 1e999}', "ss_network_dim": "-1"},
+                {"modelspec.trigger_phrase": "w " * self.chance.choice((9, 2_000_000))},
+                {"ss_steps": "9" * 5000, "lora2.mode": "m" * 5000, "lora2.format_version": "1"},
+                {"modelspec.thumbnail": toy.thumbnail(), "modelspec.title": "\u202ex\ud83d"},
+                {"lora2.components": '{"a": {"nu": [], "in": {}, "out": "x"}}'},
+                {"lora2.format_version": "2", "lora2.components": "7"}, {"ss_v2": "True"},
             )
         )  # fmt: skip
         return toy.raw_file(header, body)

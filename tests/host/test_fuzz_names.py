@@ -1,0 +1,91 @@
+"""Names that people and workflows give, at random: a path within the folders, or a sentence."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from lora2_pack.lora2_core import comfy_host
+from lora2_pack.tests.core.tries import TRIES, in_time
+
+PARTS = (
+    "cat", "my cats", "Ünïcødé ²", "猫", "💣", "a" * 300, "é" * 150, ".", "..", "...", " ", "", "~",
+    "C:", "CON", "nul.txt", "com1", "LPT9 ", "a.b", ".hidden", "x.safetensors", "%year%", "%date%",
+    "%width%_%height%", "\\", "\\\\host\\share", "//", "\n", "\t", "\x00", "\x1b[31m", "\u202e",
+    "\u2066", "\ud800", "\u200b", "<", ">", ":", '"', "|", "?", "*", "-rf", "$(id)", "{}",
+    "x" * 5000,
+    "link", "file", "/etc", "/proc/self",
+)  # fmt: skip
+
+
+def _name(chance: random.Random) -> str:
+    parts = [chance.choice(PARTS) for _ in range(chance.choice((1, 1, 2, 3, 60)))]
+    return chance.choice(("/", "", "\\", "/")).join(parts)
+
+
+@pytest.fixture
+def folders(comfy_directory: Path, tmp_path: Path):
+    """A link out of each folder, and a file where a folder might be."""
+    loras, inputs = comfy_directory / "output" / "loras", comfy_directory / "input"
+    made: list[Path] = []
+    for folder in (loras, inputs):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "link").symlink_to(tmp_path, target_is_directory=True)
+        (folder / "file").write_text("in the way")
+        made += [folder / "link", folder / "file"]
+    before = set(loras.iterdir())
+    yield loras.resolve(), inputs.resolve()
+    for path in {*loras.iterdir()} - before:
+        shutil.rmtree(path)
+    for path in made:
+        path.unlink()
+
+
+def _new_lora(name: str, loras: Path) -> None:
+    path = comfy_host.new_lora_path(name)
+    assert path.is_relative_to(loras) and not path.exists() and path.name.isprintable()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()  # a name that the disk takes
+    path.unlink()
+
+
+def _dataset(name: str, inputs: Path) -> None:
+    path = comfy_host.dataset_folder(name)
+    assert path.is_dir() and (path == inputs or inputs in path.parents)
+
+
+def _lora(name: str, loras: Path) -> None:
+    assert comfy_host.lora_path(name).parent.resolve().is_relative_to(loras)
+
+
+def test_a_folder_that_was_deleted_is_listed_no_more(comfy_directory: Path) -> None:
+    folder = comfy_directory / "output" / "loras" / "deleted"
+    folder.mkdir(parents=True)
+    (folder / "a.safetensors").touch()
+    assert any("deleted" in name for name in comfy_host.lora_names())
+    shutil.rmtree(folder)
+    assert not any("deleted" in name for name in comfy_host.lora_names())
+
+
+@pytest.mark.parametrize("use", [_new_lora, _dataset, _lora])
+def test_names_at_random(folders, use: Callable[[str, Path], None]) -> None:
+    loras, inputs = folders
+    chance, ends = random.Random(3), Counter[bool]()
+    for _ in range(TRIES):
+        name = _name(chance)
+        with in_time(name):
+            try:
+                use(name, inputs if use is _dataset else loras)
+            except comfy_host.HostError as error:
+                said = str(error)
+                assert said.isprintable() and len(said) < 700, repr(said)
+                ends[False] += 1
+            else:
+                ends[True] += 1
+    assert ends[False] > TRIES // 10
+    if use is _new_lora:
+        assert ends[True] > TRIES // 20
