@@ -12,7 +12,7 @@ from lora2_pack.lora2_core import lora_file
 from lora2_pack.lora2_core.files.component import Component
 from lora2_pack.tests.browser.test_panel import PANEL, TRAIN
 from lora2_pack.tests.browser.test_sidebar import JOBS, ROW, _job, _open_tab
-from lora2_pack.tests.browser.test_templates import READY, Page
+from lora2_pack.tests.browser.test_templates import DIALOG, READY, TOAST, Page
 from lora2_pack.tests.core.toy import thumbnail
 
 IMAGE = "<img src=x onerror=window.__hit=1>"
@@ -74,9 +74,9 @@ def page(opened: Page) -> Iterator[Page]:
     opened.page.wait_for_timeout(500)  # a broken picture takes a moment to say so
     assert opened.ask("() => window.__hit ?? null") is None
     assert opened.ask(LINKS) == []
-    for dialog in opened.page.locator(".p-dialog").all():
-        dialog.locator(".p-dialog-close-button").click()
-    opened.page.locator(".p-dialog").first.wait_for(state="detached")
+    while opened.page.locator(DIALOG).count():
+        opened.page.keyboard.press("Escape")
+        opened.page.locator(DIALOG).last.wait_for(state="hidden")
 
 
 @pytest.fixture
@@ -211,7 +211,7 @@ def test_the_panel_the_tab_toasts_and_tips_show_text(page: Page, server: Any, to
             if state != "finished" or "message" not in where:
                 _shows(page, PLANTED, where)
         if state == "failed":
-            _shows(page, f"Training {PLANTED} failed", ".p-toast-message")
+            _shows(page, f"Training {PLANTED} failed", TOAST)
     _shows(page, PLANTED, f"{ROW} dd")
     [main] = [path for path in server.get("/extensions") if path.endswith("lora2/main.js")]
     page.ask(TIP, [main.replace("main.js", "lib/tip.mjs"), PLANTED])

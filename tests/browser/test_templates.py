@@ -19,6 +19,9 @@ TEMPLATES = {
     "3 Load a variable-rank LoRA": "load_lora",
     "4 Inspect ranks": "inspect_ranks",
 }
+# By what front ends from 1.32 to 1.58 call them.
+DIALOG = "[role=dialog]:visible"
+TOAST = ".p-toast-message, [data-testid=toast]"
 READY = "() => window.app?.canvas && window.app.graph && window.app.extensionManager?.setting"
 # Where a node is: in Nodes 2.0 as drawn, else as the canvas sees it; left, top, right, bottom.
 BOXES = """() => app.graph.nodes.map(node => {
@@ -30,9 +33,6 @@ BOXES = """() => app.graph.nodes.map(node => {
   const box = element.getBoundingClientRect(), scale = app.canvas.ds.scale;
   return [node.id, box.left / scale, box.top / scale, box.right / scale, box.bottom / scale];
 })"""
-# Our thumbnails are 512 px wide, the placeholder for a missing one is not.
-PICTURES = """() => [...document.querySelectorAll('.p-dialog img')]
-  .filter(image => image.naturalWidth === 512).length === 4"""
 # The font in which the table of ranks is shown, once it is.
 SHOWN = """() => {
   const holds = element => (element.value ?? element.textContent).includes("Mean rank");
@@ -70,13 +70,13 @@ class Page:
     def browse_templates(self) -> None:
         offered = self.server.get("/api/workflow_templates")
         [pack] = [name for name, found in offered.items() if set(TEMPLATES) <= set(found)]
-        if self.page.locator(".p-dialog").count() == 0:
+        if self.page.locator(DIALOG).count() == 0:
             self.page.get_by_text("Templates", exact=True).first.click()
-        self.page.locator(".p-dialog").get_by_text(pack, exact=True).first.click()
+        self.page.locator(DIALOG).get_by_text(pack, exact=True).first.click()
 
     def open_template(self, name: str) -> None:
         self.browse_templates()
-        self.page.locator(".p-dialog").get_by_text(name, exact=True).first.click()
+        self.page.locator(DIALOG).get_by_text(name, exact=True).first.click()
         nodes = len([n for n in json.loads((TWINS / f"{TEMPLATES[name]}.json").read_text())])
         self.page.wait_for_function(
             "count => app.graph.nodes.filter(n => n.type !== 'MarkdownNote').length === count",
@@ -107,12 +107,11 @@ def _twin(name: str) -> dict[str, Any]:
 
 def test_the_template_browser_shows_all_with_their_pictures(page: Page):
     page.browse_templates()
-    dialog = page.page.locator(".p-dialog")
+    dialog = page.page.locator(DIALOG)
     for name in TEMPLATES:
         dialog.get_by_text(name, exact=True).first.wait_for(timeout=10_000)
-    drawn = (
-        "() => [...document.querySelectorAll('.p-dialog img')].filter(i => i.naturalWidth > 256)"
-    )
+    drawn = "() => [...document.querySelectorAll('[role=dialog] img')]"
+    drawn += ".filter(image => image.naturalWidth > 256)"
     page.page.wait_for_function(f"{drawn[6:]}.length >= 4", timeout=10_000)
     assert page.ask(f"{drawn}.length") == len(TEMPLATES)
 
@@ -121,7 +120,7 @@ def test_the_template_browser_shows_all_with_their_pictures(page: Page):
 def test_a_template_opens(page: Page, name: str):
     page.errors.clear()
     page.open_template(name)
-    assert page.page.locator(".p-dialog:visible").count() == 0, "something is missing"
+    assert page.page.locator(DIALOG).count() == 0, "something is missing"
     assert page.errors == []
     assert page.ask("() => app.graph.nodes.filter(n => n.has_errors).map(n => n.type)") == []
     assert page.prompt() == _twin(name)
