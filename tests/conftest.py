@@ -35,7 +35,7 @@ def _load_tools() -> None:
     """Import the tools, which find each other in their own folder, as `lora2_tools`."""
     sys.path.insert(0, str(TOOLS))
     try:
-        for name in ("environment", "packaged", "comfyui", "checkouts", "client", "demo"):
+        for name in ("environment", "packaged", "comfyui", "checkouts", "client", "demo", "matrix"):
             sys.modules[f"lora2_tools.{name}"] = importlib.import_module(name)
             setattr(sys.modules["lora2_tools"], name, sys.modules[name])
         # Never under its bare name, which is ComfyUI's.

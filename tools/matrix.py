@@ -25,7 +25,7 @@ from pathlib import Path
 from checkouts import Checkout, installed_frontend, runtime_for
 from comfyui import ROOT, Runtime
 from environment import SetupError, say
-from test import GROUPS, side_by_side, variables_for
+from suite import GROUPS, side_by_side, variables_for
 
 RESULTS = ROOT / "out" / "matrix"
 # What decides how the tests go.
@@ -111,7 +111,7 @@ def run_group(runtime: Runtime, folder: Path, group: str, processes: int | None)
     report, log = folder / f"{group}.xml", folder / f"{group}.log"
     report.unlink(missing_ok=True)
     command = [str(runtime.python), "-m", "pytest", "-ra", f"--junitxml={report}"]
-    command += ["-n", str(processes), "--dist", "loadfile"] if processes else side_by_side()
+    command += side_by_side(processes)
     started = time.monotonic()
     pack = state_of_pack()
     with log.open("wb") as output:

@@ -15,25 +15,12 @@ import subprocess
 import sys
 import time
 
-from checkouts import bytecode, runtime_for
+from checkouts import runtime_for
 from comfyui import ROOT, Runtime
 from environment import SetupError, say
+from suite import GROUPS, side_by_side, variables_for
 
 GREEN, RED, BOLD, PLAIN = "32", "31", "1", "0"
-MOST_PROCESSES = 4  # each boots a ComfyUI of its own
-# The tests in which ComfyUI takes part.
-GROUPS = ("host", "server", "browser")
-
-
-def side_by_side() -> list[str]:
-    """Arguments of pytest for the whole suite: files of tests side by side, if there are cores.
-
-    In the order of their names, by which those of the browser, the slowest, come first.
-    """
-    processes = min(os.cpu_count() or 1, MOST_PROCESSES)
-    if processes == 1:
-        return []
-    return ["-n", str(processes), "--dist", "loadfile", "--no-loadscope-reorder"]
 
 
 def steps(runtime: Runtime, pytest_arguments: list[str]) -> dict[str, list[str]]:
@@ -49,18 +36,6 @@ def steps(runtime: Runtime, pytest_arguments: list[str]) -> dict[str, list[str]]
         "pyright": [python, "-m", "basedpyright", "--pythonpath", python],
         "pytest": [*pytest, *(pytest_arguments or side_by_side())],
     }
-
-
-def variables_for(runtime: Runtime, command: list[str]) -> dict[str, str]:
-    """Return the environment variables of a check."""
-    variables = os.environ | {"LORA2_COMFYUI": str(runtime.path)}
-    if not runtime.packaged:
-        variables["PYTHONPYCACHEPREFIX"] = str(bytecode(runtime))
-    if "basedpyright" in command:
-        variables["PYTHONPATH"] = str(runtime.path)  # the tests put it on their path themselves
-    if "-n" in command:  # or every process would take all cores for each product of matrices
-        variables.setdefault("OMP_NUM_THREADS", "1")
-    return variables
 
 
 def run_step(name: str, command: list[str], runtime: Runtime) -> bool:
