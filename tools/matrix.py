@@ -4,8 +4,9 @@
     python3 tools/matrix.py PATH[@FRONTEND] ... [--only GROUP] [--again] [--keep]
 
 PATH is the folder of a ComfyUI (`.comfyui` for the packaged one), FRONTEND another version of its
-front end. What has passed is written down in `out/matrix/` and not run again while the pack is the
-same, so an interrupted run goes on where it stopped, and a second run does only what was red.
+front end. What has passed is written down in `out/matrix/`, by files of tests, and not run again
+while the pack is the same: an interrupted run goes on with the next group, and a second one does
+only what was red.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import json
 import os
 import subprocess
 import sys
-import time
 import xml.etree.ElementTree as ET
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,14 +36,12 @@ _SOURCES += ("tools", "web", "workflows")
 
 @dataclass(frozen=True)
 class Result:
-    """How one group of tests went in one ComfyUI; `seconds` by the clock.
+    """How one file of tests went in one ComfyUI; `seconds` are those that its tests took.
 
     Raises ValueError for counts or times below 0.
     """
 
-    comfyui: str
-    frontend: str
-    group: str
+    file: str
     passed: int
     failed: int
     skipped: int
@@ -52,17 +51,28 @@ class Result:
     def __post_init__(self) -> None:
         figures = (self.passed, self.failed, self.skipped, self.seconds)
         if min(figures) < 0:
-            raise ValueError(f"{figures} has a figure below 0; run the group again with --again.")
+            raise ValueError(f"{self.file}: {figures} has a figure below 0; run it with --again")
 
     @property
     def green(self) -> bool:
         """Whether tests ran and none failed."""
-        return self.passed > 0 and self.failed == 0
+        return self.passed + self.skipped > 0 and self.failed == 0
 
-    def text(self) -> str:
-        """Return "passed/failed/skipped, time" for the table."""
-        minutes, seconds = divmod(round(self.seconds), 60)
-        return f"{self.passed}/{self.failed}/{self.skipped}, {minutes}:{seconds:02}"
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table: the results of each group in one ComfyUI, none where it was not run."""
+
+    comfyui: str
+    frontend: str
+    groups: dict[str, list[Result]]
+
+    @property
+    def green(self) -> bool:
+        """Whether something was run, and nothing is red."""
+        return any(self.groups.values()) and all(
+            result.green for results in self.groups.values() for result in results
+        )
 
 
 def targets_of(words: Iterable[str]) -> list[tuple[str, str | None]]:
@@ -87,97 +97,121 @@ def state_of_pack(root: Path = ROOT) -> str:
     return digest.hexdigest()[:12]
 
 
-def counts(report: Path) -> tuple[int, int, int]:
-    """Return how many tests of a JUnit report passed, failed and were skipped.
+def read_report(report: Path, pack: str) -> list[Result]:
+    """Return what a JUnit report of pytest says of each file of tests.
 
-    Raises ValueError where there is none, which is so when pytest ended before any test.
+    Raises ValueError where there is none, which is so when pytest ended before its end.
     """
     try:
-        suite = ET.parse(report).getroot().find("testsuite")
+        cases = list(ET.parse(report).getroot().iter("testcase"))
     except (OSError, ET.ParseError) as error:
         raise ValueError(f"{report} is no report of tests ({error})") from None
-    if suite is None:
-        raise ValueError(f"{report} has no testsuite")
-    total, *others = (int(suite.get(k, 0)) for k in ("tests", "failures", "errors", "skipped"))
-    return total - sum(others), others[0] + others[1], others[2]
+    counts: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
+    seconds: dict[str, float] = defaultdict(float)
+    for case in cases:
+        # Of a test, its module; of a file that could not be imported, the module is the name.
+        module = case.get("classname") or case.get("name", "")
+        file = module.replace(".", "/") + ".py"
+        outcomes = {child.tag for child in case}
+        kind = 1 if outcomes & {"failure", "error"} else 2 if "skipped" in outcomes else 0
+        counts[file][kind] += 1
+        seconds[file] += float(case.get("time", 0))
+    return [Result(file, *counts[file], round(seconds[file], 1), pack) for file in sorted(counts)]
 
 
-def run_group(runtime: Runtime, folder: Path, group: str, processes: int | None) -> Result:
-    """Run one group of tests in one ComfyUI; its report and output go to `folder`.
+def run_files(
+    runtime: Runtime, folder: Path, group: str, files: list[str], processes: int | None
+) -> list[Result]:
+    """Run files of tests in one ComfyUI; report and output go to `folder`.
 
-    Raises ValueError when pytest itself fails: an error of collection, or no memory left.
+    Raises ValueError when pytest itself fails: for want of memory, or at an error of its options.
     """
     folder.mkdir(parents=True, exist_ok=True)
     report, log = folder / f"{group}.xml", folder / f"{group}.log"
     report.unlink(missing_ok=True)
     command = [str(runtime.python), "-m", "pytest", "-ra", f"--junitxml={report}"]
-    command += side_by_side(processes)
-    started = time.monotonic()
+    command += [*side_by_side(processes), *files]
     pack = state_of_pack()
     with log.open("wb") as output:
         subprocess.run(
-            [*command, f"tests/{group}"],
+            command,
             cwd=ROOT,
             env=variables_for(runtime, command),
             stdout=output,
             stderr=subprocess.STDOUT,
             check=False,
         )
-    seconds = time.monotonic() - started
     try:
-        figures = counts(report)
+        return read_report(report, pack)
     except ValueError as error:
         raise ValueError(f"{error}; the end of {log} says why") from None
-    version, frontend = Checkout(runtime.path).version, installed_frontend(runtime)
-    return Result(version, frontend, group, *figures, round(seconds, 1), pack)
 
 
-def read(file: Path) -> Result | None:
-    """Return a result that was written down; none if there is none that can be read."""
+def read(file: Path) -> dict[str, Result]:
+    """Return the results that were written down, by their files; none that cannot be read."""
     try:
-        return Result(**json.loads(file.read_text(encoding="utf-8")))
+        found = [Result(**one) for one in json.loads(file.read_text(encoding="utf-8"))]
     except (OSError, ValueError, TypeError):
-        return None
+        return {}
+    return {result.file: result for result in found}
 
 
-def write(file: Path, result: Result) -> None:
-    """Write a result down, whole or not at all."""
+def write(file: Path, results: Iterable[Result]) -> None:
+    """Write results down, whole or not at all."""
     temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(asdict(result), indent=1), encoding="utf-8")
+    temporary.write_text(json.dumps([asdict(one) for one in results], indent=1), encoding="utf-8")
     temporary.replace(file)
 
 
-def table(rows: list[list[Result]], pack: str) -> str:
-    """Return the table, in Markdown; * is a result of an earlier state of the pack."""
+def text(results: list[Result], pack: str) -> str:
+    """Return "passed/failed/skipped, minutes:seconds" of a group; * where one is of earlier."""
+    if not results:
+        return "-"
+    passed, failed, skipped = (
+        sum(getattr(one, kind) for one in results) for kind in ("passed", "failed", "skipped")
+    )
+    minutes, seconds = divmod(round(sum(one.seconds for one in results)), 60)
+    star = "*" if any(one.pack != pack for one in results) else ""
+    return f"{passed}/{failed}/{skipped}, {minutes}:{seconds:02}{star}"
+
+
+def table(rows: list[Row], pack: str) -> str:
+    """Return the table, in Markdown."""
     lines = [f"| ComfyUI | front end | {' | '.join(GROUPS)} |", f"|{' --- |' * (2 + len(GROUPS))}"]
-    for results in rows:
-        by_group = {one.group: one for one in results}
-        cells = [results[0].comfyui, results[0].frontend]
-        for group in GROUPS:
-            one = by_group.get(group)
-            cells.append("-" if one is None else one.text() + ("*" if one.pack != pack else ""))
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", "passed/failed/skipped, minutes:seconds"])
+    for row in rows:
+        cells = [text(row.groups.get(group, []), pack) for group in GROUPS]
+        lines.append(f"| {' | '.join([row.comfyui, row.frontend, *cells])} |")
+    legend = (
+        "passed/failed/skipped, minutes:seconds; * with results of an earlier state of the pack"
+    )
+    return "\n".join([*lines, "", legend])
 
 
-def results_of(path: str, frontend: str | None, options: argparse.Namespace) -> list[Result]:
+def row_of(path: str, frontend: str | None, options: argparse.Namespace) -> Row:
     """Run what is to be run in one ComfyUI, and return all that is known of it."""
     runtime = runtime_for(path, frontend)
-    name = f"{Checkout(runtime.path).version}-{installed_frontend(runtime)}"
-    results = []
+    row = Row(Checkout(runtime.path).version, installed_frontend(runtime), {})
+    name = f"{row.comfyui}-{row.frontend}"
     for group in GROUPS:
-        file = RESULTS / name / f"{group}.json"
-        known = read(file)
-        fresh = known and known.green and (options.keep or known.pack == state_of_pack())
-        if (options.only and group not in options.only) or (fresh and not options.again):
-            results += [known] if known else []
-            continue
-        say(f"ComfyUI {name}: {group} …")
-        result = run_group(runtime, file.parent, group, options.processes)
-        write(file, result)
-        say(f"ComfyUI {name}: {group} {result.text()} ({file.with_suffix('.log')})")
-        results.append(result)
-    return results
+        place = RESULTS / name / f"{group}.json"
+        files = sorted(
+            f.relative_to(ROOT).as_posix() for f in (ROOT / "tests" / group).glob("test_*.py")
+        )
+        known = {file: one for file, one in read(place).items() if file in files}
+        if not options.only or group in options.only:
+            pack = state_of_pack()
+            stands = {
+                f for f, one in known.items() if one.green and (options.keep or one.pack == pack)
+            }
+            wanted = [file for file in files if options.again or file not in stands]
+            if wanted:
+                say(f"ComfyUI {name}: {len(wanted)} of {len(files)} files of {group} …")
+                fresh = run_files(runtime, place.parent, group, wanted, options.processes)
+                known |= {result.file: result for result in fresh}
+                write(place, known.values())
+            say(f"ComfyUI {name}: {group} {text([*known.values()], pack)}")
+        row.groups[group] = list(known.values())
+    return row
 
 
 def main() -> int:
@@ -191,10 +225,8 @@ def main() -> int:
     )
     parser.add_argument("--processes", type=int, metavar="N", help="so many processes of pytest")
     options = parser.parse_args()
-    rows = []
     try:
-        for path, frontend in targets_of(options.comfyui):
-            rows.append(results_of(path, frontend, options))
+        rows = [row_of(*target, options) for target in targets_of(options.comfyui)]
     except SetupError as error:
         say(str(error))
         return error.code
@@ -204,9 +236,8 @@ def main() -> int:
     except KeyboardInterrupt:
         say("Stopped. Run the same command again to go on from here.")
         return 130
-    rows = [row for row in rows if row]
     print(table(rows, state_of_pack()))
-    return 0 if rows and all(one.green for row in rows for one in row) else 1
+    return 0 if all(row.green for row in rows) else 1
 
 
 if __name__ == "__main__":

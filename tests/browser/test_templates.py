@@ -94,8 +94,21 @@ class Page:
         }
 
 
+@pytest.fixture(scope="module")
+def files(server: Any) -> None:
+    """The files that the templates name: without them front ends mark the nodes as wrong."""
+    [checkpoint] = {_twin(name)["1"]["inputs"].get("ckpt_name") for name in TEMPLATES} - {None}
+    (server.output / "checkpoints").mkdir(exist_ok=True)
+    (server.output / "checkpoints" / checkpoint).write_bytes(b"")
+    for name in TEMPLATES:
+        for node in _twin(name).values():
+            lora = node["inputs"].get("lora_name", "(")
+            if not lora.startswith("("):
+                _write_lora(server.output / "loras" / lora)
+
+
 @pytest.fixture(scope="module", params=[False, True], ids=["classic", "nodes 2.0"])
-def page(request: pytest.FixtureRequest, browser: Any, server: Any) -> Iterator[Page]:
+def page(request: pytest.FixtureRequest, browser: Any, server: Any, files: None) -> Iterator[Page]:
     opened = Page(browser, server, request.param)
     yield opened
     opened.page.context.close()
@@ -128,9 +141,8 @@ def test_a_template_opens(page: Page, name: str):
     assert page.ask(GROUPED) == [], "nodes outside every group"
 
 
-def test_ranks_are_shown_in_the_node(page: Page, server: Any):
+def test_ranks_are_shown_in_the_node(page: Page):
     name = "4 Inspect ranks"
-    _write_lora(server.output / "loras" / _twin(name)["1"]["inputs"]["lora_name"])
     page.open_template(name)
     page.errors.clear()
     page.ask("async () => { await app.queuePrompt(0) }")
@@ -148,8 +160,8 @@ def test_a_small_learning_rate_is_shown_and_can_be_typed(page: Page):
     if not page.nodes2:  # the canvas draws the value with as many decimals as this
         assert page.ask(f"() => {widget}.value.toFixed({widget}.options.precision)") == "0.000100"
         return
-    assert field.first.input_value() == "0.0001"
-    field.first.click()
+    assert float(field.first.input_value()) == 1e-4  # newer front ends add zeros
+    field.first.click(force=True)  # in newer front ends under what one drags
     for key in ("Control+a", "Delete"):
         page.page.keyboard.press(key)
     page.page.keyboard.type("0.00005", delay=50)

@@ -10,7 +10,14 @@ import pytest
 from lora2_tools import matrix
 from lora2_tools.comfyui import Runtime
 
-REPORT = """<testsuites><testsuite tests="9" failures="1" errors="1" skipped="2"/></testsuites>"""
+PANEL = "tests/browser/test_panel.py"
+REPORT = """<testsuites><testsuite name="pytest">
+<testcase classname="tests.host.test_a" name="one" time="1.25"/>
+<testcase classname="tests.host.test_a" name="two" time="0.5"><failure/></testcase>
+<testcase classname="tests.host.test_b" name="one" time="0"><skipped/></testcase>
+<testcase classname="tests.host.test_b" name="two" time="2"><error/></testcase>
+<testcase classname="" name="tests.host.test_c" time="0"><error>not imported</error></testcase>
+</testsuite></testsuites>"""
 
 
 def test_a_front_end_is_told_from_a_folder() -> None:
@@ -26,11 +33,26 @@ def test_a_front_end_is_told_from_a_folder() -> None:
 def test_counts_are_pytest_s(tmp_path: Path) -> None:
     report = tmp_path / "host.xml"
     report.write_text(REPORT)
-    assert matrix.counts(report) == (5, 2, 2)
-    for broken in ("", "<testsuites/>", None):
+    assert matrix.read_report(report, "now") == [
+        matrix.Result("tests/host/test_a.py", 1, 1, 0, 1.8, "now"),
+        matrix.Result("tests/host/test_b.py", 0, 1, 1, 2.0, "now"),
+        matrix.Result("tests/host/test_c.py", 0, 1, 0, 0.0, "now"),
+    ]
+    for broken in ("", "<testsuites>", None):
         report.unlink() if broken is None else report.write_text(broken)
         with pytest.raises(ValueError, match=r"host\.xml"):
-            matrix.counts(report)
+            matrix.read_report(report, "now")
+
+
+@pytest.mark.parametrize(
+    ("figures", "green"),
+    [((1, 0, 0), True), ((0, 0, 2), True), ((3, 1, 0), False), ((0, 0, 0), False)],
+)
+def test_green_means_that_tests_ran_and_none_failed(figures: tuple[int, ...], green: bool) -> None:
+    result = matrix.Result("a.py", *figures, 1.0, "now")
+    assert result.green == green == matrix.Row("1", "1", {"host": [result], "server": []}).green
+    with pytest.raises(ValueError, match="below 0"):
+        matrix.Result("a.py", -1, 0, 0, 1.0, "now")
 
 
 def test_a_change_of_the_pack_is_a_new_state(tmp_path: Path) -> None:
@@ -49,52 +71,60 @@ def test_a_change_of_the_pack_is_a_new_state(tmp_path: Path) -> None:
 
 @pytest.fixture
 def ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The groups that were run: browser is red at first."""
-    groups: list[str] = []
+    """The files that were run; test_panel is red at first."""
+    files: list[str] = []
     comfyui = tmp_path / "ComfyUI"
     comfyui.mkdir()
-    for name in ("requirements.txt", "comfyui_version.py"):
-        (comfyui / name).write_text("__version__ = '0.99.0'" if name.endswith(".py") else "")
-    runtime = Runtime(comfyui, Path("python"), False)
+    (comfyui / "requirements.txt").write_text("")
+    (comfyui / "comfyui_version.py").write_text("__version__ = '0.99.0'")
 
-    def run_group(_: Any, folder: Path, group: str, __: Any) -> matrix.Result:
+    def run_files(_: Any, folder: Path, __: str, wanted: list[str], ___: Any) -> Any:
         folder.mkdir(parents=True, exist_ok=True)
-        groups.append(group)
-        red = group == "browser" and groups.count(group) == 1
-        return matrix.Result("0.99.0", "1.5", group, 3, int(red), 1, 61.2, matrix.state_of_pack())
+        files.extend(wanted)
+        red = {PANEL} if files.count(PANEL) == 1 else set()
+        state = matrix.state_of_pack()
+        return [matrix.Result(one, 3, int(one in red), 1, 1.5, state) for one in wanted]
 
     monkeypatch.setattr(matrix, "RESULTS", tmp_path / "out")
-    monkeypatch.setattr(matrix, "runtime_for", lambda *_: runtime)
+    monkeypatch.setattr(matrix, "runtime_for", lambda *_: Runtime(comfyui, Path("python"), False))
     monkeypatch.setattr(matrix, "installed_frontend", lambda _: "1.5")
-    monkeypatch.setattr(matrix, "run_group", run_group)
+    monkeypatch.setattr(matrix, "run_files", run_files)
     monkeypatch.setattr(matrix, "state_of_pack", lambda: "now")
-    return groups
+    return files
 
 
-def _results(**options: Any) -> list[matrix.Result]:
+def _row(**options: Any) -> matrix.Row:
     given = {"only": None, "again": False, "keep": False, "processes": None, **options}
-    return matrix.results_of("x", None, SimpleNamespace(**given))  # type: ignore[arg-type]
+    return matrix.row_of("x", None, SimpleNamespace(**given))  # type: ignore[arg-type]
 
 
 def test_a_second_run_does_only_what_was_red(
     ran: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    assert [one.green for one in _results()] == [True, True, False]
-    assert all(one.green for one in _results())
-    assert ran == ["host", "server", "browser", "browser"]
+    assert not _row().green
+    every = list(ran)
+    assert {Path(file).parent.name for file in every} == set(matrix.GROUPS)
+    ran.clear()
+    ran.append(PANEL)  # it is red the first time alone
+    assert _row().green and ran == [PANEL, PANEL]
+    assert _row().green and ran == [PANEL, PANEL]
     monkeypatch.setattr(matrix, "state_of_pack", lambda: "later")
-    kept = _results(keep=True)
-    assert len(ran) == 4 and matrix.table([kept], "later").count("*") == 3
-    (tmp_path / "out" / "0.99.0-1.5" / "host.json").write_text('{"passed": 3}')
-    _results(only=["host"], keep=True)
-    assert ran[4:] == ["host"], "what cannot be read counts for nothing"
-    _results()
-    assert ran[5:] == ["server", "browser"], "what an earlier state has passed is run again"
-    _results(again=True, only=["server"])
-    assert ran[7:] == ["server"]
+    kept = _row(keep=True)
+    assert kept.green and len(ran) == 2 and matrix.table([kept], "later").count("*") == 4
+    (tmp_path / "out" / "0.99.0-1.5" / "host.json").write_text('[{"passed": 3}]')
+    host = [file for file in every if "/host/" in file]
+    _row(only=["host"], keep=True)
+    assert ran[2:] == host, "what cannot be read counts for nothing"
+    _row()
+    assert ran[2:] == every, "what an earlier state has passed is run again"
+    _row(again=True, only=["host"])
+    assert ran[2 + len(every) :] == host
 
 
 def test_the_table_shows_every_group(ran: list[str]) -> None:
-    shown = matrix.table([_results(only=["host"]), _results()], "now")
-    assert "| 0.99.0 | 1.5 | 3/0/1, 1:01 | - | - |" in shown
-    assert "| 0.99.0 | 1.5 | 3/0/1, 1:01 | 3/0/1, 1:01 | 3/1/1, 1:01 |" in shown
+    first, whole = _row(only=["browser"]), _row()
+    count = len([file for file in ran if "/browser/" in file]) - 1  # one of them twice
+    shown = matrix.table([first, whole], "now")
+    seconds = f"0:{round(1.5 * count):02}"
+    assert f"| 0.99.0 | 1.5 | - | - | {3 * count}/1/{count}, {seconds} |" in shown
+    assert f"{3 * count}/0/{count}, {seconds} |" in shown
