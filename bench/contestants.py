@@ -186,7 +186,7 @@ def run_train_lora_node(
     latents, positive = _encoded(parts)
     original = node.trange
     node.trange = lambda total, **_: _Range(total, between)
-    settings = {
+    settings: dict[str, Any] = {
         "batch_size": BATCH,
         "steps": steps,
         "grad_accumulation_steps": 1,
@@ -201,6 +201,10 @@ def run_train_lora_node(
         "gradient_checkpointing": checkpointing,
         "existing_lora": "[None]",
     }
+    # What newer versions ask for too (buckets, offloading, depth of checkpoints, ...).
+    schema = node.TrainLoraNode.define_schema()
+    given = {*settings, "model", "latents", "positive"}
+    settings |= {more.id: more.default for more in schema.inputs if more.id not in given}
     try:
         with torch.inference_mode():  # as ComfyUI runs every node
             node.TrainLoraNode.execute(

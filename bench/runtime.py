@@ -1,4 +1,7 @@
-"""A real ComfyUI and the pack in this process, for the benchmarks."""
+"""A real ComfyUI and the pack in this process, for the benchmarks.
+
+The packaged ComfyUI, or the one whose folder the environment's ``LORA2_COMFYUI`` names.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def enter() -> None:
     """Make comfy importable, on the CPU, and the pack as ``lora2_pack``."""
-    comfyui = _tool("comfyui").ensure(os.environ.get("LORA2_COMFYUI"), dev=True)
-    sys.path.insert(0, str(comfyui.path))
+    tool = _tool("comfyui")
+    comfyui = tool.find(os.environ.get("LORA2_COMFYUI")) or tool.ensure(dev=True).path
+    sys.path.insert(0, str(comfyui))
     options: Any = importlib.import_module("comfy.options")
     options.enable_args_parsing(False)  # the arguments are the benchmark's
     arguments: Any = importlib.import_module("comfy.cli_args").args
@@ -29,6 +33,9 @@ def rerun_in_environment() -> None:
     if importlib.util.find_spec("torch") is not None:
         return
     found = ROOT / ".venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    named = os.environ.get("LORA2_COMFYUI")
+    if named:  # with packages of its own
+        found = _tool("checkouts").runtime_for(named).python
     if not found.is_file():
         sys.exit("There is no .venv yet. Run: python3 tools/comfyui.py --dev")
     os.execv(found, [str(found), *sys.argv])

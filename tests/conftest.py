@@ -7,6 +7,7 @@ ComfyUI's `server.py`.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import os
@@ -34,7 +35,7 @@ def _load_tools() -> None:
     """Import the tools, which find each other in their own folder, as `lora2_tools`."""
     sys.path.insert(0, str(TOOLS))
     try:
-        for name in ("environment", "packaged", "comfyui", "client", "demo"):
+        for name in ("environment", "packaged", "comfyui", "checkouts", "client", "demo", "matrix"):
             sys.modules[f"lora2_tools.{name}"] = importlib.import_module(name)
             setattr(sys.modules["lora2_tools"], name, sys.modules[name])
         # Never under its bare name, which is ComfyUI's.
@@ -63,7 +64,8 @@ def _find_runtime() -> Any:
         raise pytest.UsageError(
             f"{sys.executable} lacks {', '.join(missing)}. Run: python3 tools/test.py"
         )
-    return runtime
+    # The booted server runs in what the tests run in, not in an environment that lies beside it.
+    return dataclasses.replace(runtime, python=Path(sys.executable))
 
 
 def _enter_comfyui(comfyui: Path, directory: Path) -> None:

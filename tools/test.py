@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Run every check of the pack in a real ComfyUI: lint, format, types, tests.
 
-    python3 tools/test.py [--comfyui PATH] [arguments for pytest]
+    python3 tools/test.py [--comfyui PATH] [--frontend VERSION] [arguments for pytest]
 
-All checks run even when one fails; the last line says which did.
+All checks run even when one fails; the last line says which did. In another ComfyUI than the
+packaged one, the tests that meet it are run (host, server, browser), in an environment of its own.
 """
 
 from __future__ import annotations
@@ -14,44 +15,33 @@ import subprocess
 import sys
 import time
 
-from comfyui import ROOT, Runtime, ensure
+from checkouts import runtime_for
+from comfyui import ROOT, Runtime
 from environment import SetupError, say
+from suite import GROUPS, side_by_side, variables_for
 
 GREEN, RED, BOLD, PLAIN = "32", "31", "1", "0"
-MOST_PROCESSES = 4  # each boots a ComfyUI of its own
-
-
-def side_by_side() -> list[str]:
-    """Arguments of pytest for the whole suite: files of tests side by side, if there are cores.
-
-    Those that share a server stay together (tests/conftest.py); they take longest and come first.
-    """
-    processes = min(os.cpu_count() or 1, MOST_PROCESSES)
-    if processes == 1:
-        return []
-    return ["-n", str(processes), "--dist", "loadgroup", "--no-loadscope-reorder"]
 
 
 def steps(runtime: Runtime, pytest_arguments: list[str]) -> dict[str, list[str]]:
     """Return the command of each check by its name."""
     python = str(runtime.python)
+    pytest = [python, "-m", "pytest"]
+    if not runtime.packaged:
+        groups = [*side_by_side(), *(f"tests/{group}" for group in GROUPS)]
+        return {"pytest": [*pytest, *(pytest_arguments or groups)]}
     return {
         "ruff check": [python, "-m", "ruff", "check", "."],
         "ruff format": [python, "-m", "ruff", "format", "--check", "."],
         "pyright": [python, "-m", "basedpyright", "--pythonpath", python],
-        "pytest": [python, "-m", "pytest", *(pytest_arguments or side_by_side())],
+        "pytest": [*pytest, *(pytest_arguments or side_by_side())],
     }
 
 
 def run_step(name: str, command: list[str], runtime: Runtime) -> bool:
     """Run one check, show its output and its time, and return whether it passed."""
     print(_coloured(f"== {name}", BOLD), flush=True)
-    variables = os.environ | {"LORA2_COMFYUI": str(runtime.path)}
-    if "-n" in command:  # or every process would take all cores for each product of matrices
-        variables.setdefault("OMP_NUM_THREADS", "1")
-    if name == "pyright":
-        # For a ComfyUI elsewhere than in .comfyui/. The tests put it on their path themselves.
-        variables["PYTHONPATH"] = str(runtime.path)
+    variables = variables_for(runtime, command)
     started = time.monotonic()
     passed = subprocess.run(command, cwd=ROOT, env=variables, check=False).returncode == 0
     verdict = _coloured("passed", GREEN) if passed else _coloured("FAILED", RED)
@@ -74,9 +64,10 @@ def main() -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--comfyui", metavar="PATH", help="the folder of a ComfyUI to use")
+    parser.add_argument("--frontend", metavar="VERSION", help="another front end than its own")
     options, pytest_arguments = parser.parse_known_args()
     try:
-        runtime = ensure(options.comfyui, dev=True)
+        runtime = runtime_for(options.comfyui, options.frontend)
     except SetupError as error:
         say(str(error))
         return error.code

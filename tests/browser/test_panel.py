@@ -13,7 +13,7 @@ import pytest
 import torch
 from lora2_pack.lora2_core import lora_file
 from lora2_pack.lora2_core.files.component import Component
-from lora2_pack.tests.browser.test_templates import READY, TEMPLATES, Page
+from lora2_pack.tests.browser.test_templates import READY, TEMPLATES, TOAST, Page
 from lora2_pack.tests.core.toy import thumbnail
 from lora2_pack.tests.server.graphs import Workflow, changed, quick, twin
 
@@ -104,6 +104,7 @@ def test_a_training_shows_itself_while_a_prompt_is_painted(page: Page, server: A
     _reload(page)
     panel = page.page.locator(f'{PANEL}[data-job-id="{job_id}"]')
     panel.wait_for(state="attached", timeout=SECONDS)
+    page.ask(SHOW)  # newer front ends open it elsewhere, and out of sight nothing is drawn
     page.page.wait_for_function(f"old => {POINTS[6:]} >= old", arg=before, timeout=SECONDS)
     later = page.ask(HISTORY, job_id)
     count = len(earlier["steps"])
@@ -312,8 +313,9 @@ def _widen(page: Page) -> None:
 
 def _close_toasts(page: Page) -> None:
     """They lie over the Run button."""
-    page.ask("() => document.querySelectorAll('.p-toast-close-button').forEach(b => b.click())")
-    page.page.locator(".p-toast-message").first.wait_for(state="detached")
+    buttons = ".p-toast-close-button, [data-testid=toast-close]"
+    page.ask(f"() => document.querySelectorAll('{buttons}').forEach(b => b.click())")
+    page.page.locator(TOAST).first.wait_for(state="detached")
 
 
 def _press(page: Page, what: str) -> None:

@@ -20,6 +20,9 @@ TEMPLATES = {
     "3 Load a variable-rank LoRA": "load_lora",
     "4 Inspect ranks": "inspect_ranks",
 }
+# By what front ends from 1.32 to 1.58 call them.
+DIALOG = "[role=dialog]:visible"
+TOAST = ".p-toast-message, [data-testid=toast]"
 READY = "() => window.app?.canvas && window.app.graph && window.app.extensionManager?.setting"
 # Where a node is: in Nodes 2.0 as drawn, else as the canvas sees it; left, top, right, bottom.
 BOXES = """() => app.graph.nodes.map(node => {
@@ -31,9 +34,6 @@ BOXES = """() => app.graph.nodes.map(node => {
   const box = element.getBoundingClientRect(), scale = app.canvas.ds.scale;
   return [node.id, box.left / scale, box.top / scale, box.right / scale, box.bottom / scale];
 })"""
-# Our thumbnails are 512 px wide, the placeholder for a missing one is not.
-PICTURES = """() => [...document.querySelectorAll('.p-dialog img')]
-  .filter(image => image.naturalWidth === 512).length === 4"""
 # The font in which the table of ranks is shown, once it is.
 SHOWN = """() => {
   const holds = element => (element.value ?? element.textContent).includes("Mean rank");
@@ -71,14 +71,14 @@ class Page:
     def browse_templates(self) -> None:
         offered = self.server.get("/api/workflow_templates")
         [pack] = [name for name, found in offered.items() if set(TEMPLATES) <= set(found)]
-        if self.page.locator(".p-dialog").count() == 0:
+        if self.page.locator(DIALOG).count() == 0:
             self.page.get_by_text("Templates", exact=True).first.click()
-        self.page.locator(".p-dialog").get_by_text(pack, exact=True).first.click()
+        self.page.locator(DIALOG).get_by_text(pack, exact=True).first.click()
 
     def pick_template(self, name: str) -> None:
         """Open a template as people do."""
         self.browse_templates()
-        self.page.locator(".p-dialog").get_by_text(name, exact=True).first.click()
+        self.page.locator(DIALOG).get_by_text(name, exact=True).first.click()
         self._await_template(name)
 
     def open_template(self, name: str) -> None:
@@ -107,8 +107,21 @@ class Page:
         }
 
 
+@pytest.fixture(scope="module")
+def files(server: Any) -> None:
+    """The files that the templates name: without them front ends mark the nodes as wrong."""
+    [checkpoint] = {_twin(name)["1"]["inputs"].get("ckpt_name") for name in TEMPLATES} - {None}
+    (server.output / "checkpoints").mkdir(exist_ok=True)
+    (server.output / "checkpoints" / checkpoint).write_bytes(b"")
+    for name in TEMPLATES:
+        for node in _twin(name).values():
+            lora = node["inputs"].get("lora_name", "(")
+            if not lora.startswith("("):
+                _write_lora(server.output / "loras" / lora)
+
+
 @pytest.fixture(scope="module", params=[False, True], ids=["classic", "nodes 2.0"])
-def page(request: pytest.FixtureRequest, browser: Any, server: Any) -> Iterator[Page]:
+def page(request: pytest.FixtureRequest, browser: Any, server: Any, files: None) -> Iterator[Page]:
     opened = Page(browser, server, request.param)
     yield opened
     opened.page.context.close()
@@ -120,12 +133,11 @@ def _twin(name: str) -> dict[str, Any]:
 
 def test_the_template_browser_shows_all_with_their_pictures(page: Page):
     page.browse_templates()
-    dialog = page.page.locator(".p-dialog")
+    dialog = page.page.locator(DIALOG)
     for name in TEMPLATES:
         dialog.get_by_text(name, exact=True).first.wait_for(timeout=10_000)
-    drawn = (
-        "() => [...document.querySelectorAll('.p-dialog img')].filter(i => i.naturalWidth > 256)"
-    )
+    drawn = "() => [...document.querySelectorAll('[role=dialog] img')]"
+    drawn += ".filter(image => image.naturalWidth > 256)"
     page.page.wait_for_function(f"{drawn[6:]}.length >= 4", timeout=10_000)
     assert page.ask(f"{drawn}.length") == len(TEMPLATES)
 
@@ -134,7 +146,7 @@ def test_the_template_browser_shows_all_with_their_pictures(page: Page):
 def test_a_template_opens(page: Page, name: str):
     page.errors.clear()
     page.pick_template(name)
-    assert page.page.locator(".p-dialog:visible").count() == 0, "something is missing"
+    assert page.page.locator(DIALOG).count() == 0, "something is missing"
     assert page.errors == []
     assert page.ask("() => app.graph.nodes.filter(n => n.has_errors).map(n => n.type)") == []
     assert page.prompt() == _twin(name)
@@ -142,9 +154,8 @@ def test_a_template_opens(page: Page, name: str):
     assert page.ask(GROUPED) == [], "nodes outside every group"
 
 
-def test_ranks_are_shown_in_the_node(page: Page, server: Any):
+def test_ranks_are_shown_in_the_node(page: Page):
     name = "4 Inspect ranks"
-    _write_lora(server.output / "loras" / _twin(name)["1"]["inputs"]["lora_name"])
     page.open_template(name)
     page.errors.clear()
     page.ask("async () => { await app.queuePrompt(0) }")
@@ -162,8 +173,8 @@ def test_a_small_learning_rate_is_shown_and_can_be_typed(page: Page):
     if not page.nodes2:  # the canvas draws the value with as many decimals as this
         assert page.ask(f"() => {widget}.value.toFixed({widget}.options.precision)") == "0.000100"
         return
-    assert field.first.input_value() == "0.0001"
-    field.first.click()
+    assert float(field.first.input_value()) == 1e-4  # newer front ends add zeros
+    field.first.click(force=True)  # in newer front ends under what one drags
     for key in ("Control+a", "Delete"):
         page.page.keyboard.press(key)
     page.page.keyboard.type("0.00005", delay=50)

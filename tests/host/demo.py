@@ -8,6 +8,7 @@ from typing import Any
 import comfy.lora
 import comfy.model_base
 import comfy.model_management
+import comfy.ops
 import torch
 from lora2_pack.lora2_core import comfy_host
 from lora2_pack.lora2_core.config.ranks import RankConfig
@@ -43,6 +44,23 @@ def weights(model: Any) -> dict[str, Tensor]:
     """Every weight of a MODEL as it would sample now, cloned."""
     comfy.model_management.load_models_gpu([model], force_full_load=True)
     return {name: value.clone() for name, value in model.model.state_dict().items()}
+
+
+def in_scaled_fp8(layer: torch.nn.Linear) -> Any:
+    """The layer, without its bias, in fp8 with a scale beside it, as this ComfyUI's loaders do."""
+    scale = layer.weight.detach().abs().max() / 400
+    weight = (layer.weight.detach() / scale).to(torch.float8_e4m3fn)
+    if hasattr(comfy.ops, "scaled_fp8_ops"):  # until 0.4.0
+        kind = comfy.ops.scaled_fp8_ops(override_dtype=weight.dtype).Linear
+        new = kind(layer.in_features, layer.out_features, bias=False, dtype=torch.float32)
+        new.weight = torch.nn.Parameter(weight, False)
+        new.scale_weight = torch.nn.Parameter(scale, False)
+        return new
+    kind = comfy.ops.mixed_precision_ops(compute_dtype=torch.float32).Linear
+    new = kind(layer.in_features, layer.out_features, bias=False)
+    told = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
+    new.load_state_dict({"weight": weight, "weight_scale": scale, "comfy_quant": told})
+    return new
 
 
 def photos(count: int = 3) -> list[Photo]:

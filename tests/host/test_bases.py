@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 FP8 = torch.float8_e4m3fn
 PLAIN = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp8": FP8}
 KINDS = [*PLAIN, "scaled fp8"]
-OLD = hasattr(comfy.ops, "scaled_fp8_ops")  # its own kind of layer, until 0.3.x
+OLD = hasattr(comfy.ops, "scaled_fp8_ops")  # its own kind of layer, until 0.4.0
 
 
 @pytest.fixture(scope="module")

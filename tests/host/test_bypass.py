@@ -9,7 +9,6 @@ from typing import Any
 
 import comfy.model_management
 import comfy.model_patcher
-import comfy.ops
 import comfy.utils
 import pytest
 import torch
@@ -172,22 +171,17 @@ def test_the_base_is_not_taken_for_another(model: Any, parts: Any):
 def test_scaled_fp8_weights_are_left_alone(model: Any):
     """A layer in fp8 with a scale beside it, in a model that computes in another type."""
     private = comfy_host.private_copy(model, "fp32")
-    old = comfy.utils.get_attr(private, LAYER)
-    kind = comfy.ops.scaled_fp8_ops(override_dtype=torch.float8_e4m3fn).Linear
-    layer = kind(old.in_features, old.out_features, bias=False, dtype=torch.float32)
-    layer.reset_parameters()
-    scale = old.weight.abs().max() / 400
-    layer.weight = torch.nn.Parameter((old.weight / scale).to(torch.float8_e4m3fn), False)
-    layer.scale_weight = torch.nn.Parameter(scale, False)
+    layer = demo.in_scaled_fp8(comfy.utils.get_attr(private, LAYER))
     comfy.utils.set_attr(private, LAYER, layer)
     cpu = torch.device("cpu")
     patcher = comfy.model_patcher.ModelPatcher(private, load_device=cpu, offload_device=cpu)
     assert patcher.model_dtype() == torch.float32
-    before = layer.weight.clone()
+    numbers = lambda: getattr(layer.weight, "_qdata", layer.weight).view(torch.uint8)  # noqa: E731
+    before = numbers().clone()
     patched = _apply(patcher, _lora(model, 1), "auto")
     assert set(bypass.branches_of(patched)) == {f"{LAYER}.weight"}, (
         "what is exact is merged, what is not"
     )
     assert f"{LAYER}.weight" not in patched.patches and len(patched.patches) > 100
     _load(patched)
-    assert torch.equal(layer.weight.view(torch.uint8), before.view(torch.uint8))
+    assert torch.equal(numbers(), before)

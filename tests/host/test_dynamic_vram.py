@@ -276,6 +276,7 @@ def test_the_cache_tells_a_patched_clip_from_a_bare_one(own: Any, kind: Kind):
     assert identity(0) == Encoder(model.model, clip, vae, TensorCache(None)).identity
 
 
+@torch.inference_mode()  # as nodes are run, which loaded the weights for the tests before
 def test_a_run_of_an_earlier_version_goes_on(own: Any):
     """Its checkpoint names the VAE and CLIP by the hashes of what was loaded."""
     model, clip, vae = own

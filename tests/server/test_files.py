@@ -124,6 +124,7 @@ def test_comfyui_s_own_lora_model_nodes_take_it(studio: Studio, file: Path):
     train = training(SEED, steps=8, learning_rate=0.02, target_rank=4.0, file_name="tests/model")
     nodes = {k: v for k, v in train.items() if k != "1"}
     apply = {"model": ["1", 0], "lora": ["3", 5], "strength_model": 1.0}
+    apply["bypass"] = False  # which 0.14.0 and newer ask for
     nodes["x"] = {"class_type": "LoraModelLoader", "inputs": apply}
     save = {"lora": ["3", 5], "prefix": "loras/tests/stock", "steps": 0}
     nodes["s"] = {"class_type": "SaveLoRA", "inputs": save}

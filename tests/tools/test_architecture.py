@@ -72,6 +72,7 @@ TEXT_SUFFIXES = {
 }
 NOT_OURS = {
     ".comfyui",
+    ".environments",
     ".git",
     ".hypothesis",
     ".pytest_cache",

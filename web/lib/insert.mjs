@@ -19,13 +19,22 @@ export async function insertLoader(app, file) {
   canvas.emitBeforeChange?.(); // both ends make it one step for undo
   try {
     node.pos = place(canvas, graph, node, source?.node);
-    graph.add(node);
+    addAsIs(graph, node);
     source?.node.connect(source.slot, node, node.findInputSlot("model"));
   } finally {
     canvas.emitAfterChange?.();
   }
   show(canvas, node);
   return { node, connected: Boolean(source) };
+}
+
+/** Newer front ends give an added node the values of an earlier one of its number, now gone. */
+function addAsIs(graph, node) {
+  const values = node.widgets.map((widget) => widget.value);
+  graph.add(node);
+  for (const [place, widget] of node.widgets.entries()) {
+    if (widget.value !== values[place]) widget.value = values[place];
+  }
 }
 
 async function createLoader(app, file) {

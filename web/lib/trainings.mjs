@@ -98,7 +98,8 @@ export function nodeOf(path) {
 function named(node, job) {
   const value = node.widgets?.find((widget) => widget.name === "file_name")?.value;
   if (typeof value !== "string" || value.includes("%")) return true;
-  const linked = node.inputs?.some((input) => input.name === "file_name" && input.link != null);
+  const slot = node.findInputSlot("file_name");
+  const linked = slot >= 0 && node.isInputConnected(slot);
   const stem = value.replace(/\.safetensors$/, "").split(/[\\/]/).at(-1).trim();
   return linked || !job.name || job.name.startsWith(stem);
 }

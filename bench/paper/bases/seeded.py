@@ -6,6 +6,7 @@ Nothing is learnt from them; what loads and trains with these loads and trains w
 from __future__ import annotations
 
 import importlib
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,10 @@ def _on_meta(shape: str) -> dict[str, Tensor]:
     with torch.device("meta"):
         vae = autoencoder.AutoencoderKL(ddconfig=_VAE, embed_dim=4).state_dict()
         texts = base.model_config.clip_target().clip(device="meta", dtype=torch.float16)
-    return base.state_dict_for_saving(texts.state_dict(), vae)
+    saving: Any = base.state_dict_for_saving
+    newer = "unet_state_dict" in inspect.signature(saving).parameters  # from 0.12.0
+    unet = [base.diffusion_model.state_dict()] if newer else []
+    return saving(*unet, texts.state_dict(), vae)
 
 
 def _seeded(name: str, weight: Tensor, generator: torch.Generator) -> Tensor:

@@ -4,6 +4,7 @@ Everything is of ComfyUI's real classes; only sizes are small. This folder is sh
 server and is no part of the pack.
 """
 
+import dataclasses
 import functools
 import gc
 import hashlib
@@ -12,6 +13,7 @@ import threading
 from pathlib import Path
 from types import ModuleType
 
+import comfy.ldm.flux.model
 import comfy.model_management
 import comfy.sd
 import comfy.sdxl_clip
@@ -38,6 +40,7 @@ def _core() -> ModuleType:
 
 _CORE = _core()
 _DEMO = _CORE.tiny_sdxl.model
+_FLUX = {field.name for field in dataclasses.fields(comfy.ldm.flux.model.FluxParams)}
 _DETECTED_BY = ("model_channels", "use_linear_in_transformer", "transformer_depth", "context_dim")
 
 
@@ -90,6 +93,8 @@ def _other_family(kind: str) -> ModelPatcher:
                 "patch_size": 2,
                 "qkv_bias": True,
                 "guidance_embed": True,
+                # Newer versions ask for it, older ones do not take it.
+                **({"txt_ids_dims": []} if "txt_ids_dims" in _FLUX else {}),
             }
         )
     else:
