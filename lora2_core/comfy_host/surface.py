@@ -175,6 +175,8 @@ TABLE: tuple[Used, ...] = (
     *_of(
         _LISTS,
         "folder_paths",
+        "base_path",
+        "filename_list_cache",
         "folder_names_and_paths",
         "get_filename_list",
         "get_folder_paths",

@@ -37,6 +37,7 @@ HIDDEN = {
     "folder_paths.get_input_directory": {"LoRA2ImageFolder"},
     "folder_paths.get_input_subfolders": {"LoRA2ImageFolder"},
     "folder_paths.folder_names_and_paths": LORAS,
+    "folder_paths.filename_list_cache": LORAS,
 }
 
 
