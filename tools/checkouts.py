@@ -128,7 +128,8 @@ def _filled(environment: Environment, wanted: str) -> bool:
         stamp = (environment.folder / STAMP).read_text(encoding="utf-8")
     except OSError:
         return False
-    whole = stamp == wanted and environment.python.exists()
+    below = environment.site_packages / BENEATH
+    whole = stamp == wanted and environment.python.exists() and below.is_file()
     return whole and not any(environment.broken_packages(thorough=False))
 
 

@@ -116,7 +116,10 @@ def read_report(report: Path, pack: str) -> list[Result]:
         kind = 1 if outcomes & {"failure", "error"} else 2 if "skipped" in outcomes else 0
         counts[file][kind] += 1
         seconds[file] += float(case.get("time", 0))
-    return [Result(file, *counts[file], round(seconds[file], 1), pack) for file in sorted(counts)]
+    results = []
+    for file, (passed, failed, skipped) in sorted(counts.items()):
+        results.append(Result(file, passed, failed, skipped, round(seconds[file], 1), pack))
+    return results
 
 
 def run_files(
