@@ -87,23 +87,27 @@ def _training(name: str, **inputs: Any) -> Workflow:
     return changed(short, "3", **settings, **inputs)
 
 
-def _clear_checkpoints(page: Page, server: Any) -> None:
+def _kept(server: Any) -> set[Path]:
+    return set((server.directory / "user" / "lora2" / "checkpoints").glob("*.safetensors"))
+
+
+def _clear_checkpoints(page: Page, server: Any, before: set[Path]) -> None:
     """What stopped trainings have left is told, and deleted with one click."""
-    folder = server.directory / "user" / "lora2" / "checkpoints"
-    assert list(folder.glob("*.safetensors"))
+    own = _kept(server) - before
+    assert own
     told = page.page.locator("[data-testid=lora2-checkpoints]")
     told.wait_for()
     assert "checkpoint" in told.inner_text() and "MB" in told.inner_text()
     told.get_by_role("button", name="Delete").click()
     told.wait_for(state="hidden")
-    assert not list(folder.glob("*.safetensors"))
+    assert not own & _kept(server)
 
 
 # --- a real training ---------------------------------------------------------------------------
 
 
 def test_a_training_is_steered_with_the_keyboard_and_its_file_used(page: Page, server: Any):
-    name = f"steered_{int(page.nodes2)}"
+    name, before = f"steered_{int(page.nodes2)}", _kept(server)
     _open_tab(page)
     server.submit(_training(name, steps=5000))
     job_id = _named(page, name)
@@ -126,7 +130,7 @@ def test_a_training_is_steered_with_the_keyboard_and_its_file_used(page: Page, s
     stopped.wait_for(timeout=SECONDS)
     page.page.locator(TOAST, has_text=name).first.wait_for()
     _load_and_check(page, stopped, name)
-    _clear_checkpoints(page, server)
+    _clear_checkpoints(page, server, before)
 
 
 _STEP = """Number(document.querySelector(

@@ -63,10 +63,12 @@ def kill_and_resume(folder: Path, seed: int, kills: int) -> None:
         number += 1
         count = draw.choice((1, 1, 2))
         moments = [draw.uniform(0.05, 0.95) * length / count for _ in range(count)]
-        hit = sum([_killed(path, moment) for moment in moments])
+        killed = [_killed(path, moment) for moment in moments]
+        hit = sum(killed)
         done += hit
         kept = len(list((path.parent / "checkpoints").glob("*.safetensors")))
-        ended = os.waitpid(_child(path), 0)[1] == 0
+        # Whoever came to an end before the signal has saved: one more would be another run.
+        ended = not killed[-1] or os.waitpid(_child(path), 0)[1] == 0
         left = [p.name for p in path.parent.rglob("*") if p.is_file() and p != path]
         same = ended and path.read_bytes() == whole.read_bytes()
         told = {"moments": moments, "killed": hit, "kept": kept, "same": same, "left": left}

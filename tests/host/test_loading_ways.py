@@ -147,9 +147,7 @@ def test_strengths_by_place(model: Any, strengths: dict, inside: Any, way: str):
     patched = _apply(model, state, strengths=Strengths(**strengths), way=way)
     names = layer_names(model, None)
     wanted = {key for name, key in names.items() if f"{name}.alpha" in state and inside(key)}
-    touched = set(patched.patches)
-    for injections in patched.injections.values():
-        touched |= {key for one in injections for key in one.branches}
+    touched = {*patched.patches, *bypass.branches_of(patched)}
     assert touched == wanted and wanted
 
 

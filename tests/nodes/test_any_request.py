@@ -51,7 +51,7 @@ def _served(folder: Path, checkpoints: Path | None = None) -> tuple[web.Applicat
     assert [kept.state for kept in store.all()] == [INTERRUPTED]
     clients: list[str] = []
 
-    async def queue_prompt(_prompt: dict[str, Any], client: str) -> str:
+    async def queue_prompt(_prompt: dict[str, Any], client: str, _headers: Any) -> str:
         clients.append(client)
         return "prompt"
 
