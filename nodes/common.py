@@ -1,5 +1,6 @@
 """What the node files share: the category, the choice of no LoRA, advanced inputs, pictures."""
 
+import dataclasses
 from collections.abc import Iterable
 
 import numpy as np
@@ -23,6 +24,12 @@ def advanced(widget: io.WidgetInput) -> io.WidgetInput:
     """Mark a widget as advanced; ComfyUI versions that know no such thing show it as usual."""
     widget.extra_dict = {**(widget.extra_dict or {}), "advanced": True}
     return widget
+
+
+def also_called(*words: str) -> dict[str, list[str]]:
+    """For a schema: what else people may type to find its node, where ComfyUI knows such words."""
+    known = {field.name for field in dataclasses.fields(io.Schema)}
+    return {"search_aliases": list(words)} if "search_aliases" in known else {}
 
 
 def to_image(picture: Image.Image) -> torch.Tensor:

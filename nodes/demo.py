@@ -9,7 +9,7 @@ from ..lora2_core.tiny_sdxl.model import (
     fill_trained,
     text_configs,
 )
-from .common import CATEGORY
+from .common import CATEGORY, also_called
 
 
 class LoRA2DemoModel(io.ComfyNode):
@@ -17,6 +17,7 @@ class LoRA2DemoModel(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="LoRA2DemoModel",
+            **also_called("test model", "small sdxl"),
             display_name="Tiny SDXL (demo)",
             category=CATEGORY,
             description=(

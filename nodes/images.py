@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..lora2_core import comfy_host
 from ..lora2_core.data.photos import load_folder
-from .common import CATEGORY, advanced
+from .common import CATEGORY, advanced, also_called
 
 _PHOTOS = Path(__file__).parent.parent / "photos"
 _EXAMPLE_MARK = "example: "
@@ -17,6 +17,7 @@ class LoRA2ImageFolder(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="LoRA2ImageFolder",
+            **also_called("dataset", "load image batch", "training images"),
             display_name="Load images from a folder",
             category=CATEGORY,
             description=(

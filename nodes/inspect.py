@@ -13,7 +13,7 @@ from ..lora2_core.jobs.saving import TrainedLoRA
 from ..lora2_core.reports import comparison, inspector
 from ..lora2_core.reports.inspector import FileReport
 from ..lora2_core.reports.report import training_picture
-from .common import CATEGORY, NO_LORA, advanced, fingerprint, to_image
+from .common import CATEGORY, NO_LORA, advanced, also_called, fingerprint, to_image
 from .load import MORE
 from .screen.curves import training_history
 from .widgets.sockets import LoRA2Socket
@@ -27,6 +27,7 @@ class LoRA2InspectRanks(io.ComfyNode):
         names = comfy_host.lora_names()
         return io.Schema(
             node_id="LoRA2InspectRanks",
+            **also_called("lora info", "lora metadata", "rank map"),
             display_name="Inspect Ranks",
             category=CATEGORY,
             description=(

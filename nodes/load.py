@@ -6,7 +6,7 @@ from comfy_api.latest import io, ui
 
 from ..lora2_core import comfy_host
 from ..lora2_core.resizing.recent import LoRACache
-from .common import CATEGORY, NO_LORA, fingerprint
+from .common import CATEGORY, NO_LORA, also_called, fingerprint
 from .load_options import LoadOptions, LoadOptionsSocket
 from .widgets.limits import strength
 
@@ -20,6 +20,7 @@ class LoRA2Load(io.ComfyNode):
         names = comfy_host.lora_names()
         return io.Schema(
             node_id="LoRA2Load",
+            **also_called("lora loader", "load lora", "lora stack", "adalora"),
             display_name="Load Variable-Rank LoRA",
             category=CATEGORY,
             description=(

@@ -6,7 +6,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..lora2_core.config.load import BLOCKS, WAYS, Limits, Strengths
-from .common import CATEGORY
+from .common import CATEGORY, also_called
 from .widgets.limits import limit_widgets, limits_of, strength
 
 _PLACES = {
@@ -35,6 +35,7 @@ class LoRA2LoadOptions(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="LoRA2LoadOptions",
+            **also_called("block weights", "lora strength by block"),
             display_name="LoRA² load options",
             category=CATEGORY,
             description=(

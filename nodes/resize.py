@@ -11,7 +11,7 @@ from ..lora2_core.files.atomic import remove_leftovers_in
 from ..lora2_core.files.write import write_beside_others
 from ..lora2_core.resizing.resize import Resized, merge_files, resize_file
 from .background import job_queue
-from .common import CATEGORY, NO_LORA, fingerprint
+from .common import CATEGORY, NO_LORA, also_called, fingerprint
 from .widgets.limits import limit_widgets, limits_of
 
 _COUNT = 4
@@ -22,6 +22,7 @@ class LoRA2Resize(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="LoRA2Resize",
+            **also_called("shrink lora", "extract rank", "lora resize", "svd"),
             display_name="Resize LoRA",
             category=CATEGORY,
             description=(
@@ -78,6 +79,7 @@ class LoRA2Merge(io.ComfyNode):
             )
         return io.Schema(
             node_id="LoRA2Merge",
+            **also_called("combine loras", "merge lora", "sum of loras"),
             display_name="Merge LoRAs",
             category=CATEGORY,
             description=(

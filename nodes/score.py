@@ -9,7 +9,7 @@ from comfy_api.latest import io, ui
 from ..lora2_core import comfy_host
 from ..lora2_core.reports import scoring, vision
 from ..lora2_core.tiny_sdxl.judges import likeness_judges
-from .common import CATEGORY, to_pictures
+from .common import CATEGORY, also_called, to_pictures
 
 
 class LoRA2Score(io.ComfyNode):
@@ -17,6 +17,7 @@ class LoRA2Score(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="LoRA2Score",
+            **also_called("dino score", "clip score", "evaluate"),
             display_name="Score Pictures",
             category=CATEGORY,
             description=(

@@ -22,7 +22,7 @@ from ..lora2_core.training.memory import size
 from ..lora2_core.training.out_of_memory import suggestions
 from ..lora2_core.training.setup import TrainingSetup
 from .background import job_queue
-from .common import CATEGORY, advanced, to_image
+from .common import CATEGORY, advanced, also_called, to_image
 from .prompt_graph import base_of, needed_by
 from .screen import routes
 from .screen.curves import training_history
@@ -51,6 +51,7 @@ class LoRA2Train(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="LoRA2Train",
+            **also_called("lora trainer", "train lora", "dreambooth", "fine-tune", "adaptive rank"),
             display_name="Train LoRA² on images",
             category=CATEGORY,
             description=(

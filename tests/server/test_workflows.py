@@ -165,3 +165,12 @@ def _box(node: dict[str, Any]) -> tuple[float, float, float, float]:
     if node["flags"].get("collapsed"):
         width, height = 140, 0
     return x, y - 30, x + width, y + height
+
+
+def test_other_words_find_our_nodes(studio: Studio):
+    """Where ComfyUI has such words (0.33 has, 0.3.75 has not)."""
+    nodes = studio.server.get("/object_info")
+    if not any(node.get("search_aliases") for node in nodes.values()):
+        pytest.skip("this ComfyUI knows no other words for a node")
+    assert "train lora" in nodes["LoRA2Train"]["search_aliases"]
+    assert "merge lora" in nodes["LoRA2Merge"]["search_aliases"]
