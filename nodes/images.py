@@ -12,6 +12,17 @@ _PHOTOS = Path(__file__).parent.parent / "photos"
 _EXAMPLE_MARK = "example: "
 
 
+def _folder() -> io.Combo.Input:
+    return io.Combo.Input(
+        "folder",
+        options=_choices(),
+        tooltip=(
+            "A folder below ComfyUI's input folder, or an example that comes with the "
+            "pack. Copy your photos to input/my_subject and press R to see it here."
+        ),
+    )
+
+
 class LoRA2ImageFolder(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -25,14 +36,7 @@ class LoRA2ImageFolder(io.ComfyNode):
                 "file of the image's name (cat.png, cat.txt), empty where there is none."
             ),
             inputs=[
-                io.Combo.Input(
-                    "folder",
-                    options=_choices(),
-                    tooltip=(
-                        "A folder below ComfyUI's input folder, or an example that comes with the "
-                        "pack. Copy your photos to input/my_subject and press R to see it here."
-                    ),
-                ),
+                _folder(),
                 advanced(
                     io.String.Input(
                         "path",
