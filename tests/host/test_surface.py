@@ -149,7 +149,10 @@ def _load(parts: Parts, way: str) -> None:
         f"{LAYER}.lora_up.weight": torch.ones(width, 1),
     }
     file = LoRAFile(state, {})
-    assert comfy_host.apply_lora(*parts[:2], file, 1.0, 1.0, "a file", way=way).model.patches or way
+    patched = comfy_host.apply_lora(*parts[:2], file, 1.0, 1.0, "a file", way=way).model
+    weight = {f"{LAYER}.weight"}
+    beside = weight if way == "bypass" else set[str]()
+    assert (set(bypass.branches_of(patched)), set(patched.patches)) == (beside, weight - beside)
 
 
 def _paint(parts: Parts) -> None:
