@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lora2_pack.bench.resident import risen, settled
 from lora2_pack.lora2_core import comfy_host
 from lora2_pack.lora2_core.adapters.targets import find_targets
 from lora2_pack.lora2_core.config.load import Limits
@@ -22,18 +21,10 @@ from lora2_pack.lora2_core.lora_file import LoRAFileError
 from lora2_pack.lora2_core.reports import inspector
 from lora2_pack.lora2_core.resizing.recent import LoRACache
 from lora2_pack.tests.core import spoiling, toy
-from lora2_pack.tests.core.tries import TRIES
+from lora2_pack.tests.core.tries import TRIES, in_memory
 from lora2_pack.tests.host.demo import weights
 
 MOST_SECONDS, MOST_MEGABYTES = 2.0, 200.0
-
-
-@contextmanager
-def _little_memory() -> Iterator[None]:
-    """No more than 200 MB above what there is now, not even for a moment."""
-    before = settled()
-    yield
-    assert risen(before) < MOST_MEGABYTES
 
 
 def _use(path: Path, model: Any, cut: bool = True, merge: bool = True) -> str:
@@ -90,7 +81,7 @@ def test_two_thousand_spoilt_files(model: Any, tmp_path: Path, caplog: Any, kind
     told: Counter[str] = Counter()
     taken: Counter[str] = Counter()
     patches, uuid = dict(model.patches), model.patches_uuid
-    with _little_memory(), caplog.at_level(logging.ERROR):
+    with in_memory(MOST_MEGABYTES), caplog.at_level(logging.ERROR):
         for number in range(TRIES // len(MAKES)):
             way = ways[number % len(ways)]
             path.write_bytes(getattr(made, way)())
@@ -114,7 +105,7 @@ def test_a_hundred_megabytes_of_metadata(model: Any, tmp_path: Path):
     path = tmp_path / "x.safetensors"
     path.write_bytes(toy.raw_file(header, body))
     del header, body
-    with _little_memory():
+    with in_memory(MOST_MEGABYTES):
         refused = _use(path, model)
     assert "its header would take 100 MB, and 10 MB is the most" in refused
 
@@ -128,7 +119,7 @@ def test_headers_that_would_swell_in_memory(tmp_path: Path, part: str):
     count = 9_999_900 // len(part)
     path.write_bytes(toy.raw_file(f'{{"a":[{part * count}0]}}'.encode(), b""))
     started = time.process_time()
-    with _little_memory(), pytest.raises(LoRAFileError, match="is not a safetensors file"):
+    with in_memory(MOST_MEGABYTES), pytest.raises(LoRAFileError, match="is not a safetensors file"):
         read_header(path)
     assert time.process_time() - started < MOST_SECONDS
 
@@ -139,11 +130,11 @@ def test_more_tensors_than_any_lora_has(model: Any, tmp_path: Path, end: str):
     entry = {"dtype": "F16", "shape": [0], "data_offsets": [0, 0]}
     path.write_bytes(toy.raw_file({f"{n}{end}": entry for n in range(20_000)}, b""))
     started = time.process_time()
-    with _little_memory():
+    with in_memory(MOST_MEGABYTES):
         assert _use(path, model, cut=False)
     assert time.process_time() - started < 2 * MOST_SECONDS
     path.write_bytes(toy.raw_file({f"{n}": entry for n in range(120_000)}, b""))
-    with _little_memory():
+    with in_memory(MOST_MEGABYTES):
         assert "has more parts than any LoRA's" in _use(path, model)
 
 

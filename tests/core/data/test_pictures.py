@@ -110,7 +110,8 @@ BOMBS = {
 def test_bombs_are_refused_before_they_are_decoded(kind: str, tmp_path: Path) -> None:
     make, why = BOMBS[kind]
     (tmp_path / "a.png").write_bytes(make())
-    with in_memory(40), in_time(), pytest.raises(DatasetError, match=rf"^a\.png .*{why}") as caught:
+    refused = pytest.raises(DatasetError, match=rf"^a\.png .*{why}")
+    with in_memory(100), in_time(), refused as caught:
         load_folder(tmp_path)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
 
@@ -187,9 +188,11 @@ def test_a_long_strip_is_cut_before_it_is_enlarged() -> None:
 
 
 def test_photos_are_checked_and_cut_without_copies_of_them() -> None:
-    batch = torch.rand(1, 2000, 3000, 3)  # 72 MB
-    with in_memory(70):
-        (photo,) = check_photos([batch], None, "x", [torch.ones(1, 2000, 3000)])
+    crop(check_photos([torch.rand(1, 80, 80, 3)], None, "x")[0], 64)  # what is loaded on first use
+    batch, mask = torch.rand(1, 4000, 3000, 3), torch.ones(1, 4000, 3000)  # 144 and 48 MB
+    with in_memory(100):
+        (photo,) = check_photos([batch], None, "x", [mask])
+    with in_memory(200):  # one colour after the other, each 48 MB
         crop(photo, 64)
     assert photo.pixels.data_ptr() == batch.data_ptr() and photo.mask is None
 
