@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 import comfy.lora
 import comfy.lora_convert
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config.load import WAYS, Strengths
 from ..files.keys import ParsedKeys
 from ..files.metadata import understood_metadata
 from ..files.model_family import guess_family, misfit, unknown_components
 from ..files.read import LoRAFile
-from . import bypass, fitting, surface
+from . import bypass, fitting, misfits, surface
 from .errors import HostError
 from .fitting import family_of, known_base_hash, layer_names
 
@@ -78,7 +78,7 @@ def apply_lora(
         raise HostError(f"{source} is damaged: {parsed.lonely[0][:80]} lacks its other half.")
     names = _asked_for(every, parsed)
     state = fitting.without_empty(file)
-    patches = comfy.lora.load_lora(state, names, False)
+    patches = _of_weights(comfy.lora.load_lora(state, names, False), names, model, clip)
     if not patches:
         raise HostError(_no_patch(file, state, model, source))
     factors = {
@@ -122,17 +122,17 @@ def _checked(
     exact = set[Any]()
     for key, patch in patches.items():
         shape, dtype = _weight_of(model, clip, key)
-        if shape is not None and (why := fitting.shape_misfit(patch, shape)):
+        if shape is not None and (why := misfits.shape_misfit(patch, shape)):
             raise HostError(f"{_made_for_another(file, model, source)} ({key} {why}.)")
         if not bypass.is_fp8(dtype or model.model_dtype()):
             exact.add(key)
-        _check_size(_root_of(model, clip, key), key, patch, factors[key], source)
+        _check_size(_patcher_of(model, clip, key), key, patch, factors[key], source)
     return exact
 
 
-def _check_size(root: nn.Module, key: Any, patch: Any, factor: float, source: str) -> None:
+def _check_size(patcher: ModelPatcher, key: Any, patch: Any, factor: float, source: str) -> None:
     """Raises HostError where a patched weight would no longer be a number."""
-    if factor and fitting.too_large(patch, factor, root, key):
+    if factor and misfits.too_large(patch, factor, patcher, key):
         raise HostError(
             f"{source} would turn {key} into what is no number at strength {factor:g}; lower the "
             "strength, or choose another LoRA."
@@ -171,6 +171,19 @@ def _weight(key: Any) -> str:
 
 def _is_unet(key: Any) -> bool:
     return _weight(key).startswith("diffusion_model.")
+
+
+def _of_weights(
+    patches: Mapping[Any, Any], names: Mapping[str, Any], model: ModelPatcher, clip: Any | None
+) -> dict[Any, Any]:
+    """``patches`` without those for a bias that is not there: ComfyUI takes it for granted."""
+    named = set(names.values())
+    guessed = {key for key in patches if key not in named}
+    if guessed:
+        guessed -= model.model.state_dict().keys()
+    if guessed and clip is not None:
+        guessed -= clip.cond_stage_model.state_dict().keys()
+    return {key: patch for key, patch in patches.items() if key not in guessed}
 
 
 def _asked_for(names: dict[str, Any], parsed: ParsedKeys) -> dict[str, Any]:
@@ -252,9 +265,9 @@ def _weight_of(
 ) -> tuple[torch.Size | None, torch.dtype | None]:
     if not isinstance(key, str):
         return None, None  # a part of a weight: ComfyUI's business
-    return fitting.weight_of(_root_of(model, clip, key), key)
+    return misfits.weight_of(_patcher_of(model, clip, key).model, key)
 
 
-def _root_of(model: ModelPatcher, clip: Any | None, key: Any) -> Any:
-    """The module whose weight ``key`` names."""
-    return model.model if clip is None or _is_unet(key) else clip.cond_stage_model
+def _patcher_of(model: ModelPatcher, clip: Any | None, key: Any) -> ModelPatcher:
+    """Of whose weights ``key`` names one."""
+    return model if clip is None or _is_unet(key) else clip.patcher

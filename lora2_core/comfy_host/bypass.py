@@ -33,8 +33,10 @@ class Branch:
         """What this adds to the output of ``layer`` for its input."""
         down, up = self._at(x)
         if isinstance(layer, nn.Conv2d):
+            # However a file writes the kernel: merging unrolls it, too.
+            down = down.reshape(-1, layer.in_channels, *layer.kernel_size)
             middle = functional.conv2d(x, down, None, layer.stride, layer.padding, layer.dilation)
-            return functional.conv2d(middle, up.view(*up.shape[:2], 1, 1)) * self.scale
+            return functional.conv2d(middle, up.flatten(1)[..., None, None]) * self.scale
         return functional.linear(functional.linear(x, down.flatten(1)), up.flatten(1)) * self.scale
 
     def delta(self) -> Tensor:

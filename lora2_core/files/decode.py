@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .. import adaptive_rank
-from .component import Component, component_from_tensors
+from .component import Component, component_from_tensors, within_bounds
 from .encode import STORED_ALPHA, fits_half, fold, norms_and_half_errors
 from .keys import ALPHA, Pair
 from .read import LoRAFile
@@ -37,7 +37,8 @@ def in_our_layout(file: LoRAFile) -> LoRAFile:
         return file
     out = dict(file.state)
     for pair in foreign:
-        put_component(out, pair, component_of(file.state, pair, metadata=file.metadata))
+        component = component_of(file.state, pair, metadata=file.metadata)
+        put_component(out, pair, within_bounds(component))
     return file.with_state(out)
 
 

@@ -18,8 +18,8 @@ STAGES = ("down", "mid", "up")
 _MAX_BLOCKS = 120  # more rows than this are no map any more
 
 _BLOCK = re.compile(
-    r"(input_blocks|down_blocks|middle_block|mid_block|output_blocks|up_blocks)_(?:(\d+)_)?"
-    r"(?:attentions_)?(\d+)_transformer_blocks_(\d+)_attn([12])_(?:processor_)?"
+    r"(input_blocks|down_blocks|middle_block|mid_block|output_blocks|up_blocks)_(?:(\d{1,9})_)?"
+    r"(?:attentions_)?(\d{1,9})_transformer_blocks_(\d{1,9})_attn([12])_(?:processor_)?"
     r"to_(q|k|v|out)(?:_0)?(?:_lora)?$"
 )
 _STAGE_OF = {"input": 0, "down": 0, "middle": 1, "mid": 1, "output": 2, "up": 2}
@@ -94,7 +94,8 @@ def sort_components(
 
 def _natural(text: str) -> list[tuple[str, int]]:
     """A sort key that puts block 2 before block 10."""
-    return [(name, int(number or 0)) for name, number in re.findall(r"([^0-9]*)([0-9]*)", text)]
+    parts = re.findall(r"([^0-9]*)([0-9]{0,18})", text)  # int() refuses what is far longer
+    return [(name, int(number or 0)) for name, number in parts]
 
 
 def _with_gaps_filled(blocks: Sequence[Block]) -> list[Block]:

@@ -108,9 +108,12 @@ def _glora(shapes: Mapping[str, Shape]) -> Product:
     a1, a2, b1, b2 = (shapes[f".{name}.weight"] for name in ("a1", "a2", "b1", "b2"))
     if min(map(len, (a1, a2, b1, b2))) < 2:
         raise Mismatch(a1, b1)
-    if b2[0] == b1[1] == a1[1] == a2[0]:
+    new, old = b2[0] == b1[1] == a1[1] == a2[0], b2[1] == b1[0] == a1[0] == a2[1]
+    if new and old:  # of a square layer, which is larger than its rank
+        new = a2[0] < a1[0]
+    if new:
         return Product(a2[0], math.prod(b2[1:]), b1[0])
-    if b2[1] == b1[0] == a1[0] == a2[1]:
+    if old:
         return Product(a1[0], math.prod(b1[1:]), b2[0])
     raise Mismatch(a1, b1)
 

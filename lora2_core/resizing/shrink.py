@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from ..config.load import Limits
-from ..files.component import decompose_quickly
+from ..files.component import decompose_quickly, within_bounds
 from ..files.decode import component_of, put_component
 from ..files.header import LoRAFileError
 from ..files.keys import Pair
@@ -30,7 +30,7 @@ def shrink(file: LoRAFile, limits: Limits) -> LoRAFile:
     if limits.nothing:
         return file
     state, pairs = file.state, file.parsed.pairs
-    components = [component_of(state, pair) for pair in pairs]
+    components = [within_bounds(component_of(state, pair)) for pair in pairs]
     svd = limits.order == "svd"
     if svd:
         components = [decompose_quickly(component) for component in components]
@@ -42,7 +42,7 @@ def shrink(file: LoRAFile, limits: Limits) -> LoRAFile:
         ranks = _within_bytes(kept, limits.megabytes, _bytes_beside(state, pairs))
     out = dict(state)
     for pair, component, rank in zip(pairs, components, ranks, strict=True):
-        if rank < component.rank or svd or limits.megabytes is not None:
+        if rank < state[pair.down].shape[0] or svd or limits.megabytes is not None:
             put_component(out, pair, component.first(rank))
     return file.with_state(out)
 

@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 from lora2_pack.lora2_core import comfy_host, lora_file
-from lora2_pack.lora2_core.comfy_host import fitting
+from lora2_pack.lora2_core.comfy_host import fitting, misfits
 from lora2_pack.lora2_core.comfy_host.fitting import layer_names
 from lora2_pack.lora2_core.config.load import Limits
 from lora2_pack.lora2_core.lora_file import LoRAFile
@@ -188,9 +188,9 @@ def test_a_layer_whose_weight_is_kept_elsewhere(model: Any):
     for layer in root.values():
         del layer._parameters["weight"]
         layer.weight = None
-    assert {key: fitting.weight_of(root, key) for key in wanted} == wanted
+    assert {key: misfits.weight_of(root, key) for key in wanted} == wanted
     root["a"].bias = None
-    assert fitting.weight_of(root, "a.bias") == (None, None)
+    assert misfits.weight_of(root, "a.bias") == (None, None)
 
 
 # --- PEFT itself ------------------------------------------------------------------------------

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from lora2_pack.lora2_core.files.places import Place, group_label, kind_of, parse_attention
+from lora2_pack.lora2_core.files.places import (
+    Place,
+    group_label,
+    kind_of,
+    parse_attention,
+    sort_components,
+)
+from lora2_pack.lora2_core.files.read import ComponentInfo
 
 
 @pytest.mark.parametrize(
@@ -61,3 +68,13 @@ def test_attention_keys_in_both_namings_have_a_place(key, group, block, column, 
 def test_what_is_not_in_the_grid_has_a_kind(key, kind):
     assert parse_attention(key) is None
     assert kind_of(key) == kind
+
+
+def test_names_with_more_digits_than_a_number_has():
+    digits = "7" * 5000
+    block = f"lora_unet_input_blocks_4_1_transformer_blocks_{digits}_attn1_to_q"
+    assert parse_attention(block) is None
+    keys = (f"lora_unet_{digits}", block)
+    components = [ComponentInfo(key, 1, 4, 4, None, 16) for key in keys]
+    _, rest = sort_components(components)
+    assert sum(map(len, rest.values())) == 2
