@@ -20,12 +20,12 @@ from .surface import report as report
 from .surface import version as version
 
 if TYPE_CHECKING:
-    from .applying import Applied as Applied
-    from .applying import apply_lora as apply_lora
-    from .applying import apply_state as apply_state
     from .encoding import Encoder as Encoder
     from .judging import clip_vision_judge as clip_vision_judge
     from .judging import judge_folder as judge_folder
+    from .loading.applying import Applied as Applied
+    from .loading.applying import apply_lora as apply_lora
+    from .loading.applying import apply_state as apply_state
     from .models import build_autoencoder as build_autoencoder
     from .models import build_sdxl as build_sdxl
     from .models import check_model as check_model
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from .running import raise_if_cancelled as raise_if_cancelled
 
 _NAMES = {
-    "applying": ("Applied", "apply_lora", "apply_state"),
+    "loading.applying": ("Applied", "apply_lora", "apply_state"),
     "encoding": ("Encoder",),
     "judging": ("clip_vision_judge", "judge_folder"),
     "models": (

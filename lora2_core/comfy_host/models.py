@@ -17,10 +17,11 @@ import comfy.supported_models
 import torch
 from torch import Tensor, nn
 
-from . import bypass, surface
+from . import surface
 from .copies.structure import casting, free_of_holders, new_unet, plain, put_objects
 from .copies.weights import Weights
 from .errors import HostError
+from .loading import bypass
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher

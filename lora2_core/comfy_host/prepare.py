@@ -24,12 +24,13 @@ from ..training.denoising import CachedTexts, DenoisingTask, TextSource
 from ..training.estimate import attempt
 from ..training.objective import CrossAttentionEntropy
 from ..training.setup import TrainingSetup
-from . import bypass, surface
+from . import surface
 from .checkpointing import blocks_of, checkpoint_blocks
 from .class_images import class_images, class_samples, paints
 from .copies.text_encoders import TextEncoders
 from .encoding import Encoder
-from .fitting import remember_base_hash
+from .loading import bypass
+from .loading.fitting import remember_base_hash
 from .models import DTYPES, check_model, prediction_of, private_copy
 from .painting import Painter
 from .running import raise_if_cancelled

@@ -13,8 +13,8 @@ import pytest
 import safetensors.torch
 import torch
 from lora2_pack.lora2_core import comfy_host, lora_file
-from lora2_pack.lora2_core.comfy_host import fitting, misfits
-from lora2_pack.lora2_core.comfy_host.fitting import layer_names
+from lora2_pack.lora2_core.comfy_host.loading import fitting, misfits
+from lora2_pack.lora2_core.comfy_host.loading.fitting import layer_names
 from lora2_pack.lora2_core.config.load import Limits
 from lora2_pack.lora2_core.lora_file import LoRAFile
 from lora2_pack.lora2_core.resizing.recent import LoRACache

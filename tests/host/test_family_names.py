@@ -7,7 +7,7 @@ from typing import Any
 
 import comfy.model_base
 import pytest
-from lora2_pack.lora2_core.comfy_host.fitting import _FAMILIES, family_of
+from lora2_pack.lora2_core.comfy_host.loading.fitting import _FAMILIES, family_of
 from lora2_pack.lora2_core.files.model_family import _BY_METADATA, _BY_NAME, FAMILY_OF_CONTEXT
 
 KNOWN = {

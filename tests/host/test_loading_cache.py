@@ -15,7 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 from lora2_pack.lora2_core import comfy_host, lora_file
-from lora2_pack.lora2_core.comfy_host.fitting import layer_names
+from lora2_pack.lora2_core.comfy_host.loading.fitting import layer_names
 from lora2_pack.lora2_core.config.load import Limits
 from lora2_pack.lora2_core.files.keys import parse_keys
 from lora2_pack.lora2_core.resizing import recent

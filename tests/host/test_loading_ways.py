@@ -12,8 +12,12 @@ import pytest
 import torch
 from lora2_pack.lora2_core import comfy_host, lora_file
 from lora2_pack.lora2_core.adapters.targets import find_targets
-from lora2_pack.lora2_core.comfy_host import bypass
-from lora2_pack.lora2_core.comfy_host.fitting import _base_hashes, layer_names, remember_base_hash
+from lora2_pack.lora2_core.comfy_host.loading import bypass
+from lora2_pack.lora2_core.comfy_host.loading.fitting import (
+    _base_hashes,
+    layer_names,
+    remember_base_hash,
+)
 from lora2_pack.lora2_core.config.checks import ConfigError
 from lora2_pack.lora2_core.config.load import Strengths
 from lora2_pack.lora2_core.files.component import Component

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 from lora2_pack.lora2_core import comfy_host
-from lora2_pack.lora2_core.comfy_host import bypass, surface
+from lora2_pack.lora2_core.comfy_host import surface
 from lora2_pack.lora2_core.comfy_host.copies.text_encoders import TextEncoders
+from lora2_pack.lora2_core.comfy_host.loading import bypass
 from lora2_pack.lora2_core.comfy_host.painting import Painter
 from lora2_pack.lora2_core.comfy_host.surface import TABLE, Part, Used
 from lora2_pack.lora2_core.data.cache import TensorCache

@@ -12,8 +12,8 @@ import comfy.ops
 import torch
 from torch import Tensor, nn
 
-from .. import bypass
 from ..errors import HostError
+from ..loading import bypass
 from .weights import Weights, frozen
 
 if TYPE_CHECKING:

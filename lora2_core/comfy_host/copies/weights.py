@@ -19,8 +19,8 @@ import comfy.utils
 import torch
 from torch import Tensor, nn
 
-from .. import bypass
 from ..errors import HostError
+from ..loading import bypass
 
 # Beside a quantised weight: what scales it, which is in its numbers, or its input, which is not.
 _SCALES = {"scale_weight", "weight_scale", "scale_input", "input_scale", "scaled_fp8"}

@@ -9,10 +9,10 @@ from weakref import WeakKeyDictionary
 import comfy.lora
 from torch import Tensor
 
-from ..files.keys import ALPHA, DORA_SCALE, MAGNITUDES, plain_name
-from ..files.kohya_names import kohya_name
-from ..files.model_family import FAMILY_OF_CONTEXT, Family
-from ..files.read import LoRAFile
+from ...files.keys import ALPHA, DORA_SCALE, MAGNITUDES, plain_name
+from ...files.kohya_names import kohya_name
+from ...files.model_family import FAMILY_OF_CONTEXT, Family
+from ...files.read import LoRAFile
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher

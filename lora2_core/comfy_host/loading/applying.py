@@ -13,13 +13,14 @@ import comfy.lora_convert
 import torch
 from torch import Tensor
 
-from ..config.load import WAYS, Strengths
-from ..files.keys import ParsedKeys
-from ..files.metadata import understood_metadata
-from ..files.model_family import guess_family, misfit, unknown_components
-from ..files.read import LoRAFile
-from . import bypass, fitting, misfits, surface
-from .errors import HostError
+from ...config.load import WAYS, Strengths
+from ...files.keys import ParsedKeys
+from ...files.metadata import understood_metadata
+from ...files.model_family import guess_family, misfit, unknown_components
+from ...files.read import LoRAFile
+from .. import surface
+from ..errors import HostError
+from . import bypass, fitting, misfits
 from .fitting import family_of, known_base_hash, layer_names
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def apply_lora(
         key: strength_model * strengths.of(_weight(key)) if _is_unet(key) else strength_clip
         for key in patches
     }
-    exact = _checked(model, clip, file, patches, factors, source)
+    patches, exact = _checked(model, clip, file, patches, factors, source)
     notes = (
         _unknown(parsed, patches, names, source, clip is not None),
         _unread(parsed, patches, source),
@@ -116,18 +117,21 @@ def _checked(
     patches: Mapping[Any, Any],
     factors: Mapping[Any, float],
     source: str,
-) -> set[Any]:
-    """The weights that merging would not round. Raises HostError where a patch does not fit its
-    weight, in shape or in the size of its numbers."""
-    exact = set[Any]()
+) -> tuple[dict[Any, Any], set[Any]]:
+    """``patches`` as ComfyUI can calculate them, and the weights that merging would not round.
+
+    Raises HostError where a patch does not fit its weight, in shape or in the size of its numbers.
+    """
+    found, exact = dict[Any, Any](), set[Any]()
     for key, patch in patches.items():
         shape, dtype = _weight_of(model, clip, key)
         if shape is not None and (why := misfits.shape_misfit(patch, shape)):
             raise HostError(f"{_made_for_another(file, model, source)} ({key} {why}.)")
         if not bypass.is_fp8(dtype or model.model_dtype()):
             exact.add(key)
-        _check_size(_patcher_of(model, clip, key), key, patch, factors[key], source)
-    return exact
+        found[key] = misfits.without_core(patch)
+        _check_size(_patcher_of(model, clip, key), key, found[key], factors[key], source)
+    return found, exact
 
 
 def _check_size(patcher: ModelPatcher, key: Any, patch: Any, factor: float, source: str) -> None:

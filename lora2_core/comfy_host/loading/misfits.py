@@ -1,4 +1,4 @@
-"""Whether a patch fits its weight: shapes, and sizes of numbers.
+"""Whether a patch fits its weight, in shape and in the sizes of its numbers.
 
 ComfyUI writes an error where a patch does not fit, and samples without it.
 """
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..files.shapes import Mismatch, product_of_kind, product_of_pair
+from ...files.shapes import Mismatch, product_of_kind, product_of_pair
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -97,6 +97,23 @@ def _glora_misfit(weights: Any, shape: torch.Size) -> str:
         if new and inputs and (b1[0], b2[1]) == (shape[0], shape[1:].numel()):
             return ""
     return f"has factors (GLoRA) of {sizes}, none of a weight {_of(shape)}"
+
+
+def without_core(patch: Any) -> Any:
+    """``patch`` with a LoKr's core (LyCORIS: ``use_tucker``) multiplied out, its scale with it.
+
+    ComfyUI gives PyTorch the product as it comes, which ``torch.kron`` refuses for its strides.
+    """
+    if getattr(patch, "name", "") != "lokr" or patch.weights[1] is not None:
+        return patch
+    w1, _, alpha, w1_a, w1_b, w2_a, w2_b, core, dora_scale = patch.weights
+    if core is None:
+        return patch
+    w2 = torch.einsum("ijkl,jr,ip->prkl", core.float(), w2_b.float(), w2_a.float()).contiguous()
+    if alpha is not None:
+        w2 *= alpha / w2_b.shape[0]
+    weights = (w1, w2, None, w1_a, w1_b, None, None, None, dora_scale)
+    return type(patch)(patch.loaded_keys, weights)
 
 
 def _reshape_misfit(reshaped: Any, theirs: tuple[int, int], shape: torch.Size) -> str:
