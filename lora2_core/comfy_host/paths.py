@@ -11,7 +11,9 @@ import folder_paths
 from .errors import HostError
 
 _LONGEST_NAME, _LONGEST_PATH = 200, 1000  # bytes of a name, characters of all folders and it
-_RESERVED = {"CON", "PRN", "AUX", "NUL"} | {f"{n}{i}" for n in ("COM", "LPT") for i in range(10)}
+# What Windows keeps for its devices, in a folder's name too.
+_RESERVED = {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$", "CLOCK$"}
+_RESERVED |= {f"{n}{i}" for n in ("COM", "LPT") for i in "0123456789¹²³"}
 _ENDINGS = (".safetensors", "")  # of files that a LoRA's link may lead to
 
 
@@ -95,10 +97,14 @@ def _fits_a_disk(name: str) -> bool:
     # Line breaks, signs that turn the text round, half characters: none of them is printable.
     if not name.isprintable() or any(c in name for c in '<>:"|?*') or len(name) > _LONGEST_PATH:
         return False
+    *folders, file = name.split("/")
+    # Windows leaves out a dot or a blank at the end: two folders would be one.
+    if any(folder != folder.rstrip(". ") for folder in folders):
+        return False
     return all(
         part.strip(". ") and len(part.encode()) <= _LONGEST_NAME
         and part.split(".")[0].strip().upper() not in _RESERVED
-        for part in name.split("/")
+        for part in (*folders, file)
     )  # fmt: skip
 
 

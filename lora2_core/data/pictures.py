@@ -20,6 +20,7 @@ from PIL import BmpImagePlugin, Image, JpegImagePlugin, PngImagePlugin, WebPImag
 from ..files.raw.regular import NotAFile, open_regular
 
 MOST_PIXELS = 80_000_000  # of a picture that has to be decoded whole
+MOST_CLEAR = 50_000_000  # px of one that may be transparent; two more copies are made of those
 MOST_OF_WEBP = 40_000_000  # px; its decoder holds four copies
 MOST_STREAMED = 250_000_000  # px of a JPEG with one scan, which can be decoded at half its sides
 KEPT_PIXELS = 32_000_000  # above it a photo comes out smaller: nothing is trained at so many
@@ -29,12 +30,14 @@ _MOST_WORK = 100_000_000  # px × scans, where there are more of them
 _MOST_PARTS = 100_000  # of a PNG or of what comes before the pixels of a JPEG
 _MOST_NOTES = 20_000_000  # bytes beside the pixels: profiles, texts, previews
 _MOST_EXIF = 70_000  # bytes; Pillow may copy all of them for each of their entries
+_LONGEST_SIDE = 65_535  # px, as in a JPEG; Pillow cannot make a far longer one smaller
 _CHUNK = 1 << 20  # bytes read at once
 _STRIP = 256  # rows that are worked on at once
 _DRAFTS = (8, 4, 2)  # a JPEG is decoded at 1/8, 1/4 or 1/2 of its sides at no cost
 _SCAN = b"\xff\xda"
 _BARE = {0xC8, *range(0xD0, 0xDA), *range(0xF0, 0xFE)}  # marks of a JPEG that no length follows
 _WITH_ALPHA = {"RGBA", "LA", "PA", "La", "RGBa"}
+_MIXABLE = {"L", "LA", "RGB", "RGBA", "CMYK", "YCbCr"}
 _ORIENTATION = 0x0112  # in EXIF
 _IN_XMP = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
 
@@ -79,6 +82,8 @@ def decode(picture: Image.Image, most_pixels: int = KEPT_PIXELS) -> Image.Image:
         picture.load()
         turn = _TURNS.get(_orientation(picture.info))
         image = _smaller(_plain(picture), most_pixels)
+        wanted = "RGBA" if image.mode in _WITH_ALPHA else "RGB"
+        image = image if image.mode == wanted else image.convert(wanted)
         return image if turn is None else image.transpose(turn)
     except MemoryError:
         raise
@@ -121,7 +126,8 @@ def _checked(file: BinaryIO, most_pixels: int) -> Image.Image:
         raise
     except Exception as error:  # anything, of damaged files
         raise PictureError(f"is not a readable image ({_reason(error)}); remove it") from error
-    _check_pixels(*picture.size, min(most_pixels, kind.most_pixels))
+    most = MOST_CLEAR if _may_be_clear(picture) else kind.most_pixels
+    _check_pixels(*picture.size, min(most_pixels, most, kind.most_pixels))
     if kind.mark == _JPEG:
         _check_scans(file, picture)
     return picture
@@ -133,6 +139,8 @@ def _check_pixels(width: int, height: int, most: int) -> None:
             f"has {width}×{height} px ({width * height / 1e6:.1f} MP); at most {most / 1e6:.0f} MP "
             "are read: make it smaller"
         )
+    if max(width, height) > _LONGEST_SIDE:
+        raise PictureError(f"has {width}×{height} px; no side may be over {_LONGEST_SIDE} px")
 
 
 def _check_scans(file: BinaryIO, picture: Image.Image) -> None:
@@ -223,11 +231,18 @@ def _draft(picture: Image.Image, most_pixels: int) -> None:
 
 
 def _plain(picture: Image.Image) -> Image.Image:
+    """One that can be made smaller, in as few bytes as that takes."""
     if picture.mode.startswith("I"):
-        return _eight_bit(picture).convert("RGB")
-    clear = picture.mode in _WITH_ALPHA or "transparency" in picture.info
-    wanted = "RGBA" if clear else "RGB"
-    return picture if picture.mode == wanted else picture.convert(wanted)
+        return _eight_bit(picture)
+    if "transparency" in picture.info:
+        return picture.convert("RGBA")
+    if picture.mode in _MIXABLE:
+        return picture
+    return picture.convert("RGBA" if _may_be_clear(picture) else "RGB")
+
+
+def _may_be_clear(picture: Image.Image) -> bool:
+    return picture.mode in _WITH_ALPHA or "transparency" in picture.info
 
 
 def _smaller(image: Image.Image, most_pixels: int) -> Image.Image:

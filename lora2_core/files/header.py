@@ -31,7 +31,7 @@ ITEM_BYTES = {
 }  # fmt: skip
 _LARGEST_NUMBER = 1 << 62
 _MOST_DIMENSIONS = 16
-_MOST_PARTS = 1_000_000  # brackets and commas, or quotes; 100,000 tensors have as many
+_MOST_PARTS = 300_000  # brackets and commas, or quotes; 30,000 tensors have as many
 _FIELDS = {"dtype", "shape", "data_offsets"}
 
 TensorShape = tuple[str, tuple[int, ...]]  # type and shape of a tensor, as a header names them

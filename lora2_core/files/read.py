@@ -20,6 +20,7 @@ from .raw.tensors import TensorFile
 from .shapes import Mismatch, product_of_kind, product_of_pair
 
 _LARGEST_WIDTH = 1 << 31  # of a layer that the metadata may list
+_MOST_LISTED = 20_000  # components; SDXL with its text encoders has 1,000 that can be trained
 _FRACTIONS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 # Of a factor; those that are trained stay below a thousand. Products and their squares are finite.
 LARGEST_WEIGHT = 1e15
@@ -158,6 +159,8 @@ def _trained_components(metadata: Mapping[str, str]) -> dict[str, Any]:
     tensors still tell the ranks. That of a newer format is not ours to understand."""
     try:
         listed = json.loads(understood_metadata(metadata).get(COMPONENTS, "{}"))
+        if len(listed) > _MOST_LISTED:
+            return {}
         return {
             str(key): {"nu": _number(e["nu"]), "in": _width(e["in"]), "out": _width(e["out"])}
             for key, e in listed.items()

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 Shape = tuple[int, ...]
 
+_MOST_NUMBERS = 2**26  # of a core's product; the largest of SDXL have 2**21
+
 
 class Mismatch(ValueError):
     """Two shapes that do not fit together; the message shows both."""
@@ -41,6 +43,8 @@ def product_of_pair(down: Shape, up: Shape, mid: Shape | None = None) -> Product
         if len(mid) != 4 or mid[:2] != (down[0], down[0]) or inputs != down[1]:
             raise Mismatch(down, mid)
         inputs *= math.prod(mid[2:])
+        if down[0] * inputs > _MOST_NUMBERS:
+            raise Mismatch(down, mid)
     if not inputs or not up[0]:  # a layer without inputs or outputs
         raise Mismatch(down, up)
     return Product(down[0], inputs, up[0])

@@ -222,7 +222,10 @@ def is_foreign(headers: Any, allowed: str | None = None) -> bool:
         return site not in ("same-origin", "none")
     if origin is None:
         return False  # no browser: those send it with every POST
-    page = urlsplit(origin).netloc.lower()
+    try:
+        page = urlsplit(origin).netloc.lower()
+    except ValueError:  # no address at all
+        return True
     own = [headers.get(name, "").lower() for name in ("Host", "X-Forwarded-Host")]
     return not page or page not in own
 

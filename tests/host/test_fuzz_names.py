@@ -71,6 +71,14 @@ def test_a_folder_that_was_deleted_is_listed_no_more(comfy_directory: Path) -> N
     assert not any("deleted" in name for name in comfy_host.lora_names())
 
 
+@pytest.mark.parametrize(
+    "name", ["CON", "a/nul.txt", "x/COM¹", "lpt³.txt", "CONIN$", "clock$/x", "cats./x", "cats /x"]
+)
+def test_names_that_windows_takes_for_something_else(name: str) -> None:
+    with pytest.raises(comfy_host.HostError, match="file_name is "):
+        comfy_host.new_lora_path(name)
+
+
 @pytest.mark.parametrize("use", [_new_lora, _dataset, _lora])
 def test_names_at_random(folders, use: Callable[[str, Path], None]) -> None:
     loras, inputs = folders

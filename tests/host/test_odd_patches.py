@@ -202,6 +202,18 @@ def test_a_lokr_with_a_core(model: Any, caplog: Any, magnitudes: bool):
     torch.testing.assert_close(got, wanted)
 
 
+def test_names_that_comfyui_changes(model: Any):
+    """Those of Wan Fun, which it renames in the dictionary that it is given."""
+    name = "input_blocks_4_1_transformer_blocks_0_attn1_to_k"
+    plain = {key.replace(SQUARE, f"lora_unet__{name}"): t for key, t in _plain(model).items()}
+    state = _pair("lora_unet__blocks_0_cross_attn_k", 4, 4) | plain
+    file, keys = LoRAFile(dict(state), {}), list(state)
+    for _ in range(2):
+        applied = comfy_host.apply_lora(model, None, file, 1.0, 1.0, "x")
+        assert set(applied.model.patches) == {f"{SQUARE}.weight"}
+        assert list(file.state) == keys
+
+
 def test_a_lora_that_is_finite_once_and_not_twice(model: Any, caplog: Any):
     out, inside = model.model.state_dict()[f"{LINEAR}.weight"].shape
     state = {

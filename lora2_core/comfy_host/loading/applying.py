@@ -73,7 +73,8 @@ def apply_lora(
     _check_way(way)
     every = layer_names(model, clip)
     file = fitting.in_known_names(file, every)
-    file = file.with_state(comfy.lora_convert.convert_lora(file.state))
+    # Of a copy: some names are changed in the dictionary itself, which others may have.
+    file = file.with_state(comfy.lora_convert.convert_lora(dict(file.state)))
     parsed = file.parsed
     if parsed.lonely:
         raise HostError(f"{source} is damaged: {parsed.lonely[0][:80]} lacks its other half.")

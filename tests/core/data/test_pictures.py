@@ -41,11 +41,12 @@ def chunk(name: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
 
-def empty_png(side: int, *beside: bytes) -> bytes:
-    """``side`` × ``side`` px of one bit, in very few bytes."""
-    packer = zlib.compressobj(9)
-    rows = b"".join(packer.compress(bytes(1 + (side + 7) // 8)) for _ in range(side))
-    head = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+def empty_png(side: int, *beside: bytes, height: int = 0, bits: int = 1, kind: int = 0) -> bytes:
+    """``side`` × ``side`` px in very few bytes; ``kind`` 0: one number of ``bits``, 4: two."""
+    packer, height = zlib.compressobj(9), height or side
+    row = bytes(1 + (side * bits * (2 if kind == 4 else 1) + 7) // 8)
+    rows = b"".join(packer.compress(row) for _ in range(height))
+    head = struct.pack(">IIBBBBB", side, height, bits, kind, 0, 0, 0)
     parts = (chunk(b"IHDR", head), *beside, chunk(b"IDAT", rows + packer.flush()))
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts) + chunk(b"IEND", b"")
 
@@ -82,6 +83,9 @@ def packed_bmp() -> bytes:
 
 BOMBS = {
     "pixels of one bit": (lambda: empty_png(13_000), "has 13000×13000 px .169.0 MP.; at most 80"),
+    "grey and clear": (lambda: empty_png(7200, bits=8, kind=4), "51.8 MP.; at most 50 MP"),
+    "a clear colour": (lambda: empty_png(7200, chunk(b"tRNS", b"\0\7"), bits=8), "at most 50 MP"),
+    "a line": (lambda: empty_png(70_000_000, height=1), "no side may be over 65535 px"),
     "scans": (lambda: many_scans(21_426, 256), r"has 214\d\d scans, which would take too long"),
     "PostScript": (lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no PNG, JPEG"),
     "another kind": (lambda: saved(picture(), "GIF"), "no PNG, JPEG, WebP or BMP"),
@@ -176,6 +180,13 @@ def test_the_photo_of_a_phone_is_decoded_at_half_its_sides(tmp_path: Path) -> No
         ((image,), _, _) = load_folder(tmp_path)
     assert image.shape == (1, 4898, 6531, 3)
     assert float(image.mean()) == pytest.approx(128 / 255, abs=0.01)
+
+
+def test_grey_of_16_bits_takes_no_more_than_it_has_to(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(empty_png(8900, bits=16))
+    with in_memory():
+        ((image,), _, _) = load_folder(tmp_path)
+    assert image.shape == (1, 5656, 5656, 3)
 
 
 def test_a_long_strip_is_cut_before_it_is_enlarged() -> None:

@@ -32,6 +32,7 @@ def test_two_factors(down: Shape, up: Shape, mid: Shape | None, product: Shape):
         ((4, 16), (24, 4, 2), None), ((4, 16), (24, 2, 2), None), ((4, 16), (4, 24), None),
         ((4, 6, 1, 1), (8, 4, 1, 1), (4, 3, 3, 3)), ((4, 6, 1, 1), (8, 4, 1, 1), (4, 4, 3)),
         ((4, 6, 3, 3), (8, 4, 1, 1), (4, 4, 3, 3)), ((4, 6), (8, 4), (4, 4)),
+        ((2, 64, 1, 1), (64, 2, 1, 1), (2, 2, 3000, 3000)),
     ],
 )  # fmt: skip
 def test_two_factors_that_do_not_fit(down: Shape, up: Shape, mid: Shape | None):
