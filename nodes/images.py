@@ -74,13 +74,21 @@ class LoRA2ImageFolder(io.ComfyNode):
         """Changes when a file of the folder does, so that ComfyUI reads it again."""
         try:
             files = sorted(_resolve(folder, path).iterdir())
-            return repr([(file.name, file.stat().st_mtime_ns) for file in files])
+            return repr([(file.name, _changed(file)) for file in files])
         except (OSError, ValueError):
             return ""  # execute says what is wrong
 
     @classmethod
     def execute(cls, folder: str, path: str = "") -> io.NodeOutput:
         return io.NodeOutput(*load_folder(_resolve(folder, path)))
+
+
+def _changed(file: Path) -> int:
+    """When, in ns; 0 where a link leads nowhere."""
+    try:
+        return file.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _choices() -> list[str]:

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..files.header import one_line
 from ..files.raw.regular import NotAFile, open_regular
 from .captions import with_trigger
 from .pictures import PictureError, decode, open_picture
@@ -86,7 +87,9 @@ def load_folder(folder: Path) -> tuple[list[Tensor], list[str], list[Tensor]]:
     paths = sorted(p for p in every if not p.is_dir())
     if not paths:
         kinds = ", ".join(suffix.lstrip(".") for suffix in IMAGE_SUFFIXES)
-        raise DatasetError(f"folder {folder.name!r} holds no image; put {kinds} files into it.")
+        raise DatasetError(
+            f"folder {one_line(folder.name)!r} holds no image; put {kinds} files into it."
+        )
     read = [_read_image(path) for path in paths]
     captions = [_read_caption(path) for path in paths]
     return [pixels[None] for pixels, _ in read], captions, [mask[None] for _, mask in read]
@@ -237,7 +240,7 @@ def _read_image(path: Path) -> tuple[Tensor, Tensor]:
     try:
         image = decode(open_picture(path))
     except PictureError as error:
-        raise DatasetError(f"{path.name} {error}.") from error
+        raise DatasetError(f"{one_line(path.name)} {error}.") from error
     width, height = image.size
     pixels, mask = torch.empty(height, width, 3), torch.ones(height, width)
     # In strips, so that nothing of a photo's size is in memory beside it and what comes out.
@@ -249,7 +252,7 @@ def _read_image(path: Path) -> tuple[Tensor, Tensor]:
             strip = Image.alpha_composite(Image.new("RGBA", strip.size, "white"), strip)
         pixels[top:bottom] = to_tensor(strip.convert("RGB"))
     if not mask.any():
-        raise DatasetError(f"{path.name} is transparent everywhere; remove it.")
+        raise DatasetError(f"{one_line(path.name)} is transparent everywhere; remove it.")
     return pixels, mask
 
 
@@ -260,14 +263,16 @@ def _read_caption(path: Path) -> str:
             text = file.read(MOST_CAPTION + 1)
         if len(text) > MOST_CAPTION:
             raise DatasetError(
-                f"{sidecar.name} has more than {MOST_CAPTION:,} bytes, which no caption has; "
-                "shorten it."
+                f"{one_line(sidecar.name)} has more than {MOST_CAPTION:,} bytes, which no caption "
+                "has; shorten it."
             )
         return text.decode("utf-8-sig").strip()
     except NotAFile:
         return ""
     except (OSError, UnicodeDecodeError) as error:
-        raise DatasetError(f"{sidecar.name} is not readable UTF-8 text ({error}).") from error
+        raise DatasetError(
+            f"{one_line(sidecar.name)} is not readable UTF-8 text ({error})."
+        ) from error
 
 
 def to_tensor(image: Image.Image) -> Tensor:

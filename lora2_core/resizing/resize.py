@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -22,7 +21,6 @@ from ..files.decode import factor_tensors
 from ..files.encode import STORED_ALPHA, encoded_bytes
 from ..files.header import LoRAFileError, TensorShape, shown_key
 from ..files.metadata import VERSION, listing_entry, understood_metadata, with_listing
-from ..files.raw.regular import open_regular
 from ..files.write import writing
 from .choice import Outline, Part, choose_exactly, kept_energy, part_of, part_of_values
 from .shrink import ranks_within
@@ -239,9 +237,8 @@ class _Work:
 
 
 def _copy(source: LoRASource, target: Path, new: bool) -> None:
-    with writing(target, source.nbytes, new) as file, open_regular(source.path) as original:
-        shutil.copyfileobj(original, file)
-        source.check_unchanged()
+    with writing(target, source.nbytes, new) as file:
+        source.copy_to(file)
 
 
 def _titled(metadata: Mapping[str, str], target: Path) -> dict[str, str]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 from torch import Tensor
 
@@ -120,6 +120,10 @@ class LoRASource:
         magnitudes = self._file.tensor(name)
         check_finite({name: magnitudes}, str(self.path))
         return {DORA_SCALE: magnitudes.float()}
+
+    def copy_to(self, target: BinaryIO) -> None:
+        """Write the whole file to ``target``, as it is."""
+        self._file.copy_to(target)
 
     def check_unchanged(self) -> None:
         """Raises LoRAFileError if the file was changed since its header was read."""

@@ -8,7 +8,9 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
-Stamp = tuple[int, int, int]  # what another content changes: file number, bytes, time in ns
+# What another content changes: file number, bytes, when it was written and when anything of it
+# changed in ns; many programs set the first time back.
+Stamp = tuple[int, int, int, int]
 
 # A loop of links, a name that is too long: there is no such file.
 _NO_PATH = {errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO, errno.EISDIR}
@@ -49,7 +51,7 @@ def open_regular(path: Path) -> BinaryIO:
 def stamp_of(file: BinaryIO) -> Stamp:
     """Another one, mostly, once somebody has written to an open file or cut it."""
     status = os.fstat(file.fileno())
-    return status.st_ino, status.st_size, status.st_mtime_ns
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _check(status: os.stat_result) -> None:

@@ -7,6 +7,7 @@ changed since its header was read is refused.
 
 from __future__ import annotations
 
+import shutil
 from types import TracebackType
 from typing import BinaryIO
 
@@ -84,6 +85,12 @@ class TensorFile:
                 "are free; close other programs, or resize the file first."
             )
         return {key: self.tensor(key) for key in self.header.entries}
+
+    def copy_to(self, target: BinaryIO) -> None:
+        """Write the whole file to ``target``, whatever stands under its name by now."""
+        self._opened.seek(0)
+        shutil.copyfileobj(self._opened, target)
+        self.check_unchanged()
 
     def check_unchanged(self) -> None:
         """Raises LoRAFileError if the file is no longer what its header was read from."""

@@ -120,6 +120,13 @@ def test_bombs_are_refused_before_they_are_decoded(kind: str, tmp_path: Path) ->
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
 
 
+def test_a_name_is_shown_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "a\n\u202eb\x1b[2J.png").write_bytes(b"")
+    with pytest.raises(DatasetError, match=r"^a\?\?b\?\[2J\.png is ") as caught:
+        load_folder(tmp_path)
+    assert str(caught.value).isprintable()
+
+
 def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
     (tmp_path / "b.png").write_bytes(saved(picture(), "PNG"))
     (tmp_path / "album.png").mkdir()

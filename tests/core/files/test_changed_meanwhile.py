@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from lora2_pack.lora2_core.files.header import LoRAFileError, read_header
 from lora2_pack.lora2_core.files.raw.tensors import TensorFile
 from lora2_pack.lora2_core.resizing import resize
 from lora2_pack.lora2_core.resizing.resize import merge_files, resize_file
+from lora2_pack.lora2_core.resizing.source import LoRASource
 from lora2_pack.tests.conftest import ROOT
 from lora2_pack.tests.core import spoiling
 
@@ -35,13 +37,21 @@ def written_over(path: Path) -> None:
         file.write(b"\x7f" * (len(SOUND) - 4000))
 
 
+def dated_back(path: Path) -> None:
+    """As those do that copy a file with its times."""
+    before = path.stat()
+    time.sleep(0.02)
+    written_over(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
 def replaced(path: Path) -> None:
     other = path.with_name("other")
     other.write_bytes(SOUND[:-1])
     other.replace(path)
 
 
-CHANGES = (cut, written_over, replaced)
+CHANGES = (cut, written_over, dated_back, replaced)
 
 
 @pytest.fixture
@@ -61,7 +71,7 @@ def test_what_was_changed_since_its_header_was_read(path: Path, change) -> None:
         TensorFile(found).__enter__()
 
 
-@pytest.mark.parametrize("change", [cut, written_over])
+@pytest.mark.parametrize("change", [cut, written_over, dated_back])
 def test_what_was_changed_between_two_tensors(path: Path, change) -> None:
     keys = list(read_header(path).entries)
     with TensorFile(read_header(path)) as file:
@@ -71,7 +81,7 @@ def test_what_was_changed_between_two_tensors(path: Path, change) -> None:
             file.tensor(keys[1])
 
 
-@pytest.mark.parametrize("change", [cut, written_over])
+@pytest.mark.parametrize("change", [cut, written_over, dated_back])
 @pytest.mark.parametrize("way", ["resize", "merge", "copy"])
 def test_nothing_is_written_of_a_file_that_changes(path: Path, monkeypatch, way: str, change):
     """It changes after the ranks were chosen, between the two passes."""
@@ -102,6 +112,15 @@ def test_what_is_loaded_stays(path: Path, change) -> None:
     file = lora_file.load(path)
     change(path)
     assert all(torch.equal(file.state[key], tensor) for key, tensor in before.items())
+
+
+def test_a_copy_is_of_what_was_read(path: Path, tmp_path: Path) -> None:
+    """Somebody else's file may bear its name by then."""
+    with LoRASource(path) as source:
+        replaced(path)
+        with pytest.raises(LoRAFileError, match="was changed while it was read"):
+            resize._copy(source, tmp_path / "copy.safetensors", True)
+    assert not [p for p in tmp_path.iterdir() if "copy" in p.name]
 
 
 USE = """
