@@ -87,6 +87,11 @@ def new_lora_path(file_name: str, taken: Collection[Path] = ()) -> Path:
             f"file_name is {_shown(file_name)}, whose folder cannot be used ({error.strerror}: "
             f"{Path(error.filename or root).name}); choose another."
         ) from error
+    except Exception as error:  # a link that leads out of it, for newer ComfyUIs
+        raise HostError(
+            f"file_name is {_shown(file_name)}, whose folder leads out of output/loras; choose "
+            "another."
+        ) from error
     while (path := Path(folder) / f"{name}_{counter:05}_.safetensors") in taken:
         counter += 1
     return path

@@ -113,7 +113,9 @@ def named_weights_hash(weights: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.sha256()
     for name, weight in weights:
         digest.update(f"{name}{tuple(weight.shape)}".encode())
-        flat = weight.detach().flatten()
+        # A single number by itself: after ComfyUI has put patches on such a one and taken them off
+        # again (0.33), PyTorch makes no view of it.
+        flat = weight.detach().flatten() if weight.dim() else weight.detach().clone()[None]
         digest.update(flat[:: max(1, flat.numel() // 1000)].float().cpu().numpy().tobytes())
     return digest.hexdigest()
 
