@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -83,20 +84,28 @@ class Page:
 
     def open_template(self, name: str) -> None:
         """As :meth:`pick_template`, without the dialog: its pictures cost more than many a test."""
+        from playwright.sync_api import TimeoutError as NotInTime
+
         offered = self.server.get("/api/workflow_templates")
         [pack] = [key for key, found in offered.items() if set(TEMPLATES) <= set(found)]
         graph = self.server.get(f"/api/workflow_templates/{quote(pack)}/{quote(name)}.json")
-        self.ask("([graph, name]) => app.loadGraphData(graph, true, true, name)", [graph, name])
-        self._await_template(name)
+        for patience in (5_000, 10_000, 20_000):
+            self.ask("([graph, name]) => app.loadGraphData(graph, true, true, name)", [graph, name])
+            # After a reload newer front ends may bring back the workflow of before on top of it.
+            with suppress(NotInTime):
+                self._await_template(name, patience)
+                return
+        raise AssertionError(f"{name} does not stay open")
 
-    def _await_template(self, name: str) -> None:
+    def _await_template(self, name: str, patience: int = 20_000) -> None:
         nodes = len([n for n in json.loads((TWINS / f"{TEMPLATES[name]}.json").read_text())])
-        self.page.wait_for_function(
-            "count => app.graph.nodes.filter(n => n.type !== 'MarkdownNote').length === count",
-            arg=nodes,
-            timeout=20_000,
-        )
-        self.page.wait_for_timeout(1500)  # until Nodes 2.0 has measured itself
+        for _ in range(2):
+            self.page.wait_for_function(
+                "count => app.graph.nodes.filter(n => n.type !== 'MarkdownNote').length === count",
+                arg=nodes,
+                timeout=patience,
+            )
+            self.page.wait_for_timeout(750)  # until Nodes 2.0 has measured itself
 
     def prompt(self) -> dict[str, Any]:
         """What Run would send."""
