@@ -47,15 +47,25 @@ def component_of(
     pair: Pair,
     name: str | None = None,
     metadata: Mapping[str, str] | None = None,
+    alpha: float | None = None,
 ) -> Component:
-    """One component of a state, its scale in ``lora_up``; ``name``: another than the file's."""
-    alpha = None if pair.alpha is None else float(state[pair.alpha])
+    """One component of a state, its scale in ``lora_up``; ``name``: another than the file's.
+
+    ``alpha``: where the state has none.
+    """
+    alpha = alpha if pair.alpha is None else float(state[pair.alpha])
     if pair.nu is not None:
         parts = state[pair.down], state[pair.up], state[pair.nu]
         return _foreign_component(name or pair.name, *parts, alpha, metadata or {})
     mid = None if pair.mid is None else state[pair.mid]
     down, up = state[pair.down], state[pair.up]
     return component_from_tensors(name or pair.name, down, up, alpha, mid)
+
+
+def as_dora_scale(magnitudes: Tensor) -> Tensor:
+    """PEFT's magnitudes as kohya writes them: (out,) of a linear layer and (1, out, 1, 1) of a
+    convolution become (out, 1, …)."""
+    return magnitudes.reshape(-1, *(1 for _ in range(max(1, magnitudes.dim() - 1))))
 
 
 def put_component(out: dict[str, Tensor], pair: Pair, component: Component) -> None:

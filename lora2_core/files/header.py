@@ -111,7 +111,7 @@ def read_header(path: str | os.PathLike[str], largest: int = LARGEST_HEADER) -> 
 
 def parse_header(path: Path, data: bytes) -> Header:
     """The header of what was, or is to be, written to ``path``. Raises as :func:`read_header`."""
-    return _read(path, io.BytesIO(data), (0, len(data), 0), LARGEST_HEADER)
+    return _read(path, io.BytesIO(data), (0, len(data), 0, 0), LARGEST_HEADER)
 
 
 def in_file_order(shapes: Mapping[str, TensorShape]) -> dict[str, TensorShape]:
@@ -152,9 +152,8 @@ def encode_header(
 
 
 def shown_key(text: str) -> str:
-    """A stranger's words in a message: one line, and not too long."""
-    line = one_line(text[:81])
-    return line if len(line) <= 80 else line[:79] + "…"
+    """A stranger's words in a message: one line, and not too long; of a key the end tells most."""
+    return one_line(text if len(text) <= 80 else f"{text[:39]}…{text[-40:]}")
 
 
 def one_line(text: str) -> str:

@@ -29,6 +29,8 @@ MAGNITUDES = (
     ".lora_magnitude_vector.weight",
     ".lora_magnitude_vector",
 )
+# AdaLoRA's importances between the two factors, as PEFT names them.
+DIAGONALS = (".lora_E", ".lora_E.default", ".lora_E.weight", ".lora_E.default.weight")
 # Of other kinds than two factors: what is left of the key is the component's name.
 OTHER_ENDINGS = {
     "loha": (".hada_w1_a", ".hada_w1_b", ".hada_w2_a", ".hada_w2_b", ".hada_t1", ".hada_t2"),
@@ -64,14 +66,16 @@ class Pair:
     up: str
     mid: str | None = None  # a third factor of some convolutions
     alpha: str | None = None
-    dora_scale: str | None = None
+    dora_scale: str | None = None  # magnitudes, by whatever name
     reshape: str | None = None
     nu: str | None = None
+    diagonal: str | None = None  # importances of an AdaLoRA
 
     @property
     def keys(self) -> tuple[str, ...]:
         every = (
             self.down, self.up, self.mid, self.alpha, self.dora_scale, self.reshape, self.nu,
+            self.diagonal,
         )  # fmt: skip
         return tuple(key for key in every if key is not None)
 
@@ -168,8 +172,14 @@ def _pair(name: str, down: str, up: str, present: Mapping[str, str]) -> Pair | N
     """The component of two factors with these endings, if both are there."""
     if name + down not in present or name + up not in present:
         return None
-    extras = (present.get(name + end) for end in _BESIDE)
-    return Pair(name, name + down, name + up, *extras)
+    mid, alpha, dora_scale, reshape, nu = (present.get(name + end) for end in _BESIDE)
+    dora_scale = dora_scale or _first(name, MAGNITUDES, present)
+    diagonal = _first(name, DIAGONALS, present)
+    return Pair(name, name + down, name + up, mid, alpha, dora_scale, reshape, nu, diagonal)
+
+
+def _first(name: str, ends: Iterable[str], present: Mapping[str, str]) -> str | None:
+    return next((present[name + end] for end in ends if name + end in present), None)
 
 
 def _complete(kind: str, name: str, keys: Iterable[str]) -> bool:

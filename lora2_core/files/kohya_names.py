@@ -17,6 +17,9 @@ _PREFIXES = (  # of dotted names, the longer first
     ("diffusion_model.", "lora_unet_"),
     ("unet.", "lora_unet_"),
 )
+_BLOCKS = re.compile(
+    r"(down_blocks|up_blocks|mid_block|input_blocks|output_blocks|middle_block)[._]"
+)
 _DIFFUSERS = re.compile(r"^lora_unet_(down_blocks|up_blocks|mid_block)_")
 _SGM = re.compile(r"^lora_unet_(input_blocks|output_blocks|middle_block)_")
 _OF_SDXL = "_transformer_blocks_9_"  # no smaller relative has so many
@@ -46,10 +49,15 @@ def kohya_name(name: str) -> str:
 
     A name with a prefix that kohya has none for stays as it is; stock loaders know it so.
     """
-    name = plain_name(name)
+    name = plain_name(name).removeprefix("model.")  # of a whole checkpoint
+    if name.startswith("lycoris_"):  # with and without the network's own prefix
+        rest = name.removeprefix("lycoris_")
+        name = f"lora_unet_{rest}" if _BLOCKS.match(rest) else f"lora_{rest}"
+    if re.match(r"lora_(unet|te[12]?)[._]", name):
+        return name.replace(".", "_")
     if name.startswith("lora_"):
         return name
-    if re.match(r"(down_blocks|up_blocks|mid_block)\.", name):  # PEFT on a U-Net by itself
+    if _BLOCKS.match(name):  # PEFT on a U-Net by itself
         name = f"unet.{name}"
     for prefix, key in _PREFIXES:
         if name.startswith(prefix):

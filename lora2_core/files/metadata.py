@@ -7,18 +7,26 @@ about its maker's machine.
 from __future__ import annotations
 
 import json
+import math
+import re
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from ..config.train import OptimizerConfig, TrainConfig
 from .component import Component
 from .encode import STORED_ALPHA, kohya_key
+from .header import shown_key
+from .keys import plain_name
 
 FORMAT_VERSION = "1"  # of LoRA files
 VERSION, COMPONENTS = "lora2.format_version", "lora2.components"
 RUN = "lora2.run"  # the hash of the run that a file is of
+ADAPTER = "lora_adapter_metadata"  # of diffusers: PEFT's settings of each network
+_TOLD_ALPHA = "lora_alpha"
+_LARGEST_ALPHA = 1e6
+_MODULE_NAME = re.compile(r"[\w.-]{1,300}")
 _SHOWN = 200  # characters of a value in a headline
 _MODULE = "lora2_core.network"
 _CLASSES = {
@@ -101,6 +109,66 @@ def understood_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
     if metadata.get(VERSION, FORMAT_VERSION) == FORMAT_VERSION:
         return dict(metadata)
     return {name: text for name, text in metadata.items() if not name.startswith("lora2.")}
+
+
+def told_alphas(metadata: Mapping[str, str], ranks: Mapping[str, int]) -> dict[str, float]:
+    """What diffusers told of alpha in ``lora_adapter_metadata``, for components without their own.
+
+    ``ranks``: by name as in the file. As PEFT scales: alpha / rank, or alpha / √rank where it says
+    ``use_rslora``; what is returned is to be divided by the rank. Raises ValueError for what is no
+    such metadata, and for an ``alpha_pattern`` that is no name of a module.
+    """
+    if not metadata.get(ADAPTER):
+        return {}
+    try:
+        told = json.loads(metadata[ADAPTER])
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(told, dict):
+        raise ValueError("it is no list of settings")
+    roots = {key.removesuffix(_TOLD_ALPHA) for key in told if key.endswith(_TOLD_ALPHA)}
+    found = {}
+    for name, rank in ranks.items():
+        root, module = _under_root(plain_name(name), roots)
+        if root is None or not rank:
+            continue
+        alpha = _pattern_value(told.get(f"{root}alpha_pattern"), module)
+        alpha = _checked_alpha(told[root + _TOLD_ALPHA] if alpha is None else alpha)
+        found[name] = alpha * rank**0.5 if told.get(f"{root}use_rslora") is True else alpha
+    return found
+
+
+def _under_root(name: str, roots: Collection[str]) -> tuple[str | None, str]:
+    """Which network of several a component is of ("unet."), and its name there."""
+    for root in roots:
+        if root and name.startswith(root):
+            return root, name.removeprefix(root)
+    alone = next(iter(roots)) if len(roots) == 1 else None
+    return alone, name
+
+
+def _pattern_value(patterns: Any, module: str) -> Any:
+    """Of the first pattern that is the module's name or the end of it; None where none is."""
+    if not patterns:
+        return None
+    if not isinstance(patterns, dict):
+        raise ValueError("its alpha_pattern is no table")
+    for pattern, value in patterns.items():
+        plain = pattern.removeprefix("^")
+        if not _MODULE_NAME.fullmatch(plain):
+            raise ValueError(f"its alpha_pattern has {shown_key(pattern)}, which is no name")
+        if module == plain or (pattern == plain and module.endswith(f".{plain}")):
+            return value
+    return None
+
+
+def _checked_alpha(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError("its lora_alpha is no number")
+    number = float(value) if abs(value) < _LARGEST_ALPHA else math.inf
+    if not math.isfinite(number):
+        raise ValueError("its lora_alpha is no usable number")
+    return number
 
 
 def headline(metadata: Mapping[str, str]) -> str:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from .header import Header, LoRAFileError, read_header, shown_key
-from .keys import ALPHA, DOWN, MAGNITUDES, Pair, ParsedKeys, parse_keys
-from .metadata import COMPONENTS, understood_metadata
+from .keys import ALPHA, DOWN, Pair, ParsedKeys, parse_keys
+from .metadata import COMPONENTS, told_alphas, understood_metadata
 from .raw.tensors import TensorFile
 from .shapes import Mismatch, product_of_kind, product_of_pair
 
@@ -36,7 +36,8 @@ class ComponentInfo:
     out_features: int
     nu: float | None  # None in files that LoRA² did not train
     nbytes: int  # of its factors
-    kind: str = "lora"  # or "conv", "dora", "loha", "lokr", "glora", "oft", "difference", "norm"
+    # Or "conv", "dora", "adalora", "loha", "lokr", "glora", "oft", "difference", "norm".
+    kind: str = "lora"
 
 
 @dataclass(frozen=True)
@@ -91,14 +92,46 @@ def inspect_header(header: Header) -> tuple[list[ComponentInfo], dict[str, str]]
 def load(path: str | os.PathLike[str]) -> LoRAFile:
     """Tensors and metadata of a LoRA file, in memory: whatever becomes of the file, they stay.
 
-    Raises LoRAFileError for anything unreadable, for parts that do not fit together, and for a file
-    that is changed while it is read.
+    An alpha that diffusers told in the metadata alone is among the tensors, as any loader reads it.
+    Raises LoRAFileError for anything unreadable, for parts that do not fit together, for a file
+    that is changed while it is read, and for an AdaLoRA.
     """
     header = read_header(path)
     _components(header, {})
+    check_two_factors(header)
+    told = alphas_of(header)
     with TensorFile(header) as file:
         state = file.all()
-    return LoRAFile(state, header.metadata, header.parsed)
+    if not told:
+        return LoRAFile(state, header.metadata, header.parsed)
+    state |= {name + ALPHA: torch.tensor(alpha) for name, alpha in told.items()}
+    return LoRAFile(state, header.metadata)
+
+
+def check_two_factors(header: Header) -> None:
+    """Raises LoRAFileError for an AdaLoRA, whose file does not hold all that its update takes."""
+    found = next((pair for pair in header.parsed.pairs if pair.diagonal), None)
+    if found is not None:
+        raise LoRAFileError(
+            f"{header.path} is an AdaLoRA ({shown_key(found.diagonal or '')}), whose strength "
+            "stands in its adapter_config.json alone; turn it into a plain LoRA with PEFT, or "
+            "choose another."
+        )
+
+
+def alphas_of(header: Header) -> dict[str, float]:
+    """The alpha of components that have it in the metadata alone, by their names.
+
+    Raises LoRAFileError where the metadata tells it in a way that this pack cannot read.
+    """
+    ranks = {p.name: header[p.down].shape[0] for p in header.parsed.pairs if p.alpha is None}
+    try:
+        return told_alphas(header.metadata, ranks)
+    except ValueError as error:
+        raise LoRAFileError(
+            f"{header.path} has a lora_adapter_metadata that cannot be read ({error}); save it "
+            "anew with diffusers."
+        ) from None
 
 
 def component_keys(keys: Mapping[str, Any]) -> list[str]:
@@ -134,15 +167,12 @@ def _components(header: Header, trained: Mapping[str, Any]) -> list[ComponentInf
         raise LoRAFileError(
             f"{header.path} is damaged: {shown_key(parsed.lonely[0])} lacks its other half."
         )
-    magnitudes = {
-        key.removesuffix(end) for key in parsed.unknown for end in MAGNITUDES if key.endswith(end)
-    }
     infos: list[ComponentInfo] = []
     name = ""
     try:
         for pair in parsed.pairs:
             name = pair.name
-            infos.append(_info(header, pair, trained.get(name), name in magnitudes))
+            infos.append(_info(header, pair, trained.get(name)))
         for kind, components in parsed.others.items():
             for name, keys in components.items():
                 infos.append(_other(header, kind, name, keys))
@@ -182,10 +212,8 @@ def _width(value: Any) -> int:
     raise ValueError
 
 
-def _info(
-    header: Header, pair: Pair, trained: Mapping[str, Any] | None, magnitudes: bool
-) -> ComponentInfo:
-    """Of two factors; ``magnitudes``: whether PEFT's belong to them."""
+def _info(header: Header, pair: Pair, trained: Mapping[str, Any] | None) -> ComponentInfo:
+    """Of two factors."""
     beside = {pair.alpha, pair.reshape, pair.nu}
     _check_types(header, [key for key in pair.keys if key not in beside])
     down, up = header[pair.down], header[pair.up]
@@ -201,8 +229,14 @@ def _info(
         out_features=product.out_features,
         nu=trained["nu"] if trained else None,
         nbytes=down.nbytes + up.nbytes + (mid.nbytes if mid else 0),
-        kind="dora" if pair.dora_scale or magnitudes else "conv" if area > 1 else "lora",
+        kind=_kind(pair, area),
     )
+
+
+def _kind(pair: Pair, area: int) -> str:
+    if pair.diagonal:
+        return "adalora"
+    return "dora" if pair.dora_scale else "conv" if area > 1 else "lora"
 
 
 def _other(header: Header, kind: str, name: str, keys: Sequence[str]) -> ComponentInfo:

@@ -17,10 +17,10 @@ from typing import Any
 from PIL import Image
 
 from ..data.pictures import PictureError, decode, open_picture
-from ..files.header import read_header
+from ..files.header import Header, LoRAFileError, read_header
 from ..files.metadata import headline, is_ours, newer_version, understood_metadata
 from ..files.model_family import Family, guess_family
-from ..files.read import ComponentInfo, inspect_header
+from ..files.read import ComponentInfo, alphas_of, inspect_header
 from ..resizing.measure import Measured, measure_file, strongest
 from .canvas import fitted
 from .rank_map import MARGIN, WIDTH
@@ -56,6 +56,7 @@ class FileReport:
     metadata: Mapping[str, str]
     family: Family  # of the models that it was made for
     measured: Measured | None = None
+    told_alphas: tuple[float, ...] = ()  # the different ones that stand in the metadata alone
 
     @property
     def trigger(self) -> str:
@@ -81,6 +82,9 @@ class FileReport:
         """What the header tells of it; the numbers themselves are tensors."""
         if is_ours(self.metadata):
             return "1 in every component, so that strength 1 is as trained"
+        if self.told_alphas:
+            each = ", ".join(f"{alpha:g}" for alpha in self.told_alphas)
+            return f"{each} (lora_adapter_metadata)"
         return self.metadata.get("ss_network_alpha", "")
 
     def thumbnail(self) -> Thumbnail | None:
@@ -188,7 +192,15 @@ def inspect(path: Path, with_tensors: bool = False, name: str = "") -> FileRepor
         metadata,
         guess_family({c.key: c.in_features for c in components}, metadata),
         measure_file(path) if with_tensors else None,
+        _told_alphas(header),
     )
+
+
+def _told_alphas(header: Header) -> tuple[float, ...]:
+    try:
+        return tuple(sorted(set(alphas_of(header).values())))
+    except LoRAFileError:  # whoever loads it is told
+        return ()
 
 
 def most_frequent_tags(metadata: Mapping[str, str]) -> list[str]:

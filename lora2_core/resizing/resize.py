@@ -20,7 +20,7 @@ from ..files.component import Component, decompose_quickly, singular_values, wit
 from ..files.decode import factor_tensors
 from ..files.encode import STORED_ALPHA, encoded_bytes
 from ..files.header import LoRAFileError, TensorShape, shown_key
-from ..files.metadata import VERSION, listing_entry, understood_metadata, with_listing
+from ..files.metadata import ADAPTER, VERSION, listing_entry, understood_metadata, with_listing
 from ..files.write import writing
 from .choice import Outline, Part, choose_exactly, kept_energy, part_of, part_of_values
 from .shrink import ranks_within
@@ -244,7 +244,9 @@ def _copy(source: LoRASource, target: Path, new: bool) -> None:
 def _titled(metadata: Mapping[str, str], target: Path) -> dict[str, str]:
     """``metadata`` under the name of the new file, where it has one."""
     names = {"ss_output_name": target.stem, "modelspec.title": target.stem}
-    return {**metadata, **{name: text for name, text in names.items() if name in metadata}}
+    titled = {**metadata, **{name: text for name, text in names.items() if name in metadata}}
+    titled.pop(ADAPTER, None)  # of the old factors: alpha is in the tensors now
+    return titled
 
 
 def _joined(sources: Sequence[LoRASource]) -> dict[str, str]:

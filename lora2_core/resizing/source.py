@@ -11,12 +11,12 @@ from typing import BinaryIO, Protocol
 from torch import Tensor
 
 from ..files.component import Component, sum_of
-from ..files.decode import component_of
+from ..files.decode import as_dora_scale, component_of
 from ..files.header import LoRAFileError, read_header, shown_key
 from ..files.keys import DORA_SCALE, Pair
 from ..files.kohya_names import in_one_style, kohya_name
 from ..files.raw.tensors import TensorFile
-from ..files.read import check_finite, inspect_header
+from ..files.read import alphas_of, check_finite, check_two_factors, inspect_header
 
 _UNCUT = {  # kinds that have no columns to cut or to put side by side
     "loha": "LoHa", "lokr": "LoKr", "glora": "GLoRA", "oft": "OFT",
@@ -74,6 +74,8 @@ class LoRASource:
                 "be loaded as it is."
             )
         self.ignored = parsed.unknown  # keys that no component has a place for
+        check_two_factors(self.header)
+        self._alphas = alphas_of(self.header)
         self._pairs = {kohya_name(pair.name): pair for pair in parsed.pairs}
         if len(self._pairs) < len(parsed.pairs):
             raise LoRAFileError(f"{path} is damaged: it names a component twice.")
@@ -107,7 +109,7 @@ class LoRASource:
         state = {name: self._file.tensor(name) for name in pair.keys}
         check_finite(state, str(self.path))
         try:
-            component = component_of(state, pair, key, self.metadata)
+            component = component_of(state, pair, key, self.metadata, self._alphas.get(pair.name))
         except ValueError as error:
             raise LoRAFileError(f"{self.path} is damaged: {error}") from None
         check_finite({pair.down: component.lora_down, pair.up: component.lora_up}, str(self.path))
@@ -119,7 +121,8 @@ class LoRASource:
             return {}
         magnitudes = self._file.tensor(name)
         check_finite({name: magnitudes}, str(self.path))
-        return {DORA_SCALE: magnitudes.float()}
+        known = name.endswith(DORA_SCALE)
+        return {DORA_SCALE: (magnitudes if known else as_dora_scale(magnitudes)).float()}
 
     def copy_to(self, target: BinaryIO) -> None:
         """Write the whole file to ``target``, as it is."""

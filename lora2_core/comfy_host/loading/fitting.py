@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 import comfy.lora
 from torch import Tensor
 
+from ...files.decode import as_dora_scale
 from ...files.keys import ALPHA, DORA_SCALE, MAGNITUDES, plain_name
 from ...files.kohya_names import kohya_name
 from ...files.model_family import FAMILY_OF_CONTEXT, Family
@@ -57,7 +58,7 @@ def in_known_names(file: LoRAFile, names: Mapping[str, Any]) -> LoRAFile:
             state[new_keys.get(key, key)] = tensor
         else:
             name = key.removesuffix(end)
-            state[new_names.get(name, name) + DORA_SCALE] = _as_dora_scale(tensor)
+            state[new_names.get(name, name) + DORA_SCALE] = as_dora_scale(tensor)
     return file.with_state(state)
 
 
@@ -107,13 +108,10 @@ def _names_of(module: Any, find: Any) -> dict[str, Any]:
 
 
 def _known_name(name: str, names: Mapping[str, Any]) -> str:
-    plain = plain_name(name)
-    if name == plain or name in names:
+    """The name that ComfyUI has for the layer; its own where it has none."""
+    if name in names:
         return name
+    plain = plain_name(name)
     kohya = kohya_name(plain)
-    return next((one for one in (kohya, *(f + plain for f in _PREFIXES)) if one in names), kohya)
-
-
-def _as_dora_scale(magnitudes: Tensor) -> Tensor:
-    """(out,) of a linear layer, (1, out, 1, 1) of a convolution → (out, 1, …)."""
-    return magnitudes.reshape(-1, *(1 for _ in range(max(1, magnitudes.dim() - 1))))
+    found = next((one for one in (kohya, *(f + plain for f in _PREFIXES)) if one in names), None)
+    return found or (name if name == plain else kohya)

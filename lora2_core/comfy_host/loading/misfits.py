@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import comfy.lora
@@ -84,19 +84,28 @@ def _glora_misfit(weights: Any, shape: torch.Size) -> str:
 
     New files multiply its input channels, old ones, transposed, its unrolled inputs.
     """
-    a1, a2, b1, b2 = (tensor.flatten(1).shape for tensor in weights[:4])
-    sizes = f"{_sizes(b1)} and {_sizes(b2)} beside {_sizes(a1)} and {_sizes(a2)}"
-    if len(shape) > 1:
-        new, old = b2[0] == b1[1] == a1[1] == a2[0], b2[1] == b1[0] == a1[0] == a2[1]
-        if old and not (new and not a2[0] == shape[0] == shape[1]):
+    shapes = [tensor.shape for tensor in weights[:4]]
+    sizes = ", ".join(map(_sizes, shapes))
+    if len(shape) > 1 and min(map(len, shapes)) > 1:
+        a1, a2, b1, b2 = (tensor.flatten(1).shape for tensor in weights[:4])
+        inside = shape[1:].numel()
+        old = _is_old_glora(shapes, shape)
+        if old:
             a1, a2, b1, b2 = a2, a1, b2, b1
-            new, channels = True, shape[1:].numel()
-        else:
-            channels = shape[1]
-        inputs = a1[0] == a2[1] == channels
-        if new and inputs and (b1[0], b2[1]) == (shape[0], shape[1:].numel()):
+        channels = inside if old else shape[1]
+        chain = a1[1] == a2[0] and b1[1] == b2[0] and old is not None
+        if chain and a1[0] == a2[1] == channels and (b1[0], b2[1]) == (shape[0], inside):
             return ""
     return f"has factors (GLoRA) of {sizes}, none of a weight {_of(shape)}"
+
+
+def _is_old_glora(shapes: Sequence[torch.Size], shape: torch.Size) -> bool | None:
+    """Which of both ComfyUI takes four factors for, by their first two sizes; None: for neither."""
+    a1, a2, b1, b2 = shapes
+    new, old = b2[0] == b1[1] == a1[1] == a2[0], b2[1] == b1[0] == a1[0] == a2[1]
+    if new:
+        return old and a2[0] == shape[0] == shape[1]
+    return True if old else None
 
 
 def without_core(patch: Any) -> Any:

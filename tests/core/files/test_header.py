@@ -275,7 +275,7 @@ def test_no_such_file(tmp_path: Path, name: str):
 def test_what_a_message_shows_of_a_key():
     assert shown_key("a\n\x1b[31mü") == "a??[31mü"
     assert shown_key("x" * 80) == "x" * 80
-    assert shown_key("x" * 90) == "x" * 79 + "…"
+    assert shown_key("a" * 45 + "b" * 45) == "a" * 39 + "…" + "b" * 40
     assert one_line("x\u202ey" * 99) == "x?y" * 99
 
 
