@@ -30,6 +30,7 @@ ITEM_BYTES = {
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
 }  # fmt: skip
 _LARGEST_NUMBER = 1 << 62
+_SNIFFED = 200  # bytes at the start of what is no safetensors file
 _MOST_DIMENSIONS = 16
 _MOST_PARTS = 300_000  # brackets and commas, or quotes; 30,000 tensors have as many
 _FIELDS = {"dtype", "shape", "data_offsets"}
@@ -165,7 +166,7 @@ def _read(path: Path, file: BinaryIO, stamp: Stamp, largest: int) -> Header:
     size = stamp[1]
     start = file.read(9)
     if len(start) < 9 or start[8:] != b"{":
-        raise _no_safetensors(path, "it is empty" if not start else "it has no header")
+        raise _something_else(path, start + file.read(_SNIFFED))
     (length,) = struct.unpack("<Q", start[:8])
     if length > largest:
         raise _no_safetensors(
@@ -280,6 +281,28 @@ def _check_places(entries: dict[str, TensorEntry], there: int) -> None:
         end = entry.end
     if end != there:
         raise _Flaw(f"{there - end} bytes behind its last tensor belong to none")
+
+
+def _something_else(path: Path, start: bytes) -> LoRAFileError:
+    """What a file is that begins with ``start``: mostly what came in place of a download."""
+    plain = start.lstrip(b"\xef\xbb\xbf \t\r\n")
+    text = plain.lower()
+    if not start:
+        return _no_safetensors(path, "it is empty")
+    if text.startswith(b"version https://git-lfs"):
+        what = "a Git LFS pointer in place of the file; use git lfs pull, or download the file"
+    elif text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<script")):
+        what = "a web page, mostly one that asks for a log-in; log in and download the file again"
+    elif text.startswith((b"{", b"[")):
+        words = shown_key(plain.decode(errors="replace"))
+        what = f"text ({words}), mostly an error in place of a download; download it again"
+    elif start.startswith(b"PK\x03\x04") or start[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04"):
+        return _no_safetensors(path, "it is pickled")
+    elif start.startswith(b"GGUF"):
+        what = "a GGUF model; load it with the nodes of its pack"
+    else:
+        return _no_safetensors(path, "it has no header")
+    return LoRAFileError(f"{path} is not a safetensors file but {what}.")
 
 
 def _no_safetensors(path: Path, reason: str) -> LoRAFileError:

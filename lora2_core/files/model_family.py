@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 
-from .header import one_line
+from .header import shown_key
 
 # Width of the text that cross-attention reads → whose it is.
 FAMILY_OF_CONTEXT = {768: "SD 1.5", 1024: "SD 2", 2048: "SDXL", 1280: "the SDXL refiner"}
@@ -65,6 +65,28 @@ _BY_METADATA = (
     (r"stable-diffusion-xl|\bsdxl", "SDXL"), (r"stable-diffusion-v2|\bsd_?v?2", "SD 2"),
     (r"stable-diffusion-v1|\bsd_?v?1", "SD 1.5"),
 )  # fmt: skip
+# What else people keep as safetensors, told by its keys; and where it belongs.
+_NO_LORAS = tuple(
+    (re.compile(pattern), what)
+    for pattern, what in (
+        (r"^lora_controlnet$", "a Control-LoRA; load it with Load ControlNet Model"),
+        (r"^(control_model|controlnet_\w+|zero_convs|input_hint_block|controlnet_cond_embedding)\.",
+         "a ControlNet; load it with Load ControlNet Model"),
+        (r"^(ip_adapter|image_proj)\.", "an IP-Adapter; load it with the nodes of its pack"),
+        (r"^(emb_params|clip_[lg]|string_to_param(\..*)?|\*|<[^>]*>)$",
+         "a textual inversion (embedding); put it into models/embeddings and write embedding:name "
+         "in the prompt"),
+        (r"(^|\.)ia3_l|\.on_input$", "an IA³, which has no factors and is not read here"),
+        (r"^(model\.diffusion_model|first_stage_model|conditioner|cond_stage_model)\.",
+         "a checkpoint, a whole model; load it with Load Checkpoint"),
+        (r"^(input_blocks\.\d|down_blocks\.\d|double_blocks\.\d|joint_blocks\.\d|blocks\.\d"
+         r"|transformer_blocks\.\d|diffusion_model\.)",
+         "a diffusion model; load it with Load Diffusion Model"),
+        (r"^(encoder|decoder)\.(conv_in|down|up|mid)", "a VAE; load it with Load VAE"),
+        (r"^(text_model|transformer\.text_model|encoder\.block|model\.layers|shared)\b",
+         "a text encoder; load it with Load CLIP"),
+    )
+)  # fmt: skip
 _NAMES_OF_METADATA = ("modelspec.architecture", "ss_base_model_version")
 _MOST_NAMES, _LONGEST = 5000, 300  # more is no LoRA's; a stranger may write anything
 
@@ -103,6 +125,13 @@ def guess_family(inputs: Mapping[str, int], metadata: Mapping[str, str]) -> Fami
     return Family(claimed)
 
 
+def other_than_a_lora(keys: Iterable[str]) -> str:
+    """What a file without a LoRA is, and what to do with it; empty where its keys do not tell."""
+    first = [key[:_LONGEST] for key in islice(keys, _MOST_NAMES)]
+    found = (what for pattern, what in _NO_LORAS if any(map(pattern.search, first)))
+    return next(found, "")
+
+
 def misfit(source: str, made_for: Family, model: Family) -> str:
     """One sentence for a LoRA that fits no layer of a model, or layers of another shape."""
     other_text = made_for.context and model.context and made_for.context != model.context
@@ -121,7 +150,7 @@ def unknown_components(source: str, names: Iterable[str], count: int) -> str:
     unknown = sorted(names)
     if not unknown:
         return ""
-    first = ", ".join(one_line(name[:60]) for name in unknown[:3])
+    first = ", ".join(shown_key(name) for name in unknown[:3])
     more = ", …" if len(unknown) > 3 else ""
     return f"{source}: {len(unknown)} of {count} components unknown: {first}{more}."
 

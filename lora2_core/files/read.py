@@ -16,6 +16,7 @@ from torch import Tensor
 from .header import Header, LoRAFileError, read_header, shown_key
 from .keys import ALPHA, DOWN, Pair, ParsedKeys, parse_keys
 from .metadata import COMPONENTS, told_alphas, understood_metadata
+from .model_family import other_than_a_lora
 from .raw.tensors import TensorFile
 from .shapes import Mismatch, product_of_kind, product_of_pair
 
@@ -74,9 +75,11 @@ def inspect_header(header: Header) -> tuple[list[ComponentInfo], dict[str, str]]
     trained = _trained_components(header.metadata)
     infos = _components(header, trained)
     if not infos:
+        if other := other_than_a_lora(header.entries):
+            raise LoRAFileError(f"{header.path} is no LoRA but {other}.")
         raise LoRAFileError(
             f"{header.path} holds no LoRA (no key ends in {DOWN} or any other LoRA's ending); "
-            "choose a LoRA file, not a checkpoint."
+            "choose a LoRA file."
         )
     present = {info.key for info in infos}
     infos += [

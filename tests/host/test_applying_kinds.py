@@ -261,6 +261,6 @@ def test_peft_on_a_part_of_a_model(model: Any):
     state = _kind(f"base_model.model.{LINEAR}", "lora", *_shape(model, LINEAR))
     names = layer_names(model, None)
     assert set(fitting.in_known_names(LoRAFile(state, {}), names).state) == {
-        f"{NAME}{end}" for end in (".lora_up.weight", ".lora_down.weight")
+        f"{KOHYA}{end}" for end in (".lora_up.weight", ".lora_down.weight")
     }
     assert set(_apply(model, state).model.patches) == {f"{NAME}.weight"}

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from ...config.load import WAYS, Strengths
+from ...files.header import shown_key
 from ...files.keys import ParsedKeys
 from ...files.metadata import understood_metadata
-from ...files.model_family import guess_family, misfit, unknown_components
+from ...files.model_family import guess_family, misfit, other_than_a_lora, unknown_components
 from ...files.read import LoRAFile
 from .. import surface
 from ..errors import HostError
@@ -77,7 +78,7 @@ def apply_lora(
     file = file.with_state(comfy.lora_convert.convert_lora(dict(file.state)))
     parsed = file.parsed
     if parsed.lonely:
-        raise HostError(f"{source} is damaged: {parsed.lonely[0][:80]} lacks its other half.")
+        raise HostError(f"{source} is damaged: {shown_key(parsed.lonely[0])} lacks its other half.")
     names = _asked_for(every, parsed)
     state = fitting.without_empty(file)
     patches = _of_weights(comfy.lora.load_lora(state, names, False), names, model, clip)
@@ -201,6 +202,8 @@ def _asked_for(names: dict[str, Any], parsed: ParsedKeys) -> dict[str, Any]:
 def _no_patch(file: LoRAFile, state: Mapping[str, Tensor], model: ModelPatcher, source: str) -> str:
     """Why nothing of ``file`` patches anything; ``state``: without what is empty."""
     components = [set(keys) for _, keys in file.parsed.components()]
+    if not components and (other := other_than_a_lora(file.state)):
+        return f"{source} is no LoRA but {other}."
     if not components or any(keys & state.keys() for keys in components):
         return _made_for_another(file, model, source)
     return f"{source} changes nothing: every component has rank 0; choose another LoRA."
@@ -241,7 +244,7 @@ def _unread(parsed: ParsedKeys, patches: Mapping[Any, Any], source: str) -> str:
     if not parsed.unknown:
         return ""
     read = {key for patch in patches.values() for key in getattr(patch, "loaded_keys", ())}
-    left = [key[:60] for key in parsed.unknown if key not in read]
+    left = [shown_key(key) for key in parsed.unknown if key not in read]
     if not left:
         return ""
     more = ", …" if len(left) > 3 else ""

@@ -1,0 +1,70 @@
+"""What people take for a LoRA: the sentence says what it is, and what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from lora2_pack.lora2_core.files.header import LoRAFileError, read_header
+from lora2_pack.lora2_core.files.model_family import other_than_a_lora
+from lora2_pack.lora2_core.files.read import inspect
+from safetensors.torch import save_file
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:9cb970\nsize 23390424\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (POINTER, "but a Git LFS pointer in place of the file; use git lfs pull"),
+        (b"<!DOCTYPE html><html>login</html>", "but a web page, mostly one that asks for a log-in"),
+        (b"\xef\xbb\xbf\n<html><body>no</body></html>", "but a web page"),
+        (b'{"error":"Unauthorized","message":"log in"}', r'but text \(\{"error":"Unauthorized"'),
+        (b'[{"error": "\xff\n\x1b[2J"}]', r'but text \(\[\{"error": ".\?\?\[2J"'),
+        (b"GGUF\x03\0\0\0\0\0\0\0", "but a GGUF model"),
+        (b"PK\x03\x04archive/data.pkl", "it is pickled"),
+        (b"\x80\x02}q\x00X\x05", "it is pickled"),
+        (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "it has no header"),
+        (b"", "it is empty"),
+    ],
+)
+def test_what_is_no_safetensors_file(tmp_path: Path, content: bytes, said: str):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(LoRAFileError, match=said) as caught:
+        read_header(path)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (("clip_g", "clip_l"), "a textual inversion"),
+        (("emb_params",), "a textual inversion"),
+        (("<cat-toy>",), "a textual inversion"),
+        (("image_proj.latents", "ip_adapter.1.to_k_ip.weight"), "an IP-Adapter"),
+        (("zero_convs.0.0.weight", "lora_controlnet"), "a Control-LoRA"),
+        (("control_model.input_blocks.0.0.weight",), "a ControlNet"),
+        (("controlnet_down_blocks.0.weight", "down_blocks.0.resnets.0.conv1.weight"), "a ControlN"),
+        (("unet.mid_block.attn.to_k.ia3_l",), "an IA³"),
+        (("lora_unet_x.weight", "lora_unet_x.on_input"), "an IA³"),
+        (("model.diffusion_model.out.2.weight", "first_stage_model.x"), "a checkpoint, a whole"),
+        (("conditioner.embedders.0.x.weight",), "a checkpoint"),
+        (("input_blocks.0.0.weight",), "a diffusion model"),
+        (("double_blocks.0.img_attn.qkv.weight",), "a diffusion model"),
+        (("diffusion_model.out.2.weight",), "a diffusion model"),
+        (("decoder.conv_in.weight", "encoder.conv_in.weight"), "a VAE"),
+        (("text_model.encoder.layers.0.mlp.fc1.weight",), "a text encoder"),
+    ],
+)
+def test_files_of_another_kind(tmp_path: Path, keys: tuple[str, ...], said: str):
+    path = tmp_path / "x.safetensors"
+    save_file({key: torch.ones(2, 2) for key in keys}, path)
+    with pytest.raises(LoRAFileError, match=rf"^{path} is no LoRA but {said}.*[;,] .*\.$"):
+        inspect(path)
+
+
+def test_what_nobody_knows_is_named_nothing():
+    assert other_than_a_lora(["something.else", "bundle_emb.cat"]) == ""
+    assert other_than_a_lora(["x" * 10**6] * 10) == ""
