@@ -87,8 +87,10 @@ def new_lora_path(file_name: str, taken: Collection[Path] = ()) -> Path:
             f"file_name is {_shown(file_name)}, whose folder cannot be used ({error.strerror}: "
             f"{Path(error.filename or root).name}); choose another."
         ) from error
-    except Exception as error:  # a link that leads out of it, for newer ComfyUIs
-        raise HostError(
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise HostError(  # what newer ComfyUIs raise for a link that leads out of it
             f"file_name is {_shown(file_name)}, whose folder leads out of output/loras; choose "
             "another."
         ) from error

@@ -164,8 +164,12 @@ class FileReport:
     def _strengths(self) -> str:
         if self.measured is None:
             return ""
+        missing = [self.measured.not_measured] if self.measured.not_measured else []
+        if not self.measured.components:
+            return "\n".join(["", *missing]) + "\n"
         lines = [
             "",
+            *missing,
             f"Norm of the update {self.measured.norm:.4g}; it {self.measured.could_be_cut}.",
             "",
             f"{'norm':>10}{'energy':>9}{'rank':>7}{'90 %':>7}  strongest components",

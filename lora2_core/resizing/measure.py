@@ -12,11 +12,12 @@ from pathlib import Path
 
 from ..files.component import decompose
 from ..files.encode import encoded_bytes
-from ..files.header import TensorShape
+from ..files.header import LoRAFileError, TensorShape
 from .choice import Part, kept_energy, part_of, ranks_for_energy
 from .source import LoRASource
 
 _MOST = 0.9  # of a component's energy: its effective rank
+_DAMAGED = "damaged (not finite, or beyond all measure)"
 _ALMOST_ALL = 0.99  # of the file's energy: what it could be cut to
 
 
@@ -39,6 +40,13 @@ class Measured:
     norm: float  # √Σ‖ΔW‖²
     cut_bytes: int  # of the file that keeps 99 % of the energy
     cut_rank: float  # its mean rank
+    left: tuple[tuple[str, int], ...] = ()  # what was not measured: kinds, and how many of each
+
+    @property
+    def not_measured(self) -> str:
+        """For a person; empty where all was."""
+        kinds = ", ".join(f"{count} {kind}" for kind, count in self.left)
+        return f"Not measured: {kinds}." if kinds else ""
 
     @property
     def could_be_cut(self) -> str:
@@ -50,15 +58,21 @@ class Measured:
 
 
 def measure_file(path: Path) -> Measured:
-    """Read and decompose every component of a file.
+    """Read and decompose every component of two factors; the others are counted.
 
-    Raises LoRAFileError where it is no LoRA of two factors.
+    Raises LoRAFileError where the file is no LoRA, or is changed meanwhile.
     """
-    with LoRASource(path) as source:
+    with LoRASource(path, partly=True) as source:
         parts: list[Part] = []
         stored: list[int] = []
+        left = dict(source.left)
         for key in source.keys:
-            component = source.component(key)
+            try:
+                component = source.component(key)
+            except LoRAFileError:
+                source.check_unchanged()
+                left[_DAMAGED] = left.get(_DAMAGED, 0) + 1
+                continue
             stored.append(component.rank)
             whole = decompose(component)
             beside = source.extra(key)  # a DoRA's magnitudes stay as they are
@@ -75,6 +89,7 @@ def measure_file(path: Path) -> Measured:
         math.sqrt(total),
         encoded_bytes(shapes, metadata),
         sum(ranks) / max(len(ranks), 1),
+        tuple(left.items()),
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..files.component import Component, sum_of
 from ..files.decode import as_dora_scale, component_of
-from ..files.header import LoRAFileError, read_header, shown_key
+from ..files.header import Header, LoRAFileError, read_header, shown_key
 from ..files.keys import DORA_SCALE, Pair
 from ..files.kohya_names import in_one_style, kohya_name
 from ..files.raw.tensors import TensorFile
@@ -51,33 +51,29 @@ class Source(Protocol):
 class LoRASource:
     """One file. The tensors of a component are read when it is asked for.
 
+    ``partly``: only its components of two factors; :attr:`left` counts the others by their kind.
     Raises LoRAFileError for a file that is unreadable, or whose LoRA is not of two factors, and
     once it has been changed.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, partly: bool = False):
         self.path = path
         self.header = read_header(path)
         infos, self.metadata = inspect_header(self.header)
         self._nu = {info.key: info.nu for info in infos}
         parsed = self.header.parsed
-        if parsed.others:
-            kinds = ", ".join(_UNCUT[kind] for kind in parsed.others)
-            raise LoRAFileError(
-                f"{path} holds {kinds}, which have no ranks to cut or to add; choose a LoRA whose "
-                "components are two factors."
-            )
-        reshaped = next((pair.name for pair in parsed.pairs if pair.reshape), None)
-        if reshaped:
-            raise LoRAFileError(
-                f"{path} changes the shape of {shown_key(reshaped)}; such a LoRA can only "
-                "be loaded as it is."
-            )
+        if not partly:
+            _check_whole(self.header)
+        pairs = [pair for pair in parsed.pairs if not (pair.reshape or pair.diagonal)]
+        self.left = {_UNCUT[kind]: len(components) for kind, components in parsed.others.items()}
+        adaptive = sum(pair.diagonal is not None for pair in parsed.pairs)
+        reshaping = len(parsed.pairs) - len(pairs) - adaptive
+        self.left |= {"AdaLoRA": adaptive} if adaptive else {}
+        self.left |= {"that change a layer's shape": reshaping} if reshaping else {}
         self.ignored = parsed.unknown  # keys that no component has a place for
-        check_two_factors(self.header)
         self._alphas = alphas_of(self.header)
-        self._pairs = {kohya_name(pair.name): pair for pair in parsed.pairs}
-        if len(self._pairs) < len(parsed.pairs):
+        self._pairs = {kohya_name(pair.name): pair for pair in pairs}
+        if len(self._pairs) < len(pairs):
             raise LoRAFileError(f"{path} is damaged: it names a component twice.")
         self._file = TensorFile(self.header)
 
@@ -131,6 +127,24 @@ class LoRASource:
     def check_unchanged(self) -> None:
         """Raises LoRAFileError if the file was changed since its header was read."""
         self._file.check_unchanged()
+
+
+def _check_whole(header: Header) -> None:
+    """Raises LoRAFileError where a file holds more than two factors a component."""
+    path, parsed = header.path, header.parsed
+    if parsed.others:
+        kinds = ", ".join(_UNCUT[kind] for kind in parsed.others)
+        raise LoRAFileError(
+            f"{path} holds {kinds}, which have no ranks to cut or to add; choose a LoRA whose "
+            "components are two factors."
+        )
+    reshaped = next((pair.name for pair in parsed.pairs if pair.reshape), None)
+    if reshaped:
+        raise LoRAFileError(
+            f"{path} changes the shape of {shown_key(reshaped)}; such a LoRA can only be loaded "
+            "as it is."
+        )
+    check_two_factors(header)
 
 
 @dataclass(frozen=True)

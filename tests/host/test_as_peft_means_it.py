@@ -83,6 +83,13 @@ def test_alpha_in_the_metadata(model: Any, tmp_path: Path, root: str, more: dict
     )
     state, wanted, settings = _trained(model, config)
     told = "" if root.startswith("base") else root
+    if root == "unet.":  # and diffusers' blocks
+
+        def renamed(text: str) -> str:
+            return text.replace("diffusion_model.input_blocks.4.1.", "down_blocks.1.attentions.0.")
+
+        state = {renamed(key): tensor for key, tensor in state.items()}
+        settings = json.loads(renamed(json.dumps(settings)))
     path = tmp_path / "x.safetensors"
     save_file(
         {key.replace("base_model.model.", root): tensor for key, tensor in state.items()},

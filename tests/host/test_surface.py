@@ -281,3 +281,18 @@ def test_every_use_is_in_the_table():
             if mine and not covered:
                 unknown.add(use)
     assert unknown == set()
+
+
+def test_what_the_seam_offers_is_told_alike_to_pyright_and_to_python():
+    """Its names stand there twice: for types, and by the module that is imported for them."""
+    source = ast.parse(Path(comfy_host.__file__).read_text("utf-8"))
+    [typed] = [node for node in source.body if isinstance(node, ast.If)]
+    told = {
+        alias.name: line.module
+        for line in typed.body
+        if isinstance(line, ast.ImportFrom)
+        for alias in line.names
+    }
+    assert told == comfy_host._HOME
+    for name in told:
+        assert getattr(comfy_host, name).__name__ == name

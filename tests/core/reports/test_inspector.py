@@ -156,6 +156,29 @@ def test_a_lora_that_adds_nothing(tmp_path: Path):
     assert inspector.inspect(tmp_path / "x.safetensors", with_tensors=True).text()
 
 
+def test_what_cannot_be_measured_is_counted_and_the_rest_measured(tmp_path: Path):
+    def pair(name: str, value: float = 1.0) -> dict[str, torch.Tensor]:
+        ends = (".lora_down.weight", (2, 8)), (".lora_up.weight", (8, 2))
+        return {name + end: torch.full(shape, value) for end, shape in ends}
+
+    path = tmp_path / "x.safetensors"
+    loha = {f"h.hada_w{n}_{side}": torch.ones(2, 2) for n in (1, 2) for side in "ab"}
+    odd = {"r.reshape_weight": torch.tensor([9, 9]), "e.lora_E": torch.ones(2, 1)}
+    state = pair("x") | pair("bad", math.nan) | pair("r") | pair("e") | loha | odd
+    safetensors.torch.save_file(state | {"n.w_norm": torch.ones(4)}, path)
+    report = inspector.inspect(path, with_tensors=True)
+    assert [one.key for one in report.measured.components] == ["x"]
+    assert report.measured.norm == pytest.approx(16)  # of 2 in 8 × 8 places
+    said = report.text()
+    assert "could be cut to" in said
+    for told in ("1 LoHa", "1 norms", "1 AdaLoRA", "1 that change a layer's shape", "1 damaged"):
+        assert told in said.partition("Not measured: ")[2].partition("\n")[0]
+    safetensors.torch.save_file(loha, path)
+    alone = inspector.inspect(path, with_tensors=True)
+    assert alone.measured.components == () and alone.text().endswith("Not measured: 1 LoHa.\n")
+    assert alone.picture().size and json.dumps(alone.as_dict())
+
+
 # --- pictures ---------------------------------------------------------------------------------
 
 
@@ -236,5 +259,6 @@ def test_files_of_other_kinds_are_shown(tmp_path: Path):
     found = inspector.inspect(tmp_path / "x.safetensors")
     assert found.kinds == {"loha": 1, "lokr": 1, "difference": 1, "norm": 1}
     assert found.text() and found.picture()
-    with pytest.raises(lora_file.LoRAFileError, match=r"holds .*LoHa, LoKr"):
-        inspector.inspect(tmp_path / "x.safetensors", with_tensors=True)
+    measured = inspector.inspect(tmp_path / "x.safetensors", with_tensors=True).text()
+    told = "1 LoHa, 1 LoKr, 1 full differences, 1 norms"
+    assert found.text() in measured and measured.endswith(f"Not measured: {told}.\n")
