@@ -222,6 +222,7 @@ def test_the_panel_the_tab_toasts_and_tips_show_text(page: Page, server: Any, to
     _open_tab(page)
     for state, more in (("running", {}), ("failed", {"error": PLANTED}), ("finished", {})):
         told_job = {**job, "id": "job-2", "node_id": node, "state": state, **more}
+        told(JOBS, {"jobs": [job, told_job]})  # the tab asks again when one has failed
         page.ask(
             "job => app.api.dispatchCustomEvent('lora2.progress', { job, points: [], sample: 4 })",
             told_job,
