@@ -104,14 +104,14 @@ def _fits_a_disk(name: str) -> bool:
     # Line breaks, signs that turn the text round, half characters: none of them is printable.
     if not name.isprintable() or any(c in name for c in '<>:"|?*') or len(name) > _LONGEST_PATH:
         return False
-    *folders, file = name.split("/")
+    parts = name.split("/")
     # Windows leaves out a dot or a blank at the end: two folders would be one.
-    if any(folder != folder.rstrip(". ") for folder in folders):
+    if any(folder != folder.rstrip(". ") for folder in parts[:-1]):
         return False
     return all(
         part.strip(". ") and len(part.encode()) <= _LONGEST_NAME
         and part.split(".")[0].strip().upper() not in _RESERVED
-        for part in (*folders, file)
+        for part in parts
     )  # fmt: skip
 
 
