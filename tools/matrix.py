@@ -32,6 +32,12 @@ RESULTS = ROOT / "out" / "matrix"
 # What decides how the tests go.
 _SOURCES = ("__init__.py", "pyproject.toml", "lora2_core", "locales", "nodes", "photos", "tests")
 _SOURCES += ("tools", "web", "workflows")
+# A column of the table: the folder of its tests, and the variables that they run with.
+COLUMNS: dict[str, tuple[str, dict[str, str]]] = {
+    **{group: (group, {}) for group in GROUPS},
+    # Host tests again, with every model held as on an NVIDIA card (tests/host/card.py).
+    "dynamic": ("host", {"LORA2_DYNAMIC_VRAM": "1"}),
+}
 
 
 @dataclass(frozen=True)
@@ -125,7 +131,7 @@ def read_report(report: Path, pack: str) -> list[Result]:
 def run_files(
     runtime: Runtime, folder: Path, group: str, files: list[str], processes: int | None
 ) -> list[Result]:
-    """Run files of tests in one ComfyUI; report and output go to `folder`.
+    """Run a column's files of tests in one ComfyUI; report and output go to `folder`.
 
     Raises ValueError when pytest itself fails: for want of memory, or at an error of its options.
     """
@@ -139,7 +145,7 @@ def run_files(
         subprocess.run(
             command,
             cwd=ROOT,
-            env=variables_for(runtime, command),
+            env=variables_for(runtime, command) | COLUMNS[group][1],
             stdout=output,
             stderr=subprocess.STDOUT,
             check=False,
@@ -180,9 +186,10 @@ def text(results: list[Result], pack: str) -> str:
 
 def table(rows: list[Row], pack: str) -> str:
     """Return the table, in Markdown."""
-    lines = [f"| ComfyUI | front end | {' | '.join(GROUPS)} |", f"|{' --- |' * (2 + len(GROUPS))}"]
+    lines = [f"| ComfyUI | front end | {' | '.join(COLUMNS)} |"]
+    lines.append(f"|{' --- |' * (2 + len(COLUMNS))}")
     for row in rows:
-        cells = [text(row.groups.get(group, []), pack) for group in GROUPS]
+        cells = [text(row.groups.get(group, []), pack) for group in COLUMNS]
         lines.append(f"| {' | '.join([row.comfyui, row.frontend, *cells])} |")
     legend = (
         "passed/failed/skipped, minutes:seconds; * with results of an earlier state of the pack"
@@ -195,10 +202,10 @@ def row_of(path: str, frontend: str | None, options: argparse.Namespace) -> Row:
     runtime = runtime_for(path, frontend)
     row = Row(Checkout(runtime.path).version, installed_frontend(runtime), {})
     name = f"{row.comfyui}-{row.frontend}"
-    for group in GROUPS:
+    for group, (folder, _) in COLUMNS.items():
         place = RESULTS / name / f"{group}.json"
         files = sorted(
-            f.relative_to(ROOT).as_posix() for f in (ROOT / "tests" / group).glob("test_*.py")
+            f.relative_to(ROOT).as_posix() for f in (ROOT / "tests" / folder).glob("test_*.py")
         )
         known = {file: one for file, one in read(place).items() if file in files}
         if not options.only or group in options.only:
@@ -221,7 +228,7 @@ def main() -> int:
     """Run the matrix; 0 if nothing is red."""
     parser = argparse.ArgumentParser(description="Run the tests of LoRA² in several ComfyUIs.")
     parser.add_argument("comfyui", metavar="PATH[@FRONTEND]", nargs="+")
-    parser.add_argument("--only", choices=GROUPS, action="append", help="run this group alone")
+    parser.add_argument("--only", choices=COLUMNS, action="append", help="run this group alone")
     parser.add_argument("--again", action="store_true", help="run also what has passed")
     parser.add_argument(
         "--keep", action="store_true", help="let stand what passed in an earlier state of the pack"

@@ -51,8 +51,9 @@ def prediction_of(model: ModelPatcher) -> str:
     if prediction := _prediction(_sampling_of(model)):
         return prediction
     raise HostError(
-        "model is sampled neither as noise (EPS) nor as v (V_PREDICTION) prediction; load another "
-        "SDXL checkpoint, without LCM or other changes of its sampling."
+        "model is sampled neither as noise (EPS) nor as v (V_PREDICTION) prediction, but as models "
+        "for a few steps are (LCM, Lightning in one step). Train on the undistilled checkpoint, "
+        "without a change of its sampling; its LoRA can be loaded on the distilled one."
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import comfy.lora
 import comfy.model_base
 import comfy.model_management
+import comfy.model_patcher
 import comfy.ops
 import torch
 from lora2_pack.lora2_core import comfy_host
@@ -23,6 +24,8 @@ from lora2_pack.lora2_core.tiny_sdxl.model import (
 )
 from torch import Tensor
 
+CPU = torch.device("cpu")
+
 
 def build(seed: int | None = 0) -> tuple[Any, Any, Any]:
     """MODEL, CLIP and VAE in the demo's shape: untrained from a seed, or as people get them."""
@@ -30,6 +33,9 @@ def build(seed: int | None = 0) -> tuple[Any, Any, Any]:
     fill = fill_trained if seed is None else untrained
     with torch.inference_mode():
         model, clip = comfy_host.build_sdxl(UNET_CONFIG, text_configs(), fill)
+        # As ComfyUI's loaders hold it, which is not always as the demo model's node does.
+        held = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
+        model = held(model.model, model.load_device, model.offload_device)
         return model, clip, comfy_host.build_autoencoder(autoencoder_weights())
 
 
@@ -41,7 +47,16 @@ def lora_key_map(base: Any) -> dict[str, str]:
 
 
 def weights(model: Any) -> dict[str, Tensor]:
-    """Every weight of a MODEL as it would sample now, cloned."""
+    """Every weight of a MODEL as it would sample now, cloned: as the classic patcher merges it."""
+    if getattr(model, "is_dynamic", bool)():
+        comfy.model_management.free_memory(1e30, model.load_device)
+        model, patched = comfy.model_patcher.ModelPatcher(model.model, CPU, CPU), model
+        model.patches = {key: list(found) for key, found in patched.patches.items()}
+        model.patches_uuid = patched.patches_uuid
+        try:
+            return weights(model)
+        finally:
+            comfy.model_management.free_memory(1e30, CPU)
     comfy.model_management.load_models_gpu([model], force_full_load=True)
     return {name: value.clone() for name, value in model.model.state_dict().items()}
 

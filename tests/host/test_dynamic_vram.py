@@ -1,20 +1,14 @@
 """Copies and hashes of models that ComfyUI's dynamic VRAM holds, and the same of classic ones.
 
-Dynamic VRAM is ComfyUI's default on NVIDIA cards since 0.16. A CPU has none: ComfyUI answers with
-its classic patcher there. So the patcher is the real ``ModelPatcherDynamic``, kept from that answer
-by a subclass, and ``aimdo_enabled`` is the real switch; what stands in for the graphics card is
-the memory alone: ``ModelVBAR`` (a range of the card's addresses) and ``HostBuffer`` (pinned RAM).
-These doubles cannot be copied, as a C handle cannot, and count what frees them. The device is
-"cpu:0", which ComfyUI does not take for the CPU. Where ComfyUI has no dynamic VRAM, half of this
-is skipped, with that reason.
+The card is that of `card.py`; where ComfyUI has no dynamic VRAM, half of this is skipped, with
+that reason.
 """
 
 from __future__ import annotations
 
 import gc
-from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import comfy.model_base
 import comfy.model_management
@@ -32,56 +26,13 @@ from lora2_pack.lora2_core.data.cache import TensorCache, content_key, weights_h
 from lora2_pack.lora2_core.files.component import Component
 from lora2_pack.lora2_core.training.trainer import Trainer
 from lora2_pack.tests.host import demo
+from lora2_pack.tests.host.card import CARD, CPU, Native, dynamic_patcher, everywhere
 from torch import Tensor, nn
 
-CPU, CARD = torch.device("cpu"), torch.device("cpu", 0)
 HELD = ("_v", "_pin", "_prefetch", "dynamic_", "weight_lowvram", "bias_lowvram")
 LARGE = "diffusion_model.input_blocks.7.1.transformer_blocks.0.ff.net.0.proj.weight"
 TEXT = "clip_g.transformer.text_model.encoder.layers.0.self_attn.q_proj.weight"
 Kind = Callable[..., Any]
-
-
-class Native:
-    """Memory that belongs to one object: freed with it, and never to be copied."""
-
-    made = 0
-    freed: ClassVar[Counter[int]] = Counter()
-
-    def __init__(self) -> None:
-        Native.made += 1
-        self.handle = Native.made
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise TypeError("a handle of native memory cannot be copied")
-
-    def __del__(self) -> None:
-        Native.freed[self.handle] += 1
-
-
-class HostBuffer(Native):
-    def __init__(self, size: int, *_: Any):
-        super().__init__()
-        self.size = size
-
-    def truncate(self, *_: Any, **__: Any) -> None: ...
-
-
-class ModelVBAR(Native):
-    def __init__(self, _size: int, _device: Any):
-        super().__init__()
-        self.offset = 0
-
-    def alloc(self, size: int) -> tuple[ModelVBAR, int, int]:
-        self.offset += size
-        return self, self.offset, size
-
-    def prioritize(self) -> None: ...
-
-    def loaded_size(self) -> int:
-        return 0
-
-    def free_memory(self, _size: float) -> int:
-        return 0
 
 
 @pytest.fixture(params=["classic", "dynamic"])
@@ -89,7 +40,7 @@ def kind(request: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kind]:
     """Makes a patcher of a model, of the one kind or the other."""
     make, device = comfy.model_patcher.ModelPatcher, CPU
     if request.param == "dynamic":
-        make, device = _dynamic(monkeypatch), CARD
+        make, device = dynamic_patcher(monkeypatch), CARD
     made = []  # ComfyUI forgets a patcher that nobody holds, and then cannot unpatch
 
     def patcher_of(model: Any) -> Any:
@@ -98,24 +49,6 @@ def kind(request: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kind]:
 
     yield patcher_of
     _unload()
-
-
-def _dynamic(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """ComfyUI's dynamic patcher, with doubles for the memory of the graphics card."""
-    if not hasattr(comfy.model_patcher, "ModelPatcherDynamic"):
-        pytest.skip("this ComfyUI has no dynamic VRAM (0.16 and newer have)")
-    import comfy_aimdo.host_buffer
-    import comfy_aimdo.model_vbar
-
-    monkeypatch.setattr(comfy_aimdo.host_buffer, "HostBuffer", HostBuffer)
-    monkeypatch.setattr(comfy_aimdo.model_vbar, "ModelVBAR", ModelVBAR)
-    monkeypatch.setattr(comfy_aimdo.model_vbar, "vbar_unpin", lambda _: None)
-
-    class OnTheCPU(comfy.model_patcher.ModelPatcherDynamic):
-        def __new__(cls, *_: Any, **__: Any) -> Any:
-            return object.__new__(cls)
-
-    return OnTheCPU
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +159,7 @@ def test_a_copy_neither_owns_nor_shares_native_memory(
     comfyui: Any, monkeypatch: pytest.MonkeyPatch
 ):
     base, clip, vae = demo.build()
-    make = _dynamic(monkeypatch)
+    make = dynamic_patcher(monkeypatch)
     base, clip.patcher = make(base.model, CARD, CPU), make(clip.cond_stage_model, CARD, CPU)
     vae.patcher = make(vae.first_stage_model, CARD, CPU)
     for patcher in (base, clip.patcher, vae.patcher):
@@ -306,17 +239,19 @@ def test_a_training_is_the_same_whoever_holds_the_model(own: Any, other: Any, ki
 
 def test_the_demo_model_is_built_and_copied(own: Any, monkeypatch: pytest.MonkeyPatch):
     wanted = own[0].model.state_dict(), own[1].cond_stage_model.state_dict()
-    make = _dynamic(monkeypatch)
-    monkeypatch.setattr("comfy.memory_management.aimdo_enabled", True)
-    monkeypatch.setattr(comfy.model_patcher, "CoreModelPatcher", make)
+    _load(own[0])
+    plain = demo.sample(own[0].model)
+    everywhere(monkeypatch)
     model, clip, vae = demo.build()
-    assert isinstance(clip.patcher, make) and isinstance(vae.patcher, make)
+    assert all(patcher.is_dynamic() for patcher in (model, clip.patcher, vae.patcher))
     for built, expected in zip((model.model, clip.cond_stage_model), wanted, strict=True):
         got = built.state_dict()
         assert got.keys() == expected.keys()
         assert all(torch.equal(got[name], value) for name, value in expected.items())
-    private = comfy_host.private_copy(make(model.model, CARD, CPU))
-    assert torch.equal(demo.sample(private), demo.sample(own[0].model))
+    _load(model)
+    assert torch.equal(demo.sample(model.model), plain)
+    assert torch.equal(demo.sample(comfy_host.private_copy(model)), plain)
+    _unload()
 
 
 def test_a_sampling_left_by_another_run_is_not_taken(own: Any, caplog: pytest.LogCaptureFixture):

@@ -230,7 +230,8 @@ def _stored(model: Any, dtype: torch.dtype, computes: torch.dtype) -> ModelPatch
     cpu = torch.device("cpu")
     with torch.inference_mode():
         base = config.get_model({}, "", cpu)
-        base.diffusion_model.load_state_dict(_weights(model))
+        rounded = {name: value.to(dtype) for name, value in _weights(model).items()}
+        base.diffusion_model.load_state_dict(rounded)
     assert {p.dtype for p in base.diffusion_model.parameters()} == {dtype}
     return ModelPatcher(base, load_device=cpu, offload_device=cpu)
 

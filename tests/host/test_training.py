@@ -20,6 +20,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from lora2_pack.lora2_core import comfy_host, lora_file
 from lora2_pack.lora2_core.adapters.targets import find_targets
+from lora2_pack.lora2_core.comfy_host.copies.structure import plain
 from lora2_pack.lora2_core.config.train import TrainConfig
 from lora2_pack.lora2_core.files.component import Component
 from lora2_pack.lora2_core.jobs.job import TrainingJob
@@ -243,6 +244,7 @@ def _predicting(name: str) -> ModelPatcher:
     """A demo MODEL that puts out noise or v, as ComfyUI makes it of a checkpoint's marker key."""
     config = comfy.supported_models.SDXL(dict(UNET_CONFIG))
     config.set_inference_dtype(torch.float32, None)
+    config.custom_operations = plain()
     marker = {"v_pred": torch.ones(1)} if name == "V_PREDICTION" else {}
     cpu = torch.device("cpu")
     base = config.get_model(marker, "", cpu)

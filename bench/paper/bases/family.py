@@ -26,6 +26,8 @@ FAMILY: dict[str, tuple[list[int], int, list[int]]] = {
 
 def on_meta(name: str, dtype: torch.dtype = torch.float32) -> Any:
     """The BaseModel of a member of the family, without data."""
+    from ....lora2_core.comfy_host.copies.structure import plain
+
     supported: Any = importlib.import_module("comfy.supported_models")
     down, middle, up = FAMILY[name]
     depths = {
@@ -36,4 +38,5 @@ def on_meta(name: str, dtype: torch.dtype = torch.float32) -> Any:
     }
     config = getattr(supported, name)({**_COMMON, **depths})
     config.set_inference_dtype(dtype, None)
+    config.custom_operations = plain()  # ComfyUI's own can lack weights until these are loaded
     return config.get_model({}, "", torch.device("meta"))
