@@ -78,6 +78,6 @@ def _way() -> io.Input:
         default=WAYS[0],
         tooltip=(
             "merge adds the LoRA to the weights; bypass computes it beside them, which is exact "
-            "where weights are fp8 and takes a little longer. auto: bypass for fp8."
+            "where weights are fp8, int8 or fp4, and takes a little longer. auto: bypass for those."
         ),
     )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+from functools import partial
 from typing import Any
 
 import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
+import comfy.quant_ops
 import comfy.sample
 import comfy.supported_models
 import pytest
@@ -22,7 +24,9 @@ from torch import Tensor
 CPU = torch.device("cpu")
 FP8 = torch.float8_e4m3fn
 PLAIN = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp8": FP8}
-KINDS = [*PLAIN, "scaled fp8"]
+# By ComfyUI's names of the newer kinds, which a version may not have.
+NEWER = {"int8": "int8_tensorwise", "mxfp8": "mxfp8", "nvfp4": "nvfp4"}
+KINDS = [*PLAIN, "scaled fp8", *NEWER]
 OLD = hasattr(comfy.ops, "scaled_fp8_ops")  # its own kind of layer, until 0.4.0
 
 
@@ -46,15 +50,22 @@ def _base(kind: str, weights: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]
     if kind in PLAIN:
         state = {name: value.to(PLAIN[kind]) for name, value in weights.items()}
         return _model(config, state), {name: value.float() for name, value in state.items()}
-    state, numbers = dict(weights), dict(weights)
     if OLD:
         config.scaled_fp8 = FP8
     else:
         config.quant_config = {"mixed_ops": True}
-    linear = [
-        name for name, value in weights.items() if name.endswith("weight") and value.ndim == 2
-    ]
-    for name in linear:
+    fill = _scaled_fp8 if kind == "scaled fp8" else partial(_newer, NEWER[kind])
+    state, numbers = fill(weights)
+    return _model(config, state), numbers
+
+
+def _linear(weights: dict[str, Tensor]) -> list[str]:
+    return [name for name, value in weights.items() if name.endswith("weight") and value.ndim == 2]
+
+
+def _scaled_fp8(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    state, numbers = dict(weights), dict(weights)
+    for name in _linear(weights):
         layer, scale = name.removesuffix(".weight"), weights[name].abs().max() / 448
         state[name] = (weights[name] / scale).to(FP8)
         numbers[name] = state[name].float() * scale
@@ -66,7 +77,26 @@ def _base(kind: str, weights: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]
             state[f"{layer}.weight_scale"] = scale
             told = json.dumps({"format": "float8_e4m3fn"}).encode()
             state[f"{layer}.comfy_quant"] = torch.tensor(list(told), dtype=torch.uint8)
-    return _model(config, state), numbers
+    return state, numbers
+
+
+def _newer(format: str, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Quantised by ComfyUI itself, which says what the numbers are; they are near the weights."""
+    algorithms = getattr(comfy.quant_ops, "QUANT_ALGOS", {})
+    if format not in algorithms:
+        pytest.skip(f"this ComfyUI has no {format}")
+    told = torch.tensor(list(json.dumps({"format": format}).encode()), dtype=torch.uint8)
+    state, numbers = dict(weights), dict(weights)
+    for name in _linear(weights):
+        layout = algorithms[format]["comfy_tensor_layout"]
+        found = comfy.quant_ops.QuantizedTensor.from_float(weights[name], layout)
+        state |= found.state_dict(name)
+        state[name.removesuffix("weight") + "comfy_quant"] = told
+        numbers[name] = found.dequantize().float()
+        # Of four bits, two of 1, 1.5, 2, 3, 4 and 6 are at most a sixth of the largest apart.
+        error = (numbers[name] - weights[name]).abs().max()
+        assert 0 < error < weights[name].abs().max() / 5
+    return state, numbers
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -95,7 +125,8 @@ def test_the_copy_has_the_base_s_numbers(base: Any, precision: str, caplog: Any)
     assert got.keys() == numbers.keys()
     for name, value in numbers.items():
         assert got[name].dtype == dtype and torch.equal(got[name], value.to(dtype)), name
-    assert ("model is quantised" in caplog.text) == (kind == "scaled fp8")
+    assert ("model is quantised" in caplog.text) == (kind not in PLAIN)
+    assert NEWER.get(kind, "") in caplog.text
     assert _bytes(model) == before
 
 
@@ -114,7 +145,7 @@ def test_patches_are_in_the_copy(base: Any):
 
 def test_a_lora_paints_on_it_as_on_the_numbers(base: Any, trained: tuple[Any, Any, Any]):
     """Within a level of 255 of the same base and LoRA in fp32."""
-    _, model, numbers = base
+    kind, model, numbers = base
     clip, vae = trained[1:]
     before = _bytes(model)
     config = demo.settings(steps=4, precision="fp32")
@@ -126,11 +157,14 @@ def test_a_lora_paints_on_it_as_on_the_numbers(base: Any, trained: tuple[Any, An
     exact.set_inference_dtype(torch.float32, None)
     pictures = [
         _painted(comfy_host.apply_state(one, None, dict(state), 1.0, 1.0, "x")[0], clip, vae)
-        for one in (model, _model(exact, numbers))
+        for one in (model, _model(exact, numbers))  # "auto": beside what merging would round
     ]
     bare = _painted(model, clip, vae)
     assert (pictures[0] - bare).abs().max() > 4 / 255, "the LoRA does nothing"
-    assert (pictures[0] - pictures[1]).abs().max() <= 1 / 255
+    # ComfyUI rounds what goes into int8 layers, too: there the bare pictures are as far apart.
+    apart = (bare - _painted(_model(exact, numbers), clip, vae)).abs().max()
+    assert (apart > 1 / 255) == (kind == "int8")
+    assert (pictures[0] - pictures[1]).abs().max() <= max(1 / 255, 2 * float(apart))
     comfy.model_management.unload_all_models()
     assert _bytes(model) == before
 

@@ -209,7 +209,7 @@ def test_the_rest_works(
 
 def test_without_bypass_auto_merges(monkeypatch: pytest.MonkeyPatch, parts: Parts):
     monkeypatch.setattr(surface, "MISSING", {Part.BYPASS: "a thing"})
-    monkeypatch.setattr(bypass, "is_fp8", lambda _: True)
+    monkeypatch.setattr(bypass, "is_coarse", lambda _: True)
     _load(parts, "auto")
 
 

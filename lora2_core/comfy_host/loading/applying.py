@@ -67,7 +67,7 @@ def apply_lora(
     """Clones of ``model`` and ``clip`` with a LoRA as patches, as the stock loader makes them.
 
     Every layer may have its own rank. ``way``: "merge" into the weights, "bypass" them (the forward
-    pass adds the LoRA's own), or "auto": bypass where weights are fp8. Raises HostError, naming
+    pass adds the LoRA's own), or "auto": bypass where weights have eight bits or fewer. Raises HostError, naming
     ``source``, when the LoRA fits no layer of the model or was made for layers of another shape;
     nothing is patched then.
     """
@@ -129,7 +129,7 @@ def _checked(
         shape, dtype = _weight_of(model, clip, key)
         if shape is not None and (why := misfits.shape_misfit(patch, shape)):
             raise HostError(f"{_made_for_another(file, model, source)} ({key} {why}.)")
-        if not bypass.is_fp8(dtype or model.model_dtype()):
+        if not bypass.is_coarse(dtype or model.model_dtype()):
             exact.add(key)
         found[key] = misfits.without_core(patch)
         _check_size(_patcher_of(model, clip, key), key, found[key], factors[key], source)

@@ -1,6 +1,6 @@
 """LoRAs beside the weights: every layer adds up · down of its input, and no weight is touched.
 
-For weights that merging would round, those in fp8. ComfyUI puts the hooks in when it loads the
+For weights that merging would round, those in eight bits or fewer. ComfyUI puts the hooks in when it loads the
 patched model and takes them out when it unloads it, so clones of one model do not meet.
 """
 
@@ -119,9 +119,10 @@ def merge_into(root: nn.Module, model: ModelPatcher) -> None:
         weight.data.copy_(wide)
 
 
-def is_fp8(dtype: torch.dtype | None) -> bool:
-    """Whether merging into weights of this type would round stochastically."""
-    return dtype is not None and dtype.is_floating_point and dtype.itemsize == 1
+def is_coarse(dtype: torch.dtype | None) -> bool:
+    """Whether merging into weights of this type would show: ComfyUI rounds the sum to eight bits or
+    fewer again (fp8 by chance; int8 and fp4 with a new scale)."""
+    return dtype is not None and dtype.itemsize == 1
 
 
 class _Adding:

@@ -271,6 +271,8 @@ def weight_of(root: nn.Module, key: str) -> tuple[torch.Size | None, torch.dtype
     path, _, name = key.rpartition(".")
     layer: Any = comfy.utils.get_attr(root, path) if path else root
     weight: Any = getattr(layer, name)
+    if hasattr(weight, "tensor_type"):
+        return weight.shape, None  # GGUF: patched after it has been made wide
     if weight is not None:
         return weight.shape, getattr(weight, "_qdata", weight).dtype
     if name == "weight" and isinstance(layer, nn.Conv2d):
