@@ -1,7 +1,7 @@
 """Train LoRA² on images."""
 
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..lora2_core import comfy_host, lora_file
-from ..lora2_core.config.presets import AS_SET, build_config, replaced
+from ..lora2_core.config.presets import AS_SET, build_config, replaced, with_stand_in
 from ..lora2_core.config.train import TrainConfig, doubts_about_rates
 from ..lora2_core.data.photos import Photo, check_photos
 from ..lora2_core.jobs.job import TrainingJob
@@ -18,7 +18,8 @@ from ..lora2_core.jobs.sampling import StripFile
 from ..lora2_core.jobs.saving import TrainedLoRA
 from ..lora2_core.reports.report import training_picture
 from ..lora2_core.reports.strip import strip_png
-from ..lora2_core.training.memory import size
+from ..lora2_core.training.memory import LEARNING_BYTES, size
+from ..lora2_core.training.optimizers import OptimizerError
 from ..lora2_core.training.out_of_memory import suggestions
 from ..lora2_core.training.setup import TrainingSetup
 from .background import job_queue
@@ -94,9 +95,8 @@ class LoRA2Train(io.ComfyNode):
         pictures = {name: lists.pop(name, None) for name in ("images", "captions", "masks")}
         class_images = lists.pop("class_images", None)
         one = {name: values[0] for name, values in lists.items()}
-        settings = {name: value for name, value in one.items() if name not in _OF_THE_NODE}
-        preset = one.get("preset", AS_SET)
-        config = build_config(settings, preset, one.get("options"))
+        notes = Notes(cls.hidden.unique_id)
+        config = _config(one, notes)
         photos = check_photos(
             pictures["images"],
             pictures["captions"],
@@ -106,17 +106,7 @@ class LoRA2Train(io.ComfyNode):
         )
         queue = job_queue()
         path = comfy_host.new_lora_path(one["file_name"], queue.paths())
-        notes = Notes(cls.hidden.unique_id)
-        if changes := replaced(settings, preset):
-            notes.say(f"The preset {preset} sets {changes}.")
-        setup = comfy_host.prepare_training(
-            *(one[name] for name in ("model", "clip", "vae")),
-            photos,
-            config,
-            _class_photos(class_images, config),
-            comfy_host.cache_folder(),
-        )
-        lora_file.check_writable(path, setup.network.expected_bytes())
+        setup = _prepared(one, photos, config, _class_photos(class_images, config), path)
         for line in (*doubts_about_rates(config), *_about_run(setup)):
             notes.say(line)
         background = one.get("run", WAIT) == BACKGROUND
@@ -134,6 +124,47 @@ class LoRA2Train(io.ComfyNode):
             notes.show("This runs in the background; see the LoRA² tab.")
             return io.NodeOutput(*[comfy_host.blocked() for _ in cls.define_schema().outputs])
         return _outputs(cls, one["model"], one["clip"], wait_for(queue, entry, notes))
+
+
+def _config(one: Mapping[str, Any], notes: Notes) -> TrainConfig:
+    """What widgets, preset and options come to, and what of it this machine can do."""
+    settings = {name: value for name, value in one.items() if name not in _OF_THE_NODE}
+    preset, options = one.get("preset", AS_SET), one.get("options")
+    config = build_config(settings, preset, options)
+    if changes := replaced(settings, preset):
+        notes.say(f"The preset {preset} sets {changes}.")
+    try:
+        comfy_host.check_settings(one["model"], config)
+    except OptimizerError as error:
+        other = with_stand_in(config, preset, options)
+        if other is None:
+            raise
+        took, takes = (LEARNING_BYTES[c.optimizer.name] for c in (config, other))
+        notes.say(
+            f"The preset {preset}: {error} Until then {other.optimizer.name} stands in, with "
+            f"{takes:g} bytes of memory for each number that learns instead of {took:g}."
+        )
+        return other
+    return config
+
+
+def _prepared(
+    one: Mapping[str, Any],
+    photos: Sequence[Photo],
+    config: TrainConfig,
+    class_photos: Sequence[Photo],
+    path: Path,
+) -> TrainingSetup:
+    """All that can be refused is, before a photo is encoded."""
+    plan = comfy_host.plan_training(
+        *(one[name] for name in ("model", "clip", "vae")),
+        photos,
+        config,
+        class_photos,
+        comfy_host.cache_folder(),
+    )
+    lora_file.check_writable(path, plan.expected_bytes)
+    return comfy_host.carry_out(plan)
 
 
 def _busy(yields: bool) -> Callable[[], bool]:

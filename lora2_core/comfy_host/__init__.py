@@ -42,6 +42,10 @@ if TYPE_CHECKING:
     from .paths import new_lora_path as new_lora_path
     from .paths import own_folders as own_folders
     from .paths import strip_path as strip_path
+    from .plan import TrainingPlan as TrainingPlan
+    from .plan import check_settings as check_settings
+    from .plan import plan_training as plan_training
+    from .prepare import carry_out as carry_out
     from .prepare import prepare_training as prepare_training
     from .running import blocked as blocked
     from .running import deaf_to_cancel as deaf_to_cancel
@@ -73,7 +77,8 @@ _NAMES = {
         "own_folders",
         "strip_path",
     ),
-    "prepare": ("prepare_training",),
+    "plan": ("TrainingPlan", "check_settings", "plan_training"),
+    "prepare": ("carry_out", "prepare_training"),
     "running": (
         "blocked",
         "deaf_to_cancel",

@@ -20,7 +20,7 @@ from ..config.train import OptimizerConfig, TrainConfig
 from .objective import CrossAttentionEntropy, loss_parts
 
 # Bytes a number of A and B: itself, its gradient, and what the optimizer remembers of it.
-_LEARNING_BYTES = {"adamw": 16, "adamw8bit": 10.1, "prodigy": 24}
+LEARNING_BYTES = {"adamw": 16, "adamw8bit": 10.1, "prodigy": 24}
 # The peak over what is kept: gradients on their way, and what the allocator cannot fill. Measured
 # on the demo model at 192 and 384 px, batch 1 and 2 (bench/memory.py): 1.36 to 1.6.
 _SPARE = 1.45
@@ -95,7 +95,7 @@ def size(nbytes: float) -> str:
 
 
 def _learning_bytes(optimizer: OptimizerConfig) -> float:
-    return _LEARNING_BYTES[optimizer.name] + 4 * (optimizer.ema > 0)
+    return LEARNING_BYTES[optimizer.name] + 4 * (optimizer.ema > 0)
 
 
 def _factors(config: TrainConfig) -> tuple[float, float, float]:
