@@ -97,6 +97,8 @@ class LoRA2Train(io.ComfyNode):
         one = {name: values[0] for name, values in lists.items()}
         notes = Notes(cls.hidden.unique_id)
         config = _config(one, notes)
+        for doubt in doubts_about_rates(config):
+            notes.say(doubt)
         photos = check_photos(
             pictures["images"],
             pictures["captions"],
@@ -107,7 +109,7 @@ class LoRA2Train(io.ComfyNode):
         queue = job_queue()
         path = comfy_host.new_lora_path(one["file_name"], queue.paths())
         setup = _prepared(one, photos, config, _class_photos(class_images, config), path)
-        for line in (*doubts_about_rates(config), *_about_run(setup)):
+        for line in _about_run(setup):
             notes.say(line)
         background = one.get("run", WAIT) == BACKGROUND
         job = TrainingJob(
