@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..adapters.network import AdaptiveRankNetwork
 from ..config.train import TrainConfig
-from ..data.cache import content_key, weights_hash
+from ..data.cache import content_key, named_weights_hash, weights_hash
 from ..data.captions import variants
 from ..data.cropping import Crop
 from ..data.photos import Photo
@@ -95,6 +95,11 @@ def carry_out(plan: TrainingPlan) -> TrainingSetup:
         captions=tuple(photo.caption for photo in plan.photos),
         base_hash=base_hash,
         data_hash=content_key(identity, _data_hash(plan.photos, classes)),
+        data_parts={
+            **_data_parts(plan.photos, plan.class_photos),
+            "text and VAE": encoder.identity,
+            "sampling": content_key(prediction, sampling),
+        },
         painter=painter if config.samples.prompts else None,
         enable_checkpointing=checkpoint,
         estimate=expected,
@@ -142,6 +147,21 @@ def _data_hash(photos: Sequence[Photo], classes: Sequence[Photo]) -> str:
     for photo in [*photos, *classes]:
         parts += [photo.pixels, photo.caption, "" if photo.mask is None else photo.mask]
     return content_key(*parts)
+
+
+def _data_parts(photos: Sequence[Photo], classes: Sequence[Photo]) -> dict[str, str]:
+    """Digests by which a person is told what has changed; of pixels a sample, as reading all of
+    them once, for :func:`_data_hash`, takes long enough."""
+
+    def digest(tensors: Iterable[Tensor | None]) -> str:
+        there = enumerate(tensors)
+        return named_weights_hash((str(n), tensor) for n, tensor in there if tensor is not None)
+
+    return {
+        "photos": digest(photo.pixels for photo in photos),
+        "masks": digest(photo.mask for photo in photos),
+        "class images": digest(photo.pixels for photo in classes),
+    }
 
 
 def _plain_attention(_chosen: object, *args: Any, **kwargs: Any) -> Tensor:
