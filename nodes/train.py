@@ -20,7 +20,7 @@ from ..lora2_core.reports.report import training_picture
 from ..lora2_core.reports.strip import strip_png
 from ..lora2_core.training.memory import LEARNING_BYTES, size
 from ..lora2_core.training.optimizers import OptimizerError
-from ..lora2_core.training.out_of_memory import suggestions
+from ..lora2_core.training.out_of_memory import Advice, suggestions
 from ..lora2_core.training.setup import TrainingSetup
 from .background import job_queue
 from .common import CATEGORY, advanced, also_called, to_image
@@ -108,7 +108,7 @@ class LoRA2Train(io.ComfyNode):
         )
         queue = job_queue()
         path = comfy_host.new_lora_path(one["file_name"], queue.paths())
-        setup = _prepared(one, photos, config, _class_photos(class_images, config), path)
+        setup = _prepared(one, photos, config, _class_photos(class_images, config), path, notes)
         for line in _about_run(setup):
             notes.say(line)
         background = one.get("run", WAIT) == BACKGROUND
@@ -156,6 +156,7 @@ def _prepared(
     config: TrainConfig,
     class_photos: Sequence[Photo],
     path: Path,
+    notes: Notes,
 ) -> TrainingSetup:
     """All that can be refused is, before a photo is encoded."""
     plan = comfy_host.plan_training(
@@ -166,6 +167,8 @@ def _prepared(
         comfy_host.cache_folder(),
     )
     lora_file.check_writable(path, plan.expected_bytes)
+    for line in _about_memory(plan):
+        notes.say(line)
     return comfy_host.carry_out(plan)
 
 
@@ -193,6 +196,21 @@ def _class_photos(images: list[torch.Tensor] | None, config: TrainConfig) -> Seq
     return check_photos(images, None, config.data.class_prompt)
 
 
+def _about_memory(plan: "comfy_host.TrainingPlan") -> Iterator[str]:
+    """What to do where the device has less memory than what lies there all the time."""
+    there, least = comfy_host.total_memory(), plan.least_memory.total
+    if there is not None and least > there:
+        ways = suggestions(plan.config, least, there)
+        yield (
+            f"This will not fit: the model and what learns take {size(least)} before anything is "
+            f"computed, and there are {size(there)} in all."
+        ) + _that_would_help(ways)
+
+
+def _that_would_help(ways: Sequence[Advice]) -> str:
+    return f" What would help: {'; or '.join(way.text for way in ways)}." if ways else ""
+
+
 def _about_run(setup: TrainingSetup) -> Iterator[str]:
     """What the run will take, and what to do where that is more than there is."""
     expected = setup.estimate
@@ -204,8 +222,7 @@ def _about_run(setup: TrainingSetup) -> Iterator[str]:
     if free is not None and needed > free:
         ways = suggestions(setup.config, needed, free, expected=expected)
         text = f"That may be too much: {size(free)} are free for {size(needed)}."
-        help_ = f" What would help: {'; or '.join(way.text for way in ways)}." if ways else ""
-        yield text + help_
+        yield text + _that_would_help(ways)
 
 
 def _outputs(cls: type[io.ComfyNode], model: Any, clip: Any, trained: TrainedLoRA) -> io.NodeOutput:

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from .running import free_memory as free_memory
     from .running import progress_bar as progress_bar
     from .running import raise_if_cancelled as raise_if_cancelled
+    from .running import total_memory as total_memory
 
 _NAMES = {
     "loading.applying": ("Applied", "apply_lora", "apply_state"),
@@ -85,6 +86,7 @@ _NAMES = {
         "free_memory",
         "progress_bar",
         "raise_if_cancelled",
+        "total_memory",
     ),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}

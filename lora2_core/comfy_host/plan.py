@@ -21,6 +21,7 @@ from ..config.train import TrainConfig
 from ..data.cache import TensorCache
 from ..data.cropping import Crop, crops
 from ..data.photos import Photo
+from ..training.memory import Memory, lasting
 from ..training.optimizers import check_optimizer
 from . import surface
 from .class_images import paints
@@ -69,10 +70,11 @@ class TrainingPlan:
         return budget.expected_bytes(self.targets, self.budget, self.config.rank, self.ranks)
 
     @property
-    def parameters(self) -> int:
-        """Numbers in A and B of every component in the first step."""
+    def least_memory(self) -> Memory:
+        """What the run takes on its device before anything is computed."""
         pairs = zip(self.targets, self.ranks, strict=True)
-        return sum(rank * target.parameters_per_rank for target, rank in pairs)
+        parameters = sum(rank * target.parameters_per_rank for target, rank in pairs)
+        return lasting(self.roots, parameters, self.config)
 
 
 def check_settings(model: ModelPatcher, config: TrainConfig) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -66,12 +66,18 @@ def counted(
     kept = outside + sum(inside.values())
     if config.gradient_checkpointing:
         kept = outside + inputs + max(inside.values(), default=0)
-    frozen = {id(p): p for root in roots.values() for p in _weights(root) if not p.requires_grad}
     parameters = sum(weight.numel() for weight in network.weights())
+    return replace(lasting(roots, parameters, config), activations=int(_SPARE * kept))
+
+
+def lasting(roots: Mapping[str, nn.Module], parameters: int, config: TrainConfig) -> Memory:
+    """What ``config`` takes all the time, without activations, which is known before anything is
+    computed. ``parameters``: numbers in A and B."""
+    frozen = {id(p): p for root in roots.values() for p in _weights(root) if not p.requires_grad}
     return Memory(
         frozen=sum(_bytes(weight) for weight in frozen.values()),
         learning=int(_learning_bytes(config.optimizer) * parameters),
-        activations=int(_SPARE * kept),
+        activations=0,
     )
 
 

@@ -3,6 +3,7 @@ on the demo model."""
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import comfy.model_management
 import comfy.sd
 import comfy.supported_models
 import comfy.taesd.taesd
@@ -29,6 +31,7 @@ from lora2_pack.lora2_core.config.train import (
     TextConfig,
 )
 from lora2_pack.lora2_core.tiny_sdxl.model import UNET_CONFIG, text_configs
+from lora2_pack.lora2_core.training.memory import size
 from lora2_pack.lora2_core.training.optimizers import OptimizerError
 from lora2_pack.nodes import train
 from lora2_pack.nodes.train_notes import Notes
@@ -290,7 +293,20 @@ def test_what_is_not_refused_is_encoded(parts: Parts, model: Any, encoded: list[
     assert encoded == [(1, 64, 64, 3)] * 2
     assert plan.expected_bytes == setup.network.expected_bytes()
     assert plan.ranks == setup.network.ranks
-    assert plan.parameters == sum(weight.numel() for weight in setup.network.weights())
+    assert setup.estimate is not None
+    assert plan.least_memory == dataclasses.replace(setup.estimate.memory, activations=0)
+
+
+def test_what_cannot_fit_is_told_before(
+    parts: Parts, encoded: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+):
+    """No machine is so small; the model and the settings are real."""
+    plan = comfy_host.plan_training(*parts, demo.photos(2), demo.settings())
+    assert list(train._about_memory(plan)) == []
+    monkeypatch.setattr(comfy.model_management, "get_total_memory", lambda _: 1_000_000)
+    [line] = train._about_memory(plan)
+    assert size(plan.least_memory.total) in line and "there are 1.0 MB in all" in line
+    assert "set gradient_checkpointing on" in line and encoded == []
 
 
 # --- presets ----------------------------------------------------------------------------------
