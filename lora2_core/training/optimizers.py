@@ -118,8 +118,7 @@ def _prodigy(parts: list[dict], weight_decay: float) -> torch.optim.Optimizer:
 
 def _missing(name: str, package: str, error: Exception) -> OptimizerError:
     """What to say of an import that failed: nothing is there, or what is there is broken."""
-    root = (getattr(error, "name", None) or "").partition(".")[0]
-    if isinstance(error, ImportError) and root == package:
+    if isinstance(error, ModuleNotFoundError) and error.name == package:
         return OptimizerError(
             f"optimizer is {name}, which needs the package {package}: install it into ComfyUI's "
             f"Python (pip install {package}) or choose adamw."
