@@ -12,6 +12,7 @@ from ..lora2_core import comfy_host, lora_file
 from ..lora2_core.config.presets import AS_SET, build_config, replaced, with_stand_in
 from ..lora2_core.config.train import TrainConfig, doubts_about_rates
 from ..lora2_core.data.photos import Photo, check_photos
+from ..lora2_core.files.header import LoRAFileError
 from ..lora2_core.jobs.job import TrainingJob
 from ..lora2_core.jobs.queue import Origin
 from ..lora2_core.jobs.sampling import StripFile
@@ -167,7 +168,7 @@ def _prepared(
         comfy_host.cache_folder(),
     )
     lora_file.check_writable(path, plan.expected_bytes)
-    for line in _about_memory(plan):
+    for line in (*_about_memory(plan), *_about_folders(config, path)):
         notes.say(line)
     return comfy_host.carry_out(plan)
 
@@ -205,6 +206,20 @@ def _about_memory(plan: "comfy_host.TrainingPlan") -> Iterator[str]:
             f"This will not fit: the model and what learns take {size(least)} before anything is "
             f"computed, and there are {size(there)} in all."
         ) + _that_would_help(ways)
+
+
+def _about_folders(config: TrainConfig, path: Path) -> Iterator[str]:
+    """What a run cannot keep beside its LoRA, and can do without."""
+    places: dict[str, Path] = {}
+    if config.samples.prompts:
+        places["Samples"] = comfy_host.strip_path(path)
+    if config.keep.checkpoint_steps or config.keep.checkpoint_minutes:
+        places["Checkpoints"] = comfy_host.checkpoint_folder() / path.name
+    for what, place in places.items():
+        try:
+            lora_file.check_writable(place, 0)
+        except LoRAFileError as error:
+            yield f"{what} of this run will not be kept: {error}"
 
 
 def _that_would_help(ways: Sequence[Advice]) -> str:

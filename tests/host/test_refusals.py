@@ -309,6 +309,20 @@ def test_what_cannot_fit_is_told_before(
     assert "set gradient_checkpointing on" in line and encoded == []
 
 
+def test_folders_that_a_run_can_do_without_are_told_of(monkeypatch: pytest.MonkeyPatch):
+    blocked = Path(folder_paths.get_output_directory()) / "lora2_samples" / "blocked"
+    blocked.parent.mkdir(parents=True, exist_ok=True)
+    blocked.write_text("in the way")
+    path = comfy_host.new_lora_path("blocked/cat")
+    plain, sampled = demo.settings(), demo.settings(samples=SampleConfig(prompts=("a cat",)))
+    assert list(train._about_folders(plain, path)) == []
+    [line] = train._about_folders(sampled, path)
+    assert line.startswith("Samples of this run will not be kept: ") and "blocked" in line
+    monkeypatch.setattr(comfy_host, "checkpoint_folder", lambda: blocked)
+    [line] = train._about_folders(plain, path)
+    assert line.startswith("Checkpoints of this run will not be kept: ")
+
+
 # --- presets ----------------------------------------------------------------------------------
 
 
