@@ -1,7 +1,7 @@
 """Train LoRA² on images."""
 
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +9,19 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..lora2_core import comfy_host, lora_file
-from ..lora2_core.config.presets import AS_SET, build_config, replaced
+from ..lora2_core.config.presets import AS_SET, build_config, replaced, with_stand_in
 from ..lora2_core.config.train import TrainConfig, doubts_about_rates
 from ..lora2_core.data.photos import Photo, check_photos
+from ..lora2_core.files.header import LoRAFileError
 from ..lora2_core.jobs.job import TrainingJob
 from ..lora2_core.jobs.queue import Origin
 from ..lora2_core.jobs.sampling import StripFile
 from ..lora2_core.jobs.saving import TrainedLoRA
 from ..lora2_core.reports.report import training_picture
 from ..lora2_core.reports.strip import strip_png
-from ..lora2_core.training.memory import size
-from ..lora2_core.training.out_of_memory import suggestions
+from ..lora2_core.training.memory import LEARNING_BYTES, size
+from ..lora2_core.training.optimizers import OptimizerError
+from ..lora2_core.training.out_of_memory import Advice, suggestions
 from ..lora2_core.training.setup import TrainingSetup
 from .background import job_queue
 from .common import CATEGORY, advanced, also_called, to_image
@@ -94,9 +96,10 @@ class LoRA2Train(io.ComfyNode):
         pictures = {name: lists.pop(name, None) for name in ("images", "captions", "masks")}
         class_images = lists.pop("class_images", None)
         one = {name: values[0] for name, values in lists.items()}
-        settings = {name: value for name, value in one.items() if name not in _OF_THE_NODE}
-        preset = one.get("preset", AS_SET)
-        config = build_config(settings, preset, one.get("options"))
+        notes = Notes(cls.hidden.unique_id)
+        config = _config(one, notes)
+        for doubt in doubts_about_rates(config):
+            notes.say(doubt)
         photos = check_photos(
             pictures["images"],
             pictures["captions"],
@@ -106,18 +109,8 @@ class LoRA2Train(io.ComfyNode):
         )
         queue = job_queue()
         path = comfy_host.new_lora_path(one["file_name"], queue.paths())
-        notes = Notes(cls.hidden.unique_id)
-        if changes := replaced(settings, preset):
-            notes.say(f"The preset {preset} sets {changes}.")
-        setup = comfy_host.prepare_training(
-            *(one[name] for name in ("model", "clip", "vae")),
-            photos,
-            config,
-            _class_photos(class_images, config),
-            comfy_host.cache_folder(),
-        )
-        lora_file.check_writable(path, setup.network.expected_bytes())
-        for line in (*doubts_about_rates(config), *_about_run(setup)):
+        setup = _prepared(one, photos, config, _class_photos(class_images, config), path, notes)
+        for line in _about_run(setup):
             notes.say(line)
         background = one.get("run", WAIT) == BACKGROUND
         job = TrainingJob(
@@ -134,6 +127,50 @@ class LoRA2Train(io.ComfyNode):
             notes.show("This runs in the background; see the LoRA² tab.")
             return io.NodeOutput(*[comfy_host.blocked() for _ in cls.define_schema().outputs])
         return _outputs(cls, one["model"], one["clip"], wait_for(queue, entry, notes))
+
+
+def _config(one: Mapping[str, Any], notes: Notes) -> TrainConfig:
+    """What widgets, preset and options come to, and what of it this machine can do."""
+    settings = {name: value for name, value in one.items() if name not in _OF_THE_NODE}
+    preset, options = one.get("preset", AS_SET), one.get("options")
+    config = build_config(settings, preset, options)
+    if changes := replaced(settings, preset):
+        notes.say(f"The preset {preset} sets {changes}.")
+    try:
+        comfy_host.check_settings(one["model"], config)
+    except OptimizerError as error:
+        other = with_stand_in(config, preset, options)
+        if other is None:
+            raise
+        took, takes = (LEARNING_BYTES[c.optimizer.name] for c in (config, other))
+        notes.say(
+            f"The preset {preset}: {error} Until then {other.optimizer.name} stands in, with "
+            f"{takes:g} bytes of memory for each number that learns instead of {took:g}."
+        )
+        return other
+    return config
+
+
+def _prepared(
+    one: Mapping[str, Any],
+    photos: Sequence[Photo],
+    config: TrainConfig,
+    class_photos: Sequence[Photo],
+    path: Path,
+    notes: Notes,
+) -> TrainingSetup:
+    """All that can be refused is, before a photo is encoded."""
+    plan = comfy_host.plan_training(
+        *(one[name] for name in ("model", "clip", "vae")),
+        photos,
+        config,
+        class_photos,
+        comfy_host.cache_folder(),
+    )
+    lora_file.check_writable(path, plan.expected_bytes)
+    for line in (*_about_memory(plan), *_about_folders(config, path)):
+        notes.say(line)
+    return comfy_host.carry_out(plan)
 
 
 def _busy(yields: bool) -> Callable[[], bool]:
@@ -160,6 +197,35 @@ def _class_photos(images: list[torch.Tensor] | None, config: TrainConfig) -> Seq
     return check_photos(images, None, config.data.class_prompt)
 
 
+def _about_memory(plan: "comfy_host.TrainingPlan") -> Iterator[str]:
+    """What to do where the device has less memory than what lies there all the time."""
+    there, least = comfy_host.total_memory(), plan.least_memory.total
+    if there is not None and least > there:
+        ways = suggestions(plan.config, least, there)
+        yield (
+            f"This will not fit: the model and what learns take {size(least)} before anything is "
+            f"computed, and there are {size(there)} in all."
+        ) + _that_would_help(ways)
+
+
+def _about_folders(config: TrainConfig, path: Path) -> Iterator[str]:
+    """What a run cannot keep beside its LoRA, and can do without."""
+    places: dict[str, Path] = {}
+    if config.samples.prompts:
+        places["Samples"] = comfy_host.strip_path(path)
+    if config.keep.checkpoint_steps or config.keep.checkpoint_minutes:
+        places["Checkpoints"] = comfy_host.checkpoint_folder() / path.name
+    for what, place in places.items():
+        try:
+            lora_file.check_writable(place, 0)
+        except LoRAFileError as error:
+            yield f"{what} of this run will not be kept: {error}"
+
+
+def _that_would_help(ways: Sequence[Advice]) -> str:
+    return f" What would help: {'; or '.join(way.text for way in ways)}." if ways else ""
+
+
 def _about_run(setup: TrainingSetup) -> Iterator[str]:
     """What the run will take, and what to do where that is more than there is."""
     expected = setup.estimate
@@ -171,8 +237,7 @@ def _about_run(setup: TrainingSetup) -> Iterator[str]:
     if free is not None and needed > free:
         ways = suggestions(setup.config, needed, free, expected=expected)
         text = f"That may be too much: {size(free)} are free for {size(needed)}."
-        help_ = f" What would help: {'; or '.join(way.text for way in ways)}." if ways else ""
-        yield text + help_
+        yield text + _that_would_help(ways)
 
 
 def _outputs(cls: type[io.ComfyNode], model: Any, clip: Any, trained: TrainedLoRA) -> io.NodeOutput:

@@ -69,6 +69,10 @@ class RankBudget:
         start = torch.maximum(start, self.min_ranks.float())
         return adaptive_rank.nu_for_rank(1.0, config.quantile) / start
 
+    def ranks_for(self, nu: Tensor, quantile: float) -> Tensor:
+        """The rank that each ν, (L,), asks for, within its component's limits; (L,) int64."""
+        return adaptive_rank.effective_rank(nu, quantile, self.max_ranks, self.min_ranks)
+
     def log_nu_bounds(self, quantile: float) -> tuple[Tensor, Tensor]:
         """Lowest and highest log ν that still decide a rank, (L,) each.
 
@@ -115,6 +119,19 @@ def file_bytes(targets: Sequence[Target], ranks: Sequence[int]) -> int:
         listing[key] = listing_entry(_USUAL_NU, rank, target.in_features, target.out_features)
     text = {COMPONENTS: json.dumps(listing)}
     return encoded_bytes(shapes, text) + METADATA_BYTES
+
+
+def expected_bytes(
+    targets: Sequence[Target], budget: RankBudget, config: RankConfig, ranks: Sequence[int]
+) -> int:
+    """Size of the file to expect of a run that has ``ranks`` now, header included: what a budget
+    in bytes allows, else at the target or, where the target is a pull and not a budget, as now."""
+    if config.target_megabytes is not None:
+        return int(config.target_megabytes * 1e6)
+    if config.mode == "balanced":
+        wanted = torch.minimum(budget.per_component().ceil().long(), budget.max_ranks)
+        ranks = wanted.tolist()
+    return file_bytes(targets, ranks)
 
 
 def _in_bytes(

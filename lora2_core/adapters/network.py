@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .. import adaptive_rank
 from ..config.ranks import RankConfig
 from ..files.component import Component
-from .budget import file_bytes, plan_budget
+from .budget import RankBudget, expected_bytes, plan_budget
 from .grouping import join_projections
 from .layers import AdaptiveLoRA, wrap
 from .rank_change import RankChange, ResizedWeight
@@ -31,7 +31,7 @@ class AdaptiveRankNetwork(nn.Module):
     (ours; the paper is silent): 500 Adam steps then span rank 512 to 1, which a plain ν at
     5e-5 a step cannot. A step is :meth:`refresh_importance`, forward and backward, an optimizer's
     step, :meth:`clamp_nu` and :meth:`resize`; what is saved is :meth:`components`, and what goes
-    on in another process :meth:`state`.
+    on in another process :meth:`state`. ``budget``: where it has been planned already.
     """
 
     def __init__(
@@ -40,12 +40,13 @@ class AdaptiveRankNetwork(nn.Module):
         targets: Sequence[Target],
         config: RankConfig,
         seed: int = 0,
+        budget: RankBudget | None = None,
     ):
         super().__init__()
         self.targets = tuple(targets)
         self.config = config
         self._generator = torch.Generator().manual_seed(seed)
-        self.budget = plan_budget(self.targets, config)
+        self.budget = plan_budget(self.targets, config) if budget is None else budget
         roots = {"unet": model} if isinstance(model, nn.Module) else model
         layers = [roots[target.root].get_submodule(target.name) for target in self.targets]
         self._device = next(layers[0].parameters()).device
@@ -102,15 +103,8 @@ class AdaptiveRankNetwork(nn.Module):
         return self.budget.mean_ranks(self._ranks)
 
     def expected_bytes(self) -> int:
-        """Size of the file to expect, header included: what a budget in bytes allows, else at the
-        target or, where the target is a pull and not a budget, as large as now."""
-        if self.config.target_megabytes is not None:
-            return int(self.config.target_megabytes * 1e6)
-        ranks = self.ranks
-        if self.config.mode == "balanced":
-            wanted = torch.minimum(self.budget.per_component().ceil().long(), self.budget.max_ranks)
-            ranks = wanted.tolist()
-        return file_bytes(self.targets, ranks)
+        """Size of the file to expect, see :func:`.budget.expected_bytes`."""
+        return expected_bytes(self.targets, self.budget, self.config, self.ranks)
 
     @torch.no_grad()
     def clamp_nu(self) -> None:
@@ -201,9 +195,7 @@ class AdaptiveRankNetwork(nn.Module):
         return [f"{target.root}.{target.name}" for target in self.targets]
 
     def _ranks_for(self, nu: Tensor) -> Tensor:
-        """The rank that each ν of the CPU asks for, within its component's limits; (L,) int64."""
-        limits = self.budget.max_ranks, self.budget.min_ranks
-        return adaptive_rank.effective_rank(nu, self.config.quantile, *limits)
+        return self.budget.ranks_for(nu, self.config.quantile)
 
     def _init_weights(self, nu: Tensor, ranks: Tensor) -> None:
         stds = adaptive_rank.init_std(nu, ranks)

@@ -42,12 +42,17 @@ if TYPE_CHECKING:
     from .paths import new_lora_path as new_lora_path
     from .paths import own_folders as own_folders
     from .paths import strip_path as strip_path
+    from .plan import TrainingPlan as TrainingPlan
+    from .plan import check_settings as check_settings
+    from .plan import plan_training as plan_training
+    from .prepare import carry_out as carry_out
     from .prepare import prepare_training as prepare_training
     from .running import blocked as blocked
     from .running import deaf_to_cancel as deaf_to_cancel
     from .running import free_memory as free_memory
     from .running import progress_bar as progress_bar
     from .running import raise_if_cancelled as raise_if_cancelled
+    from .running import total_memory as total_memory
 
 _NAMES = {
     "loading.applying": ("Applied", "apply_lora", "apply_state"),
@@ -73,13 +78,15 @@ _NAMES = {
         "own_folders",
         "strip_path",
     ),
-    "prepare": ("prepare_training",),
+    "plan": ("TrainingPlan", "check_settings", "plan_training"),
+    "prepare": ("carry_out", "prepare_training"),
     "running": (
         "blocked",
         "deaf_to_cancel",
         "free_memory",
         "progress_bar",
         "raise_if_cancelled",
+        "total_memory",
     ),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}

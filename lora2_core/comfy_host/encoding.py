@@ -27,6 +27,7 @@ class Encoder:
     """
 
     def __init__(self, base: comfy.model_base.BaseModel, clip: Any, vae: Any, cache: TensorCache):
+        _check_parts(clip, vae)
         self.base, self.clip, self.vae, self.cache = base, clip, vae, cache
         self._vae_hash = named_weights_hash(Weights(vae.patcher, "vae").items())
         # With patches in them the hash is the same tomorrow, which the id of the patches is not.
@@ -103,6 +104,21 @@ class Encoder:
                 "ComfyUI with --fp32-vae or load the fp16-fix VAE."
             )
         return {"latent": plain}
+
+
+def _check_parts(clip: Any, vae: Any) -> None:
+    """What can be told of them before anything is encoded. A checkpoint without a CLIP or a VAE
+    gives None, or a VAE without a network."""
+    if clip is None:
+        raise HostError("clip is empty, as its checkpoint holds none; connect the CLIP of another.")
+    if vae is None or getattr(vae, "first_stage_model", vae) is None:
+        raise HostError("vae is empty, as its file holds none; connect the VAE of SDXL.")
+    channels, sides = getattr(vae, "latent_channels", 4), getattr(vae, "latent_dim", 2)
+    if (channels, sides) != (4, 2):
+        raise HostError(
+            f"vae makes latents of {channels} channels in {sides} dimensions where SDXL takes 4 in "
+            "2; connect the VAE of the same checkpoint."
+        )
 
 
 def _flat(tokens: dict[str, Any]) -> Iterator[str | int | float | Tensor]:

@@ -16,7 +16,9 @@ import comfy.sd
 import comfy.supported_models
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from ..training.out_of_memory import is_out_of_memory
 from . import surface
 from .copies.structure import casting, free_of_holders, new_unet, plain, put_objects
 from .copies.weights import Weights
@@ -31,7 +33,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def check_model(model: ModelPatcher) -> None:
     """Raises HostError unless ``model`` is of the SDXL family and predicts noise or v."""
-    base = model.model
+    base = getattr(model, "model", None)  # a loader may give None where a file holds none
     kind = type(base).__name__
     if not isinstance(base, comfy.model_base.SDXL):
         raise HostError(
@@ -63,6 +65,13 @@ def private_copy(model: ModelPatcher, precision: str = "auto") -> comfy.model_ba
     Everything is a copy that training may touch; config and small helpers are shared. ComfyUI
     does not know the copy, so neither a prompt nor its memory management can move or patch it.
     """
+    private = copy_in_ram(model, precision)
+    put_in_place(private, model)
+    return private
+
+
+def copy_in_ram(model: ModelPatcher, precision: str = "auto") -> comfy.model_base.BaseModel:
+    """A :func:`private_copy` whose U-Net is still in RAM, so that nothing of the card is taken."""
     base, weights = model.model, Weights(model, "model")
     dtype = DTYPES.get(precision) or _training_dtype(model)
     private = base.__class__.__new__(base.__class__)
@@ -79,12 +88,44 @@ def private_copy(model: ModelPatcher, precision: str = "auto") -> comfy.model_ba
     if weights.quantised:
         kinds = ", ".join(sorted(set(weights.quantised.values())))
         logging.info("LoRA²: model is quantised (%s); its copy to train on is in %s.", kinds, dtype)
+    return private
+
+
+def put_in_place(private: comfy.model_base.BaseModel, model: ModelPatcher) -> None:
+    """Move a copy of ``model`` to where it is trained."""
     if model.load_device.type != "cpu":
         # Only the copy is needed from here on: the model itself, CLIP and VAE leave the GPU
         # (unless ComfyUI was told to keep everything there).
         comfy.model_management.unload_all_models()
     private.diffusion_model.to(model.load_device)
-    return private
+
+
+def check_precision(model: ModelPatcher, precision: str) -> None:
+    """Raises HostError unless the device of ``model`` can compute in ``precision``."""
+    dtype = DTYPES.get(precision) or _training_dtype(model)
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            _compute_a_little(model.load_device, dtype)
+    except Exception as error:
+        if is_out_of_memory(error):  # for so little: what is loaded there will make room
+            return
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        chosen = "" if precision in DTYPES else f", which comes to {dtype} here"
+        raise HostError(
+            f"precision is {precision}{chosen}, and {model.load_device} cannot train in it "
+            f"({reason}); choose {'auto' if precision == 'fp32' else 'fp32'}."
+        ) from error
+
+
+def _compute_a_little(device: torch.device, dtype: torch.dtype) -> None:
+    """What a block of a U-Net does, forward and backward, on 8 × 8 numbers."""
+    x = torch.ones(1, 4, 8, 8, device=device, dtype=dtype, requires_grad=True)
+    kernel = torch.ones(4, 4, 3, 3, device=device, dtype=dtype)
+    rows = F.silu(F.group_norm(F.conv2d(x, kernel, padding=1), 2)).flatten(2)  # (1, 4, 64)
+    rows = F.layer_norm(rows, rows.shape[-1:])
+    F.scaled_dot_product_attention(
+        rows, rows, F.linear(rows, rows.new_ones(64, 64))
+    ).sum().backward()
 
 
 def build_sdxl(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,26 +13,24 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.network import AdaptiveRankNetwork
-from ..adapters.targets import Target, find_targets
 from ..config.train import TrainConfig
-from ..data.cache import TensorCache, content_key, weights_hash
+from ..data.cache import content_key, named_weights_hash, weights_hash
 from ..data.captions import variants
-from ..data.cropping import crops
+from ..data.cropping import Crop
 from ..data.photos import Photo
 from ..data.samples import Sample
 from ..training.denoising import CachedTexts, DenoisingTask, TextSource
 from ..training.estimate import attempt
 from ..training.objective import CrossAttentionEntropy
 from ..training.setup import TrainingSetup
-from . import surface
 from .checkpointing import blocks_of, checkpoint_blocks
 from .class_images import class_images, class_samples, paints
-from .copies.text_encoders import TextEncoders
 from .encoding import Encoder
 from .loading import bypass
 from .loading.fitting import remember_base_hash
-from .models import DTYPES, check_model, prediction_of, private_copy
+from .models import DTYPES, prediction_of, put_in_place
 from .painting import Painter
+from .plan import TrainingPlan, plan_training
 from .running import raise_if_cancelled
 
 if TYPE_CHECKING:
@@ -52,43 +50,34 @@ def prepare_training(
 
     ``class_photos``: for prior preservation; what lacks to ``config.data.class_images`` the model
     paints itself, once. ``cache``: a folder for encoded photos and texts; None keeps nothing on
-    disk. May be called under inference mode, as nodes are. Raises HostError for a model, CLIP or
-    VAE that does not fit, and ValueError for settings that do not fit the model.
+    disk. May be called under inference mode, as nodes are. Raises as :func:`.plan.plan_training`
+    does, before any photo is encoded, and HostError for a VAE that encodes no usable numbers.
     """
-    surface.need(surface.Part.TRAINING)
-    check_model(model)
-    with torch.inference_mode(False):
-        return _prepare(model, clip, vae, photos, config, class_photos, TensorCache(cache))
+    return carry_out(plan_training(model, clip, vae, photos, config, class_photos, cache))
 
 
-def _prepare(
-    model: ModelPatcher,
-    clip: Any,
-    vae: Any,
-    photos: Sequence[Photo],
-    config: TrainConfig,
-    class_photos: Sequence[Photo],
-    disk: TensorCache,
-) -> TrainingSetup:
-    encoder = Encoder(model.model, clip, vae, disk)
-    samples = _samples(encoder, photos, config)
-    live = TextEncoders(clip) if config.text.learning_rate > 0 else None
-    if live is None:
+@torch.inference_mode(False)
+def carry_out(plan: TrainingPlan) -> TrainingSetup:
+    """The rest of :func:`prepare_training`. A plan is carried out once: its copies become the
+    run's."""
+    config, encoder, private = plan.config, plan.encoder, plan.private
+    samples = _samples(encoder, plan.cuts, config)
+    if plan.live is None:
         _read_ahead(encoder, samples, config)
     else:
-        encoder.text("")  # says when the CLIP is of another family
-    private = private_copy(model, config.precision)
+        plan.live.move_to(plan.live.load_device)
+    put_in_place(private, plan.model)
     unet = private.diffusion_model
-    base_hash, prediction = _base_hash(model, unet, config), prediction_of(model)
+    base_hash, prediction = _base_hash(plan.model, unet, config), prediction_of(plan.model)
     sampling = private.model_sampling.sigmas.float()
     identity = content_key(encoder.identity, prediction, sampling)  # of all beside the U-Net
-    texts: TextSource = live or CachedTexts(encoder.texts, next(unet.parameters()).device)
-    painter = Painter(private, vae, texts) if paints(config, class_photos) else None
+    texts: TextSource = plan.live or CachedTexts(encoder.texts, next(unet.parameters()).device)
+    painter = Painter(private, plan.vae, texts) if paints(config, plan.class_photos) else None
     painted_by = content_key(base_hash, identity)
-    classes = class_images(class_photos, painter, config, painted_by, disk)
+    classes = class_images(plan.class_photos, painter, config, painted_by, plan.disk)
     extra = class_samples(encoder, classes, samples, config)
-    roots: dict[str, nn.Module] = {"unet": unet, **(live.roots if live else {})}
-    network = AdaptiveRankNetwork(roots, _targets(roots, config), config.rank, config.seed)
+    roots = plan.roots
+    network = AdaptiveRankNetwork(roots, plan.targets, config.rank, config.seed, plan.budget)
     cross = _cross_attention(unet)
     # The default on the CPU splits the attention into chunks, slow to differentiate.
     options = {"optimized_attention_override": _plain_attention}
@@ -103,9 +92,14 @@ def _prepare(
         network=network,
         task=task,
         entropy=cross,
-        captions=tuple(photo.caption for photo in photos),
+        captions=tuple(photo.caption for photo in plan.photos),
         base_hash=base_hash,
-        data_hash=content_key(identity, _data_hash(photos, classes)),
+        data_hash=content_key(identity, _data_hash(plan.photos, classes)),
+        data_parts={
+            **_data_parts(plan.photos, plan.class_photos),
+            "text and VAE": encoder.identity,
+            "sampling": content_key(prediction, sampling),
+        },
         painter=painter if config.samples.prompts else None,
         enable_checkpointing=checkpoint,
         estimate=expected,
@@ -116,9 +110,11 @@ def _name_of(dtype: torch.dtype) -> str:
     return next(name for name, kind in DTYPES.items() if kind == dtype)
 
 
-def _samples(encoder: Encoder, photos: Sequence[Photo], config: TrainConfig) -> list[Sample]:
+def _samples(
+    encoder: Encoder, cuts: Sequence[tuple[Photo, Crop]], config: TrainConfig
+) -> list[Sample]:
     samples = []
-    for photo, found in crops(photos, config):
+    for photo, found in cuts:
         raise_if_cancelled()
         texts = variants(photo.caption, config.data, config.seed)
         samples.append(encoder.sample(found, texts))
@@ -131,15 +127,6 @@ def _read_ahead(encoder: Encoder, samples: Sequence[Sample], config: TrainConfig
     wanted |= {*config.samples.prompts, "", config.data.class_prompt.strip()}
     for text in sorted(wanted):
         encoder.text(text)
-
-
-def _targets(roots: dict[str, nn.Module], config: TrainConfig) -> list[Target]:
-    selections = {root: config.text.targets for root in roots} | {"unet": config.targets}
-    return [
-        target
-        for root, module in roots.items()
-        for target in find_targets(module, selections[root], root)
-    ]
 
 
 def _cross_attention(unet: nn.Module) -> CrossAttentionEntropy:
@@ -160,6 +147,21 @@ def _data_hash(photos: Sequence[Photo], classes: Sequence[Photo]) -> str:
     for photo in [*photos, *classes]:
         parts += [photo.pixels, photo.caption, "" if photo.mask is None else photo.mask]
     return content_key(*parts)
+
+
+def _data_parts(photos: Sequence[Photo], classes: Sequence[Photo]) -> dict[str, str]:
+    """Digests by which a person is told what has changed; of pixels a sample, as reading all of
+    them once, for :func:`_data_hash`, takes long enough."""
+
+    def digest(tensors: Iterable[Tensor | None]) -> str:
+        there = enumerate(tensors)
+        return named_weights_hash((str(n), tensor) for n, tensor in there if tensor is not None)
+
+    return {
+        "photos": digest(photo.pixels for photo in photos),
+        "masks": digest(photo.mask for photo in photos),
+        "class images": digest(photo.pixels for photo in classes),
+    }
 
 
 def _plain_attention(_chosen: object, *args: Any, **kwargs: Any) -> Tensor:

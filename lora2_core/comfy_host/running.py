@@ -87,6 +87,14 @@ def free_memory() -> int | None:
     return int(free)
 
 
+def total_memory() -> int | None:
+    """Bytes of the device that trains, free or not, where ComfyUI tells."""
+    if not surface.is_there(Part.MEMORY):
+        return None
+    total: Any = comfy.model_management.get_total_memory(comfy.model_management.get_torch_device())
+    return int(total)
+
+
 def blocked() -> Any:
     """An output of a node that has nothing to give: what depends on it is left out, silently."""
     surface.need(Part.BACKGROUND)

@@ -166,7 +166,7 @@ TABLE: tuple[Used, ...] = (
     # Judges, memory, Cancel, outputs that are left out.
     *_of(Part.SCORE, "comfy.clip_vision", "ClipVisionModel .model .image_size"),
     *_of(Part.SCORE, "comfy.clip_vision", "ClipVisionModel.encode_image"),
-    *_of(Part.MEMORY, "comfy.model_management", "get_free_memory"),
+    *_of(Part.MEMORY, "comfy.model_management", "get_free_memory", "get_total_memory"),
     *_of((Part.MEMORY, _DEMO), "comfy.model_management", "get_torch_device"),
     *_of(Part.CANCEL, "comfy.model_management", "throw_exception_if_processing_interrupted"),
     *_of(Part.PROGRESS, "comfy.utils", "ProgressBar.update_absolute"),

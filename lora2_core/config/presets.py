@@ -14,6 +14,7 @@ from .train import (
     KeepConfig,
     ObjectiveConfig,
     OptimizerConfig,
+    OptimizerName,
     SampleConfig,
     TextConfig,
     TrainConfig,
@@ -59,6 +60,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "12 GB": {**_LEAN, "resolution": 1024},
     "8 GB": {**_LEAN, "resolution": 768},
 }
+
+# What a preset's optimizer is replaced by where it cannot work: the same steps, but for what 8
+# bits round, in more memory.
+STAND_INS: dict[str, OptimizerName] = {"adamw8bit": "adamw"}
 
 
 @dataclass(frozen=True)
@@ -124,6 +129,21 @@ def build_config(
         samples=options.samples or SampleConfig(),
         gradient_checkpointing=checkpointing,
         **settings,
+    )
+
+
+def with_stand_in(
+    config: TrainConfig, preset: str, options: Options | None = None
+) -> TrainConfig | None:
+    """``config`` with what stands in for the optimizer that ``preset`` has chosen.
+
+    None where nothing does, or where a person has asked for that optimizer by its name.
+    """
+    chosen = PRESETS.get(preset, {}).get("optimizer")
+    if chosen not in STAND_INS or (options or Options()).optimizer_name != AUTO:
+        return None
+    return dataclasses.replace(
+        config, optimizer=dataclasses.replace(config.optimizer, name=STAND_INS[chosen])
     )
 
 

@@ -12,7 +12,7 @@ import re
 import struct
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,22 @@ class Checkpoint:
     step: int  # finished steps
     target: str  # where the run's LoRA goes
     state: dict[str, Any]  # dicts with text for keys, and lists, of tensors and JSON values
+    made_of: Mapping[str, Any] = field(default_factory=dict)  # what decides the run, for people
+
+
+@dataclass(frozen=True)
+class Label:
+    """What a checkpoint says of its run, without its state."""
+
+    run: str
+    step: int
+    target: str
+    made_of: Mapping[str, Any]  # empty where an earlier version has written it
+
+    @property
+    def name(self) -> str:
+        """Of the run's LoRA, without folders and ending."""
+        return Path(self.target).stem
 
 
 def write(path: Path, checkpoint: Checkpoint) -> None:
@@ -60,6 +76,7 @@ def write(path: Path, checkpoint: Checkpoint) -> None:
         _PREFIX + "step": str(checkpoint.step),
         _PREFIX + "target": checkpoint.target,
         _PREFIX + "tree": json.dumps(tree),
+        _PREFIX + "made_of": json.dumps(checkpoint.made_of),
     }
     head = encode_header(tensor_entries({**shapes, _SUM: ("U8", (4,))}), metadata)
     with replacing(path) as file:
@@ -88,8 +105,8 @@ def read(path: Path, run: str) -> Checkpoint:
             tree = json.loads(metadata[_PREFIX + "tree"])
             state = _restored(tree, file.tensor)
             file.check_unchanged()
-        step = _step(metadata[_PREFIX + "step"])
-        return Checkpoint(run, step, metadata[_PREFIX + "target"], state)
+        label = _label(metadata)
+        return Checkpoint(run, label.step, label.target, state, label.made_of)
     except CheckpointError:
         raise
     except LoRAFileError as error:
@@ -100,13 +117,34 @@ def read(path: Path, run: str) -> Checkpoint:
         raise CheckpointError(f"{path} is damaged or no checkpoint: {reason}.") from error
 
 
+def read_label(path: Path) -> Label:
+    """What the checkpoint at ``path`` says of its run; nothing but its header is read.
+
+    Raises CheckpointError for what is damaged there, of another version, or no checkpoint.
+    """
+    try:
+        metadata = read_header(path, _LARGEST_HEADER).metadata
+        _check(path, metadata)
+        return _label(metadata)
+    except (LoRAFileError, OSError, ValueError, KeyError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged or no checkpoint: {error}") from error
+
+
+def _label(metadata: Mapping[str, str]) -> Label:
+    made_of = json.loads(metadata.get(_PREFIX + "made_of", "{}"))
+    if not isinstance(made_of, dict) or not isinstance(made_of.get("settings", {}), dict):
+        raise ValueError("what it says of its run is no table")
+    step = _step(metadata[_PREFIX + "step"])
+    return Label(metadata[_PREFIX + "run"], step, metadata[_PREFIX + "target"], made_of)
+
+
 def _step(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,9}", text):
         raise ValueError(f"its step is {text[:20]!r}")
     return int(text)
 
 
-def _check(path: Path, metadata: Mapping[str, str], run: str) -> None:
+def _check(path: Path, metadata: Mapping[str, str], run: str | None = None) -> None:
     version = metadata.get(_PREFIX + "version")
     if version is None:
         raise CheckpointError(f"{path} is no checkpoint of LoRA².")
@@ -115,7 +153,7 @@ def _check(path: Path, metadata: Mapping[str, str], run: str) -> None:
             f"{path} has format {version[:20]}, of another version of LoRA²; this one reads "
             f"{_VERSION}."
         )
-    if metadata.get(_PREFIX + "run") != run:
+    if run is not None and metadata.get(_PREFIX + "run") != run:
         raise CheckpointError(f"{path} belongs to a run with other settings or photos.")
 
 

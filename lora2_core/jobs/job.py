@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from ..training.setup import TrainingSetup
-from . import keeper, shutdown
+from . import differences, keeper, shutdown
 from .gate import StepGate
 from .keeper import RunKeeper
 from .progress import ENDED, Progress, State
@@ -57,7 +57,10 @@ class TrainingJob:
         self._run_now: Run | None = None
         self._guard = guard
         self._files = RunFiles(path, strip)
-        self._keeper = RunKeeper(checkpoints, self.run_hash, self.config.keep, self.progress.tell)
+        made_of = differences.made_of(setup)
+        self._keeper = RunKeeper(
+            checkpoints, self.run_hash, self.config.keep, self.progress.tell, made_of
+        )
         self._gate = StepGate(self.progress, busy, lambda: self.watch())
         # Daemon: a server that shuts down must not wait for the last step.
         self._thread = threading.Thread(target=self._run, name=f"LoRA² {path.stem}", daemon=True)

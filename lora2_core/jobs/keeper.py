@@ -10,7 +10,8 @@ import json
 import logging
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from ..config.train import KeepConfig, TrainConfig
 from ..data.cache import content_key
 from ..files import checkpoint
 from ..files.atomic import remove_leftovers
-from ..files.checkpoint import Checkpoint, CheckpointError
+from ..files.checkpoint import Checkpoint, CheckpointError, Label
 from ..files.header import LoRAFileError
 from ..files.metadata import RUN, deciding
 
+_NAME = re.compile(r"[0-9a-f]{64}\.safetensors")
 _NUMBERED = re.compile(r"(.*?)_?\d+_?")  # subject_00001_, as ComfyUI counts
 
 
@@ -42,7 +44,7 @@ def target_of(path: Path, kept: Checkpoint) -> Path:
     the number, and not written by any other run, as its metadata tells.
     """
     own = Path(kept.target)
-    if own.parent != path.parent or _stem(own) != _stem(path):
+    if not _is_called_alike(own, path):
         return path
     if not own.exists():
         return own
@@ -66,6 +68,11 @@ def made_by(run_hash: str, path: Path) -> dict[str, str] | None:
     return dict(metadata) if metadata.get(RUN) == run_hash else None
 
 
+def _is_called_alike(path: Path, other: Path) -> bool:
+    """The same folder, and the same name but for the number."""
+    return path.parent == other.parent and _stem(path) == _stem(other)
+
+
 def _stem(path: Path) -> str:
     numbered = _NUMBERED.fullmatch(path.stem)
     return numbered[1] if numbered else path.stem
@@ -74,12 +81,19 @@ def _stem(path: Path) -> str:
 class RunKeeper:
     """Keeps the checkpoint of the run with ``run_hash`` in ``folder``; None keeps nothing.
 
-    No accident with a checkpoint ends a training: it is told to ``tell``, once for writing.
+    ``made_of``: what the run is made of, see :mod:`.differences`. No accident with a checkpoint
+    ends a training: it is told to ``tell``, once for writing.
     """
 
     def __init__(
-        self, folder: Path | None, run_hash: str, keep: KeepConfig, tell: Callable[[str], None]
+        self,
+        folder: Path | None,
+        run_hash: str,
+        keep: KeepConfig,
+        tell: Callable[[str], None],
+        made_of: Mapping[str, Any] | None = None,
     ):
+        self.made_of = dict(made_of or {})
         self.run_hash, self.keep, self._tell = run_hash, keep, tell
         self.path = None if folder is None else folder / f"{run_hash}.safetensors"
         self.step: int | None = None  # finished steps of the checkpoint that lies there
@@ -101,7 +115,7 @@ class RunKeeper:
             return False
         self._written = time.monotonic()  # failed or not, the next one waits its time
         try:
-            kept = Checkpoint(self.run_hash, step, str(target), state())
+            kept = Checkpoint(self.run_hash, step, str(target), state(), self.made_of)
             checkpoint.write(self.path, kept)
         except Exception as error:  # a full disk, no memory for the copy: training goes on
             reason = getattr(error, "strerror", None) or error
@@ -131,12 +145,29 @@ class RunKeeper:
         self.step = kept.step
         return kept
 
+    def unfinished_alike(self, target: Path) -> Label | None:
+        """The newest checkpoint of another run whose LoRA was to be called as ``target`` is.
+
+        None where going on was not wanted, or this run has, or had, a checkpoint of its own.
+        """
+        own = self.path
+        if own is None or not self.keep.resume or own.exists() or _aside(own).exists():
+            return None
+        for _, path in _newest_first(own.parent):
+            try:
+                label = checkpoint.read_label(path)
+            except CheckpointError:  # told when its own run comes back
+                continue
+            if label.run != self.run_hash and _is_called_alike(Path(label.target), target):
+                return label
+        return None
+
     def set_aside(self, reason: str) -> None:
         """Rename a checkpoint that cannot be used, so that no new one overwrites it."""
         if self.path is None:
             return
         self.step = None
-        aside = self.path.with_name(self.path.name + ".damaged")
+        aside = _aside(self.path)
         try:
             self.path.replace(aside)
             kept = f"It was renamed to {aside.name}"
@@ -153,3 +184,18 @@ class RunKeeper:
             self.path.unlink(missing_ok=True)
         except OSError as error:
             logging.warning("LoRA²: %s could not be deleted: %s.", self.path, error)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(path.name + ".damaged")
+
+
+def _newest_first(folder: Path) -> list[tuple[float, Path]]:
+    """(when written, path) of every checkpoint."""
+    found: list[tuple[float, Path]] = []
+    with suppress(OSError):  # there was no training yet, or none may look
+        for path in folder.iterdir():
+            if _NAME.fullmatch(path.name):
+                with suppress(OSError):  # gone meanwhile
+                    found.append((path.stat().st_mtime, path))
+    return sorted(found, reverse=True)

@@ -30,7 +30,7 @@ from ..training.memory import size
 from ..training.out_of_memory import OutOfMemory
 from ..training.setup import TrainingSetup
 from ..training.trainer import Trainer, TrainingError
-from . import keeper
+from . import differences, keeper
 from .gate import StepGate
 from .keeper import RunKeeper
 from .log import pack_events, unpack_events
@@ -243,7 +243,10 @@ class Run:
         self.keeper.save(self.trainer.step, self.files.lora, state)
 
     def _resume(self) -> None:
+        other = self.keeper.unfinished_alike(self.files.lora)
         kept = self.keeper.load()
+        if other is not None:
+            self.progress.tell(differences.sentence(other, self.keeper.made_of), logging.INFO)
         if kept is None or not self._take(kept):
             return
         self.resumed = Path(kept.target)

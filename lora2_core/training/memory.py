@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from ..config.train import OptimizerConfig, TrainConfig
 from .objective import CrossAttentionEntropy, loss_parts
 
 # Bytes a number of A and B: itself, its gradient, and what the optimizer remembers of it.
-_LEARNING_BYTES = {"adamw": 16, "adamw8bit": 10.1, "prodigy": 24}
+LEARNING_BYTES = {"adamw": 16, "adamw8bit": 10.1, "prodigy": 24}
 # The peak over what is kept: gradients on their way, and what the allocator cannot fill. Measured
 # on the demo model at 192 and 384 px, batch 1 and 2 (bench/memory.py): 1.36 to 1.6.
 _SPARE = 1.45
@@ -66,12 +66,18 @@ def counted(
     kept = outside + sum(inside.values())
     if config.gradient_checkpointing:
         kept = outside + inputs + max(inside.values(), default=0)
-    frozen = {id(p): p for root in roots.values() for p in _weights(root) if not p.requires_grad}
     parameters = sum(weight.numel() for weight in network.weights())
+    return replace(lasting(roots, parameters, config), activations=int(_SPARE * kept))
+
+
+def lasting(roots: Mapping[str, nn.Module], parameters: int, config: TrainConfig) -> Memory:
+    """What ``config`` takes all the time, without activations, which is known before anything is
+    computed. ``parameters``: numbers in A and B."""
+    frozen = {id(p): p for root in roots.values() for p in _weights(root) if not p.requires_grad}
     return Memory(
         frozen=sum(_bytes(weight) for weight in frozen.values()),
         learning=int(_learning_bytes(config.optimizer) * parameters),
-        activations=int(_SPARE * kept),
+        activations=0,
     )
 
 
@@ -95,7 +101,7 @@ def size(nbytes: float) -> str:
 
 
 def _learning_bytes(optimizer: OptimizerConfig) -> float:
-    return _LEARNING_BYTES[optimizer.name] + 4 * (optimizer.ema > 0)
+    return LEARNING_BYTES[optimizer.name] + 4 * (optimizer.ema > 0)
 
 
 def _factors(config: TrainConfig) -> tuple[float, float, float]:

@@ -11,13 +11,41 @@ import torch
 from torch import nn
 
 from ..config.train import OptimizerConfig, TrainConfig
+from .out_of_memory import is_out_of_memory
 
 _ONE_KERNEL = ("cpu", "cuda")  # where Adam updates hundreds of small tensors in one call
 _OLDEST_EIGHT_BIT = (0, 44)  # before it bitsandbytes kept a scale for 2048 numbers, not for 256
 
 
+_TRIED = (64, 64)  # shape of a weight to try one on: the smallest that 8 bits are used for
+
+
 class OptimizerError(ValueError):
     """An optimizer cannot be made; the message says which setting to change."""
+
+
+def check_optimizer(config: TrainConfig, device: torch.device) -> None:
+    """Take a step on a weight of our own with the optimizer of ``config``, before any work.
+
+    Raises OptimizerError where its package is missing or does not work on ``device``, and for
+    settings that do not go together. A package that can be imported may still know nothing of the
+    device, which only a step tells.
+    """
+    rates = [config.learning_rate, config.text.learning_rate]
+    with torch.inference_mode(False):
+        groups = [([nn.Parameter(torch.ones(_TRIED, device=device))], r) for r in rates if r]
+        optimizer = make_optimizer(config.optimizer, groups)
+        for weights, _ in groups:
+            weights[0].grad = torch.ones_like(weights[0])
+        try:
+            optimizer.step()
+        except Exception as error:
+            if is_out_of_memory(error):  # for so little: what is loaded there will make room
+                return
+            raise OptimizerError(
+                f"optimizer is {config.optimizer.name}, whose package cannot compute on {device} "
+                f"({_first_line(error)}): update it, or choose adamw."
+            ) from error
 
 
 def make_optimizer(
@@ -63,11 +91,8 @@ def _eight_bit(parts: list[dict], weight_decay: float) -> torch.optim.Optimizer:
     try:
         import bitsandbytes
         from bitsandbytes.optim.adamw import AdamW8bit
-    except ImportError as error:
-        raise OptimizerError(
-            "optimizer is adamw8bit, which needs the package bitsandbytes: install it into "
-            "ComfyUI's Python (pip install bitsandbytes) or choose adamw."
-        ) from error
+    except Exception as error:  # one that finds no library of the card may raise anything
+        raise _missing("adamw8bit", "bitsandbytes", error) from error
     version = bitsandbytes.__version__
     if tuple(map(int, re.findall(r"\d+", version)[:2])) < _OLDEST_EIGHT_BIT:
         raise OptimizerError(
@@ -80,11 +105,8 @@ def _eight_bit(parts: list[dict], weight_decay: float) -> torch.optim.Optimizer:
 def _prodigy(parts: list[dict], weight_decay: float) -> torch.optim.Optimizer:
     try:
         from prodigyopt import Prodigy
-    except ImportError as error:
-        raise OptimizerError(
-            "optimizer is prodigy, which needs the package prodigyopt: install it into ComfyUI's "
-            "Python (pip install prodigyopt) or choose adamw."
-        ) from error
+    except Exception as error:
+        raise _missing("prodigy", "prodigyopt", error) from error
     if len({part["lr"] for part in parts}) > 1:
         raise OptimizerError(
             "optimizer is prodigy, which has one learning rate for all: set text_learning_rate to "
@@ -92,3 +114,21 @@ def _prodigy(parts: list[dict], weight_decay: float) -> torch.optim.Optimizer:
         )
     make: Any = Prodigy  # its annotations take whole numbers only
     return make(parts, weight_decay=weight_decay, use_bias_correction=True, safeguard_warmup=True)
+
+
+def _missing(name: str, package: str, error: Exception) -> OptimizerError:
+    """What to say of an import that failed: nothing is there, or what is there is broken."""
+    if isinstance(error, ModuleNotFoundError) and error.name == package:
+        return OptimizerError(
+            f"optimizer is {name}, which needs the package {package}: install it into ComfyUI's "
+            f"Python (pip install {package}) or choose adamw."
+        )
+    return OptimizerError(
+        f"optimizer is {name}, and its package {package} is installed but cannot be loaded "
+        f"({_first_line(error)}): install it anew (pip install --force-reinstall --no-deps "
+        f"{package}) or choose adamw."
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

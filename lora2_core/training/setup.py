@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
@@ -39,6 +39,7 @@ class TrainingSetup:
     captions: tuple[str, ...] = ()  # of the photos
     base_hash: str = ""
     data_hash: str = ""  # changes with any photo, caption, mask, class image, VAE, CLIP or sampling
+    data_parts: Mapping[str, str] = field(default_factory=dict)  # a digest of each kind of these
     painter: Painter | None = None  # of validation samples; None when none is asked for
     enable_checkpointing: Callable[[], None] | None = None  # for a run that is short of memory
     estimate: Estimate | None = None  # of memory, time and file size; None where it cannot be told

@@ -221,7 +221,7 @@ def _preset() -> io.WidgetInput:
             "targets and entropy_weight, as published (SDXL in about 14 GB). 12 GB and 8 GB, for "
             "SDXL on such a card: mode balanced, batch_size 1, resolution 1024 or 768, precision "
             "and targets as they are by default. All of them: gradient checkpointing, and 8-bit "
-            "Adam (package bitsandbytes)."
+            "Adam (package bitsandbytes; without it AdamW, in more memory)."
         ),
     )
 

@@ -26,7 +26,7 @@ from lora2_pack.lora2_core.training.setup import TrainingSetup
 from lora2_pack.tests.core import toy
 from torch import Tensor
 
-_OF_THE_SETUP = {"captions", "base_hash", "data_hash", "enable_checkpointing"}
+_OF_THE_SETUP = {"captions", "base_hash", "data_hash", "data_parts", "enable_checkpointing"}
 LENGTHS = (6, 4, 6, 4, 6)  # tokens of each photo: two shapes that no batch mixes
 
 

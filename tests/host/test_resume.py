@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import time
@@ -23,6 +24,7 @@ from lora2_pack.lora2_core.config.train import (
     TrainConfig,
 )
 from lora2_pack.lora2_core.data.photos import Photo
+from lora2_pack.lora2_core.jobs.differences import differences
 from lora2_pack.lora2_core.jobs.job import TrainingJob
 from lora2_pack.lora2_core.jobs.sampling import StripFile
 from lora2_pack.lora2_core.reports.strip import strip_png
@@ -69,8 +71,8 @@ def job(parts: Parts, path: Path, config: TrainConfig, **options: Any) -> Traini
     """As the node makes it."""
     if strip := options.pop("strip_path", None):
         options["strip"] = StripFile(strip, strip_png)
-    given = photos()
-    classes = [Photo(photo.pixels.flip(0), config.data.class_prompt) for photo in given[:2]]
+    given = options.pop("given", photos())
+    classes = [Photo(photo.pixels.flip(0), config.data.class_prompt) for photo in photos()[:2]]
     with torch.inference_mode():
         setup = comfy_host.prepare_training(*parts, given, config, classes)
     return TrainingJob(
@@ -193,3 +195,36 @@ def test_a_killed_process_loses_nothing(parts: Parts, model: Any, tmp_path: Path
     resumed = finish(job(parts, path, config))
     assert "Going on after step" in resumed.progress.message
     assert path.read_bytes() == whole.path.read_bytes()
+
+
+def test_what_made_it_another_run_is_told(parts: Parts, model: Any, tmp_path: Path):
+    """Real photos, captions, CLIP and VAE; the unfinished run is neither touched nor lost."""
+    path = tmp_path / NAME
+    config = demo.settings(steps=4, precision="fp32", keep=KEEP)
+    first = job(parts, path, config)
+    before = first._keeper.made_of
+    finish(at_draw(first, 3, first.stop))
+    clip = parts[1].clone()
+    clip.clip_layer(-1)
+    given = [_changed(photo) for photo in photos()]
+    data = job((parts[0], clip, parts[2]), path, dataclasses.replace(config, seed=1), given=given)
+    base = job((demo.build(3)[0], *parts[1:]), path, config)
+    assert differences(before, base._keeper.made_of) == ["another base model"]
+    assert differences(before, data._keeper.made_of) == [
+        "other photos", "other captions", "other masks", "another CLIP or VAE", "seed 0 → 1",
+    ]  # fmt: skip
+    data.stop()
+    finish(data)
+    assert data.progress.message.startswith(
+        "This starts anew: cat_00001_ lies unfinished after step 3 of 4, but this is another run "
+        "(other photos, other captions, other masks, and 2 more)."
+    )
+    same = finish(job(parts, path, config))
+    assert same.progress.message.startswith("Going on after step 3 of 4")
+    assert same.path == path and same.progress.state == "finished"
+
+
+def _changed(photo: Photo) -> Photo:
+    mask = torch.ones(photo.pixels.shape[:2])
+    mask[:40] = 0
+    return Photo(photo.pixels.flip(0), f"{photo.caption}!", mask)

@@ -55,14 +55,18 @@ class TextEncoders:
             )
         weights = Weights(clip.patcher, "clip")
         self._tokenizer, self._options = clip.tokenizer, dict(clip.tokenizer_options)
-        target = clip.patcher.load_device if device is None else device
+        self.load_device = clip.patcher.load_device  # where ComfyUI would compute
         self._towers = {
             root: _private_tower(model, name, weights, clip.layer_idx, checkpointing)
             for root, name, _ in _TOWERS
         }
-        for tower in self._towers.values():
-            tower.transformer.to(target)
+        self.move_to(self.load_device if device is None else device)
         _cut_above_read_layer(self._towers["te1"])  # its pooled embedding is not used
+
+    def move_to(self, device: torch.device) -> None:
+        """Before adapters are put on them."""
+        for tower in self._towers.values():
+            tower.transformer.to(device)
 
     @property
     def roots(self) -> dict[str, nn.Module]:

@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 from lora2_pack.lora2_core.config.checks import ConfigError
-from lora2_pack.lora2_core.config.presets import AS_SET, PRESETS, Options, build_config, replaced
+from lora2_pack.lora2_core.config.presets import (
+    AS_SET,
+    PRESETS,
+    Options,
+    build_config,
+    replaced,
+    with_stand_in,
+)
 from lora2_pack.lora2_core.config.ranks import RankConfig
 from lora2_pack.lora2_core.config.train import (
     OPTIMIZERS,
@@ -182,3 +189,18 @@ def test_the_pull_on_ranks_must_agree_with_the_paper():
         build_config(WIDGETS, "paper (SDXL)", Options(rank=(("rank_weight", 0.5),)))
     same = Options(rank=(("rank_weight", 1e-4),))
     assert build_config(WIDGETS, "paper (SDXL)", same) == build_config(WIDGETS, "paper (SDXL)")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_what_a_preset_chose_has_a_stand_in_and_what_a_person_chose_has_none(preset: str):
+    kept = Options(optimizer=OptimizerConfig(ema=0.9, weight_decay=0.01))
+    found = build_config(WIDGETS, preset, kept)
+    other = with_stand_in(found, preset, kept)
+    if preset == AS_SET:
+        assert other is None
+        return
+    assert other is not None and other.optimizer.name == "adamw"  # PyTorch's own: never missing
+    assert dataclasses.replace(other, optimizer=found.optimizer) == found
+    assert dataclasses.replace(other.optimizer, name="adamw8bit") == found.optimizer
+    by_name = dataclasses.replace(kept, optimizer_name="adamw8bit")
+    assert with_stand_in(found, preset, by_name) is None

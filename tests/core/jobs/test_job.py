@@ -235,7 +235,7 @@ def test_whatever_decides_a_run_makes_another_run(tmp_path: Path, change: dict[s
     assert second.run_hash != first.run_hash
     finish(second)
     assert len({event.step for event in second.progress.events}) == second.config.steps
-    assert not second.progress.message, "it went on from another run"
+    assert second.progress.message.startswith("This starts anew"), "it went on from another run"
     assert [file.stem for file in checkpoints(path)] == [first.run_hash], "the other run can go on"
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lora2_pack.lora2_core.config.train import OptimizerConfig, TrainConfig
+from lora2_pack.lora2_core.config.train import OPTIMIZERS, OptimizerConfig, TextConfig, TrainConfig
 from lora2_pack.lora2_core.training.optimizers import (
     OptimizerError,
+    check_optimizer,
     make_nu_optimizer,
     make_optimizer,
     schedule_factor,
@@ -176,6 +178,56 @@ def test_a_missing_package_is_named_with_the_setting_and_the_way_out(
     assert f"pip install {package}" in message
     assert "choose adamw" in message
     made("adamw", parameters())  # needs neither
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("raise RuntimeError('no CUDA found\\nlong story')", r"cannot be loaded \(no CUDA found\)"),
+        ("import lacking_of_bitsandbytes", "No module named 'lacking_of_bitsandbytes'"),
+        ("", r"cannot be loaded \(No module named 'bitsandbytes\.optim'\)"),
+    ],
+)
+def test_a_broken_package_is_not_called_missing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, line: str, words: str
+) -> None:
+    folder = tmp_path / "bitsandbytes"
+    folder.mkdir()
+    (folder / "__init__.py").write_text(line, encoding="utf-8")
+    for name in [name for name in sys.modules if name.split(".")[0] == "bitsandbytes"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(OptimizerError, match=words) as caught:
+        made("adamw8bit", parameters())
+    sys.modules.pop("bitsandbytes", None)
+    message = str(caught.value)
+    assert "--force-reinstall" in message and "choose adamw" in message and "\n" not in message
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_one_that_works_here_passes_the_trial(name: str) -> None:
+    with torch.inference_mode():  # as nodes are run
+        check_optimizer(settings(name), torch.device("cpu"))
+        check_optimizer(settings(name, text=TextConfig(1.0)), torch.device("cpu"))
+
+
+def test_the_trial_is_a_step_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device without memory of its own stands for one that a package does not know."""
+    with pytest.raises(OptimizerError, match="one learning rate for all"):
+        check_optimizer(settings("prodigy", text=TextConfig(0.5)), torch.device("cpu"))
+    with pytest.raises(OptimizerError, match=r"optimizer is prodigy, .* cannot compute on meta \("):
+        check_optimizer(settings("prodigy"), torch.device("meta"))
+
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", full)
+    check_optimizer(settings("adamw"), torch.device("cpu"))  # a card may be full just now
+
+
+def settings(name: Any, text: TextConfig | None = None) -> TrainConfig:
+    optimizer = OptimizerConfig(name)
+    return TrainConfig(learning_rate=1.0, optimizer=optimizer, text=text or TextConfig())
 
 
 def test_a_bitsandbytes_with_other_blocks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

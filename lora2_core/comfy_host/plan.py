@@ -1,0 +1,143 @@
+"""A training as far as it is known before a photo is encoded: whatever refuses it does so here.
+
+Encoding takes minutes on a slow machine. So settings, packages, the device, MODEL, CLIP, VAE, the
+cuts of the photos and the layers to adapt come first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..adapters import budget
+from ..adapters.budget import RankBudget, plan_budget
+from ..adapters.targets import Target, find_targets
+from ..config.train import TrainConfig
+from ..data.cache import TensorCache
+from ..data.cropping import Crop, crops
+from ..data.photos import Photo
+from ..training.memory import Memory, lasting
+from ..training.optimizers import check_optimizer
+from . import surface
+from .class_images import paints
+from .copies.text_encoders import TextEncoders
+from .encoding import Encoder
+from .models import check_model, check_precision, copy_in_ram
+from .running import raise_if_cancelled
+from .surface import Part
+
+if TYPE_CHECKING:
+    from comfy.model_base import BaseModel
+    from comfy.model_patcher import ModelPatcher
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """Made by :func:`plan_training`. The copies are in RAM; nothing of the card is taken yet."""
+
+    model: ModelPatcher
+    vae: Any
+    photos: tuple[Photo, ...]
+    class_photos: tuple[Photo, ...]
+    config: TrainConfig
+    disk: TensorCache
+    encoder: Encoder
+    cuts: tuple[tuple[Photo, Crop], ...]
+    private: BaseModel
+    live: TextEncoders | None  # text encoders to be trained
+    targets: tuple[Target, ...]
+    budget: RankBudget
+
+    @property
+    def roots(self) -> dict[str, nn.Module]:
+        """The networks that get adapters."""
+        return _roots(self.private, self.live)
+
+    @property
+    def ranks(self) -> list[int]:
+        """Of every component in the first step."""
+        rank = self.config.rank
+        return self.budget.ranks_for(self.budget.start_nu(rank), rank.quantile).tolist()
+
+    @property
+    def expected_bytes(self) -> int:
+        """Size of the file to expect."""
+        return budget.expected_bytes(self.targets, self.budget, self.config.rank, self.ranks)
+
+    @property
+    def least_memory(self) -> Memory:
+        """What the run takes on its device before anything is computed."""
+        pairs = zip(self.targets, self.ranks, strict=True)
+        parameters = sum(rank * target.parameters_per_rank for target, rank in pairs)
+        return lasting(self.roots, parameters, self.config)
+
+
+def check_settings(model: ModelPatcher, config: TrainConfig) -> None:
+    """What settings alone decide on this machine, in a few milliseconds.
+
+    Raises HostError for a model of another family, a part of ComfyUI that is not there, and a
+    precision that the device does not know; OptimizerError for an optimizer that cannot work.
+    """
+    surface.need(Part.TRAINING)
+    if config.text.learning_rate:
+        surface.need(Part.TEXT)
+    if config.samples.prompts:
+        surface.need(Part.PAINTING)
+    check_model(model)
+    check_precision(model, config.precision)
+    check_optimizer(config, model.load_device)
+
+
+def plan_training(
+    model: ModelPatcher,
+    clip: Any,
+    vae: Any,
+    photos: Sequence[Photo],
+    config: TrainConfig,
+    class_photos: Sequence[Photo] = (),
+    cache: Path | None = None,
+) -> TrainingPlan:
+    """Check all of it and copy what is trained; no photo is encoded, and of texts the empty one.
+
+    Arguments as :func:`.prepare.prepare_training` takes them. Raises as :func:`check_settings`
+    does; HostError for a CLIP or VAE that does not fit or a model that cannot be copied,
+    DatasetError for a mask that its photo's cut leaves out, and ValueError for targets and ranks
+    that the model does not have.
+    """
+    check_settings(model, config)
+    if paints(config, class_photos):
+        surface.need(Part.PAINTING)
+    with torch.inference_mode(False):
+        disk = TensorCache(cache)
+        encoder = Encoder(model.model, clip, vae, disk)
+        cuts = tuple(crops(photos, config))
+        raise_if_cancelled()
+        private = copy_in_ram(model, config.precision)
+        trains_text = config.text.learning_rate > 0
+        live = TextEncoders(clip, torch.device("cpu")) if trains_text else None
+        targets = _targets(_roots(private, live), config)
+        planned = plan_budget(targets, config.rank)
+        raise_if_cancelled()
+        encoder.text("")  # says when the CLIP is of another family; every run needs it
+    return TrainingPlan(
+        model, vae, tuple(photos), tuple(class_photos), config, disk,
+        encoder, cuts, private, live, targets, planned,
+    )  # fmt: skip
+
+
+def _roots(private: BaseModel, live: TextEncoders | None) -> dict[str, nn.Module]:
+    return {"unet": private.diffusion_model, **(live.roots if live else {})}
+
+
+def _targets(roots: dict[str, nn.Module], config: TrainConfig) -> tuple[Target, ...]:
+    selections = {root: config.text.targets for root in roots} | {"unet": config.targets}
+    return tuple(
+        target
+        for root, module in roots.items()
+        for target in find_targets(module, selections[root], root)
+    )
