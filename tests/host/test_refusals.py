@@ -23,6 +23,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
 from lora2_pack.lora2_core import comfy_host
 from lora2_pack.lora2_core.comfy_host import models, surface
+from lora2_pack.lora2_core.comfy_host.copies import structure
 from lora2_pack.lora2_core.config.presets import Options
 from lora2_pack.lora2_core.config.train import (
     DataConfig,
@@ -168,7 +169,8 @@ def _sd15_clip(_: Parts) -> dict[str, Any]:
     small = {"clip_l_model_config": text_configs()["clip_l_model_config"]}
     target = comfy.supported_models.SD15({}).clip_target()
     target.params = {}
-    clip = comfy.sd.CLIP(target, model_options={**small, "dtype": torch.float32})
+    options = {**small, "dtype": torch.float32, "custom_operations": structure.plain()}
+    clip = comfy.sd.CLIP(target, model_options=options)
     for weight in clip.cond_stage_model.parameters():
         nn.init.normal_(weight, std=0.05)
     return {"clip": clip}
@@ -187,7 +189,9 @@ CASES = {
     ),
     "old bitsandbytes": options(r"0\.44 or newer", _old_bitsandbytes, **asked("adamw8bit")),
     "no kernel": options(
-        r"adamw8bit.*cpu \(no kernel for this device\).*adamw\.$", _no_kernel, **asked("adamw8bit")
+        r"adamw8bit.*cpu\S* \(no kernel for this device\).*adamw\.$",
+        _no_kernel,
+        **asked("adamw8bit"),
     ),
     "two rates": options(
         "one learning rate for all", text=TextConfig(learning_rate=0.5), **asked("prodigy")
@@ -201,7 +205,7 @@ CASES = {
     ),
     # the device: a type in which the CPU has no convolution
     "precision": Case(
-        r"precision is fp16, and cpu cannot train in it.*choose fp32",
+        r"precision is fp16, and cpu\S* cannot train in it.*choose fp32",
         lambda _: {"precision": "fp16"},
         lambda patch: patch.setitem(models.DTYPES, "fp16", torch.float8_e4m3fn),
     ),

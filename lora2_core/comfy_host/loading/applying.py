@@ -67,9 +67,9 @@ def apply_lora(
     """Clones of ``model`` and ``clip`` with a LoRA as patches, as the stock loader makes them.
 
     Every layer may have its own rank. ``way``: "merge" into the weights, "bypass" them (the forward
-    pass adds the LoRA's own), or "auto": bypass where weights have eight bits or fewer. Raises HostError, naming
-    ``source``, when the LoRA fits no layer of the model or was made for layers of another shape;
-    nothing is patched then.
+    pass adds the LoRA's own), or "auto": bypass where weights have eight bits or fewer. Raises
+    HostError, naming ``source``, when the LoRA fits no layer of the model or was made for layers of
+    another shape; nothing is patched then.
     """
     _check_way(way)
     every = layer_names(model, clip)

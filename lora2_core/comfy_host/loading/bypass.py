@@ -1,7 +1,8 @@
 """LoRAs beside the weights: every layer adds up · down of its input, and no weight is touched.
 
-For weights that merging would round, those in eight bits or fewer. ComfyUI puts the hooks in when it loads the
-patched model and takes them out when it unloads it, so clones of one model do not meet.
+For weights that merging would round, those in eight bits or fewer. ComfyUI puts the hooks in when
+it loads the patched model and takes them out when it unloads it, so clones of one model do not
+meet.
 """
 
 from __future__ import annotations
