@@ -121,7 +121,8 @@ def _samples(encoder: Encoder, photos: Sequence[Photo], config: TrainConfig) -> 
     for photo, found in crops(photos, config):
         raise_if_cancelled()
         texts = variants(photo.caption, config.data, config.seed)
-        samples.append(encoder.sample(found, texts))
+        sample = encoder.sample(found, texts)
+        samples.append(dataclasses.replace(sample, repeats=photo.repeats))
     return samples
 
 
@@ -159,6 +160,8 @@ def _data_hash(photos: Sequence[Photo], classes: Sequence[Photo]) -> str:
     parts: list[str | int | Tensor] = [len(photos)]  # where the class images begin
     for photo in [*photos, *classes]:
         parts += [photo.pixels, photo.caption, "" if photo.mask is None else photo.mask]
+        if photo.repeats != 1:  # else a run from before there were any could not go on
+            parts += ["repeats", photo.repeats]
     return content_key(*parts)
 
 
