@@ -36,7 +36,7 @@ class LoRA2ImageFolder(io.ComfyNode):
             description=(
                 "All images of a folder, each at its own size, and their captions: the text file "
                 "of the image's name (cat.png, cat.txt), metadata.jsonl or kohya's JSON, empty "
-                "where there is none. Folders in it that are called like 5_cat are kohya's repeats. "
+                "where there is none. Folders in it called like 5_cat are kohya's repeats. "
                 "The node tells what it leaves out."
             ),
             inputs=[

@@ -8,6 +8,7 @@ import { t } from "./text.mjs";
 import { nodeOf } from "./trainings.mjs";
 
 const TEXT_NODES = new Set(["LoRA2InspectRanks"]);
+const NOTED_NODES = new Set(["LoRA2ImageFolder"]); // mostly they have nothing to say
 const WIDGET = "lora2_text";
 const NOTES = "lora2_notes";
 const MIN_HEIGHT = 220;
@@ -62,14 +63,16 @@ function dropNote(node) {
   notes.delete(node);
 }
 
-/** Show the text that a node like Inspect Ranks found out, inside of it. */
+/** Show the text that a node like Inspect Ranks found out, inside of it; or what it left out. */
 export function showResults(node) {
-  if (!TEXT_NODES.has(node.comfyClass)) return;
+  const noted = NOTED_NODES.has(node.comfyClass);
+  if (!noted && !TEXT_NODES.has(node.comfyClass)) return;
   const previous = node.onExecuted;
   node.onExecuted = function (output) {
     previous?.call(this, output);
     const text = output?.text?.join("");
-    if (text) showText(this, text);
+    if (noted) showNote(this, text);
+    else if (text) showText(this, text);
   };
 }
 

@@ -22,7 +22,7 @@ from lora2_pack.lora2_core.data.folder import load_folder
 from lora2_pack.lora2_core.data.photos import DatasetError, Photo, check_photos
 from lora2_pack.lora2_core.reports import inspector
 from lora2_pack.tests.core.tries import TRIES, in_memory, in_time
-from PIL import Image
+from PIL import Image, features
 
 torch.set_num_threads(1)
 
@@ -263,6 +263,13 @@ def _sound() -> list[bytes]:
         saved(picture(), "WEBP", save_all=True, append_images=more),
         saved(picture(), "BMP"), saved(picture().convert("P"), "BMP"),
         saved(picture().convert("1"), "BMP"), saved(clear, "BMP"),
+        saved(picture(), "GIF", save_all=True, append_images=more, comment=b"cat"),
+        saved(clear.quantize(9), "GIF", transparency=3),
+        saved(picture(), "TIFF", exif=exif), saved(grey, "TIFF", compression="tiff_lzw"),
+        saved(picture().convert("CMYK"), "TIFF", compression="tiff_deflate"),
+        saved(picture(), "TIFF", compression="jpeg", save_all=True, append_images=more),
+        saved(clear, "TIFF", big_tiff=True), saved(picture().convert("1"), "TIFF"),
+        *([saved(picture(), "AVIF", exif=exif), saved(clear, "AVIF")] if features.check("avif") else []),
     ]  # fmt: skip
 
 
@@ -288,7 +295,18 @@ def _spoilt(sound: list[bytes], chance: random.Random) -> bytes:
                 data[place:place] = b"\xff\xda\0\x08\1\1\0\0\x3f\0" * chance.choice((1, 30, 3000))
             case _:
                 data[place : place + 12] = struct.pack(">I", 9) + chance.choice(
-                    (b"IDAT", b"IHDR", b"tRNS", b"eXIf", b"iCCP", b"acTL", b"fcTL", b"VP8 ")
+                    (
+                        b"IDAT",
+                        b"IHDR",
+                        b"tRNS",
+                        b"eXIf",
+                        b"iCCP",
+                        b"acTL",
+                        b"fcTL",
+                        b"VP8 ",
+                        b"iloc",
+                        b"meta",
+                    )
                 )
         data = data or bytearray(b"\0")
     return bytes(data)
