@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..files.header import one_line
-from .caption_files import ENDINGS, LIST, CaptionError, beside, read_text, tables_of
+from .caption_files import ENDINGS, CaptionError, beside, read_text, tables_of
 from .listing import Folder, names_of, shown
 
 _Photo = tuple[str, str]  # "5_cat/" or nothing, and its name
@@ -79,7 +79,7 @@ def _from_tables(
                 continue
             for photo, caption in captions.items():
                 found[within[photo]].append((table.name, caption))
-            if none and (captions or table.name.lower() == LIST):
+            if none:
                 strange.append(
                     f"{one_line(part.inside)}{table.name} names pictures that are not here: "
                     f"{names_of(none)}."

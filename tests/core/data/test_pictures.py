@@ -269,7 +269,7 @@ def _sound() -> list[bytes]:
         saved(picture().convert("CMYK"), "TIFF", compression="tiff_deflate"),
         saved(picture(), "TIFF", compression="jpeg", save_all=True, append_images=more),
         saved(clear, "TIFF", big_tiff=True), saved(picture().convert("1"), "TIFF"),
-        *([saved(picture(), "AVIF", exif=exif), saved(clear, "AVIF")] if features.check("avif") else []),
+        *(saved(one, "AVIF", exif=exif) for one in (picture(), clear) if features.check("avif")),
     ]  # fmt: skip
 
 
