@@ -63,11 +63,11 @@ def check_jxl(file: BinaryIO) -> None:
         place = found[1] + (4 if found[0] == b"jxlp" else 0)
     file.seek(place + 2)
     check_pixels(
-        *_size_of_jxl(int.from_bytes(file.read(16).ljust(16, b"\0"), "little")), MOST_OF_JXL
+        *size_of_jxl(int.from_bytes(file.read(16).ljust(16, b"\0"), "little")), MOST_OF_JXL
     )
 
 
-def _size_of_jxl(bits: int) -> tuple[int, int]:
+def size_of_jxl(bits: int) -> tuple[int, int]:
     """Width and height by the SizeHeader of ISO/IEC 18181-1, the lowest bit first."""
     place = 0
 

@@ -130,7 +130,8 @@ def test_one_folder_alone_comes_once(tmp_path: Path) -> None:
     [
         ("0_cat", "a folder with 0 repeats"), ("000_", "a folder with 0 repeats"),
         ("cat", OTHER_FOLDER), ("5", OTHER_FOLDER), ("5cat", OTHER_FOLDER),
-        ("-5_cat", OTHER_FOLDER), ("_5_cat", OTHER_FOLDER), ("٥_cat", OTHER_FOLDER), ("1.5_cat", OTHER_FOLDER),
+        ("-5_cat", OTHER_FOLDER), ("_5_cat", OTHER_FOLDER),
+        ("٥_cat", OTHER_FOLDER), ("1.5_cat", OTHER_FOLDER),
     ],
 )  # fmt: skip
 def test_other_folders_are_left_out(name: str, reason: str, tmp_path: Path) -> None:
