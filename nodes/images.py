@@ -91,7 +91,8 @@ class LoRA2ImageFolder(io.ComfyNode):
         found = load_folder(_resolve(folder, path))
         for note in found.notes:
             logging.warning("LoRA²: %s", one_line(note))
-        # Not by an event: the page is told of what ComfyUI has kept of this node, too.
+        # With what comes out, so that it is in the history, too, and an empty one takes away what
+        # the node said before.
         return io.NodeOutput(*found.lists(), ui={"text": ["\n".join(found.notes)]})
 
 
