@@ -148,9 +148,9 @@ def _about_repeats(read: Sequence[_Read]) -> list[str]:
         return []
     photos = Counter((one.folder.inside.rstrip("/"), one.folder.repeats) for one in read)
     told = ", ".join(
-        f"{count} × {repeats} of {shown(name) or 'the folder itself'}"
+        f"{shown(name) or 'the folder itself'} {repeats} ({count} photo{'s' * (count > 1)})"
         for (name, repeats), count in photos.items()
     )
     alike = len({repeats for _, repeats in photos}) == 1
     end = "; all alike, so each photo comes once" if alike else ""
-    return [f"Photos and their repeats: {told}{end}."]
+    return [f"Repeats: {told}{end}."]

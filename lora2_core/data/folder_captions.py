@@ -27,7 +27,7 @@ def captions_of(
     notes += _about_choice(photos, found)
     without = [part.inside + name for (part, name), c in zip(photos, chosen, strict=True) if not c]
     if without and any(chosen):
-        notes.append(f"Without a caption, so that they take the prompt: {names_of(without)}.")
+        notes.append(f"Without a caption (they take the prompt): {names_of(without)}.")
     return chosen, notes
 
 
@@ -101,7 +101,7 @@ def _about_choice(photos: Sequence[tuple[Folder, str]], found: _Said) -> list[st
         if read and others:
             several.setdefault((_kind(name, read), others), []).append(part.inside + name)
     return [
-        f"More than one caption: of {names_of(names)} {read} is read, not {' or '.join(others)}."
+        f"Captions of {names_of(names)}: {read} is read, not {' or '.join(others)}."
         for (read, others), names in several.items()
     ]
 

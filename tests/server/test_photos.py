@@ -51,7 +51,7 @@ def test_what_is_left_out_is_said_in_the_node_and_in_the_log(studio: Studio):
     assert [line.split(" (")[0] for line in lines] == [
         "Left out: raw.nef",
         "Left out: other",
-        "Photos and their repeats: 1 × 1 of the folder itself, 1 × 3 of 3_b.",
+        "Repeats: the folder itself 1",
         "Captions of no photo here: d.txt.",
     ]
     log = (studio.server.directory / "server.log").read_text(encoding="utf-8")
@@ -59,7 +59,7 @@ def test_what_is_left_out_is_said_in_the_node_and_in_the_log(studio: Studio):
     (root / "3_b" / "b.txt").write_text("b")  # a change there is seen
     assert _said(studio, _look("left_out"))[1][-2:] == [
         "Captions of no photo here: d.txt.",
-        "Without a caption, so that they take the prompt: a.png.",
+        "Without a caption (they take the prompt): a.png.",
     ]
 
 

@@ -48,7 +48,9 @@ function showNote(node, text) {
   if (!notes.has(node)) {
     const content = make("p", "lora2-notes");
     content.dataset.testid = "lora2-notes";
-    notes.set(node, { content, part: addPart(node, NOTES, content) });
+    // A node with little in it stays as narrow as it is, lest it covers its neighbour.
+    const width = NOTED_NODES.has(node.comfyClass) ? 0 : undefined;
+    notes.set(node, { content, part: addPart(node, NOTES, content, width) });
     const removed = node.onRemoved;
     node.onRemoved = function (...args) {
       removed?.apply(this, args);

@@ -72,7 +72,7 @@ def test_the_first_of_several_captions_is_read_and_named(first: int, tmp_path: P
     (note,) = found.notes
     shown = [name.removeprefix("a") if name.startswith("a.") else name for name in ORDER]
     assert note == (
-        f"More than one caption: of a.png {shown[first]} is read, "
+        f"Captions of a.png: {shown[first]} is read, "
         f"not {' or '.join(shown[first + 1 :])}."
     )
 
@@ -86,7 +86,7 @@ def test_an_empty_caption_is_none(empty: str, tmp_path: Path) -> None:
 def test_what_takes_the_prompt_is_said_where_others_have_captions(tmp_path: Path) -> None:
     folder(tmp_path, "a.png", "b.png", "c.png", b__txt="b", c__txt=" ")
     assert load_folder(tmp_path).notes == [
-        "Without a caption, so that they take the prompt: a.png, c.png."
+        "Without a caption (they take the prompt): a.png, c.png."
     ]
     (tmp_path / "b.txt").unlink()
     assert load_folder(tmp_path).notes == []

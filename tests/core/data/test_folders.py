@@ -101,8 +101,8 @@ def test_repeats_are_taken_in_proportion(tmp_path: Path) -> None:
     found = load_folder(tmp_path)
     assert list(found.repeats) == [1, 2, 10, 10, 4]
     assert found.notes == [
-        "Photos and their repeats: 1 × 1 of the folder itself, 1 × 2 of 02_x_y, 2 × 10 of 10_cat, "
-        "1 × 4 of 4_."
+        "Repeats: the folder itself 1 (1 photo), 02_x_y 2 (1 photo), 10_cat 10 (2 photos), "
+        "4_ 4 (1 photo)."
     ]
     (tmp_path / "top.png").unlink()
     found = load_folder(tmp_path)
@@ -121,7 +121,7 @@ def test_one_folder_alone_comes_once(tmp_path: Path) -> None:
     found = load_folder(tmp_path)
     assert (list(found.repeats), found.captions) == ([1, 1], ["a", ""])
     assert found.notes[0] == (
-        "Photos and their repeats: 2 × 10 of 10_sks cat; all alike, so each photo comes once."
+        "Repeats: 10_sks cat 10 (2 photos); all alike, so each photo comes once."
     )
 
 
