@@ -262,8 +262,8 @@ def brackets() -> io.WidgetInput:
         optional=True,  # as above
         tooltip=(
             "Brackets in captions, instance_prompt, trigger and class_prompt. text: they are "
-            "letters, as in kohya's trainer: 'robot (fate)' is a name, with or without backslashes. "
-            "weights: as in a prompt, where (word:1.2) counts more. Sample prompts are prompts: "
-            "they have weights either way."
+            "letters, as in kohya's trainer: 'robot (fate)' is a name, with or without "
+            "backslashes. weights: as in a prompt, where (word:1.2) counts more. Sample prompts are "
+            "prompts: they have weights either way."
         ),
     )

@@ -72,8 +72,7 @@ def test_the_first_of_several_captions_is_read_and_named(first: int, tmp_path: P
     (note,) = found.notes
     shown = [name.removeprefix("a") if name.startswith("a.") else name for name in ORDER]
     assert note == (
-        f"Captions of a.png: {shown[first]} is read, "
-        f"not {' or '.join(shown[first + 1 :])}."
+        f"Captions of a.png: {shown[first]} is read, not {' or '.join(shown[first + 1 :])}."
     )
 
 
