@@ -263,7 +263,7 @@ def brackets() -> io.WidgetInput:
         tooltip=(
             "Brackets in captions, instance_prompt, trigger and class_prompt. text: they are "
             "letters, as in kohya's trainer: 'robot (fate)' is a name, with or without "
-            "backslashes. weights: as in a prompt, where (word:1.2) counts more. Sample prompts are "
-            "prompts: they have weights either way."
+            "backslashes. weights: as in a prompt, where (word:1.2) counts more. Sample prompts "
+            "are prompts: they have weights either way."
         ),
     )
