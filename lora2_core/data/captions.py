@@ -75,4 +75,6 @@ def _tags(caption: str) -> list[str]:
         # A lone closing bracket is a smiley, not an end.
         depth = max(0, depth + (letter == "(") - (letter == ")"))
         parts[-1] += letter
+    if depth:  # as is a lone opening one, which would hold all tags behind it
+        parts = [*parts[:-1], *parts[-1].split(",")]
     return [part.strip() for part in parts if part.strip()]

@@ -111,6 +111,19 @@ def test_brackets_stay_together_and_smileys_are_no_brackets() -> None:
     assert all("(b, c:1.2)" in text and "a :)" in text for text in found)
 
 
+@pytest.mark.parametrize("caption", [":(, a, b", as_prompt(":(, a, b")])
+def test_a_lone_opening_bracket_holds_nothing_together(caption: str) -> None:
+    assert len(variants(caption, shuffling(0), 0)) == 6
+
+
+def test_a_name_with_brackets_stays_together() -> None:
+    found = variants(as_prompt("robot (fate, stay night), red"), shuffling(0), 0)
+    assert set(found) == {
+        r"robot \(fate, stay night\), red",
+        r"red, robot \(fate, stay night\)",
+    }
+
+
 def test_no_variant_at_all_is_refused() -> None:
     with pytest.raises(ValueError, match="count is 0"):
         variants("a, b", shuffling(), 0, 0)
