@@ -3,7 +3,7 @@
 import logging
 from pathlib import Path
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..lora2_core import comfy_host
 from ..lora2_core.data.folder import load_folder, watched_files
@@ -93,7 +93,7 @@ class LoRA2ImageFolder(io.ComfyNode):
             logging.warning("LoRA²: %s", one_line(note))
         # With what comes out, so that it is in the history, too, and an empty one takes away what
         # the node said before.
-        return io.NodeOutput(*found.lists(), ui={"text": ["\n".join(found.notes)]})
+        return io.NodeOutput(*found.lists(), ui=ui.PreviewText("\n".join(found.notes)))
 
 
 def _changed(file: Path) -> int:
