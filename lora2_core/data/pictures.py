@@ -23,6 +23,7 @@ from .formats.limits import (
     MOST_EXIF,
     MOST_PIXELS,
     MOST_STREAMED,
+    NO_COLOURS,
     PictureError,
     check_pixels,
 )
@@ -62,7 +63,8 @@ def decode(picture: Image.Image, most_pixels: int = KEPT_PIXELS) -> Image.Image:
     """The pixels of an opened picture, RGB, or RGBA where parts of it are transparent.
 
     Upright, whatever the camera noted, and of at most about ``most_pixels`` px. Never more than two
-    copies of it are in memory. Raises PictureError for damaged data.
+    copies of it are in memory. Raises PictureError for damaged data, and for pixels that are
+    fractions.
     """
     file = getattr(picture, "fp", None)
     try:
@@ -73,7 +75,7 @@ def decode(picture: Image.Image, most_pixels: int = KEPT_PIXELS) -> Image.Image:
         wanted = "RGBA" if image.mode in _WITH_ALPHA else "RGB"
         image = image if image.mode == wanted else image.convert(wanted)
         return image if turn is None else image.transpose(turn)
-    except MemoryError:
+    except (PictureError, MemoryError):
         raise
     except Exception as error:  # Pillow's decoders raise anything on damaged files
         raise PictureError(f"is not a readable image ({_reason(error)}); remove it") from error
@@ -162,6 +164,8 @@ def _draft(picture: Image.Image, most_pixels: int) -> None:
 
 def _plain(picture: Image.Image) -> Image.Image:
     """One that can be made smaller, in as few bytes as that takes."""
+    if picture.mode == "F":  # of JPEG XL, say: Pillow would take 1 for nearly black
+        raise PictureError(NO_COLOURS)
     if picture.mode.startswith("I"):
         return _eight_bit(picture)
     if "transparency" in picture.info:

@@ -16,6 +16,10 @@ MOST_NOTES = 20_000_000  # bytes beside the pixels: profiles, texts, previews
 MOST_EXIF = 70_000  # bytes; Pillow may copy all of them for each of their entries
 LONGEST_SIDE = 65_535  # px, as in a JPEG; Pillow cannot make a far longer one smaller
 CUT_UP = "is cut into too many parts; save it anew"
+NO_COLOURS = (
+    "holds numbers that are no colours (signed, fractions, or more than 16 bits); save it with 8 "
+    "or 16 bits"
+)
 TOO_MUCH_BESIDE = "holds too much beside its pixels; save it anew without it"
 
 

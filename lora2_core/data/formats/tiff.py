@@ -15,6 +15,7 @@ from .limits import (
     MOST_NOTES,
     MOST_PARTS,
     MOST_PIXELS,
+    NO_COLOURS,
     TOO_MUCH_BESIDE,
     PictureError,
     check_pixels,
@@ -61,10 +62,7 @@ def _check_claims(found: dict[int, list[int]]) -> None:
     width, height = number(_WIDTH, 0), number(_HEIGHT, 0)
     bits = max(found.get(_BITS) or [1])
     if bits > 16 or number(_SAMPLE_FORMAT, 1) not in (1, 4) or bits not in (1, 2, 4, 8, 16):
-        raise PictureError(
-            "is a TIFF of numbers that are no colours (signed, fractions, or more than 16 bits); "
-            "save it with 8 or 16 bits"
-        )
+        raise PictureError(NO_COLOURS)
     samples = max(number(_SAMPLES, 1), len(found.get(_BITS) or [1]))
     most = min(MOST_PIXELS, 8 * MOST_DECODED // (bits * samples))
     check_pixels(width, height, most)

@@ -15,6 +15,7 @@ from lora2_pack.lora2_core.data.folder import FolderPhotos, load_folder
 from lora2_pack.lora2_core.data.formats import boxes
 from lora2_pack.lora2_core.data.formats.limits import PictureError
 from lora2_pack.lora2_core.data.photos import DatasetError
+from lora2_pack.lora2_core.data.pictures import decode
 from lora2_pack.tests.core.tries import in_memory, in_time
 from PIL import Image, ImageOps, features
 
@@ -339,6 +340,11 @@ def test_a_large_jpeg_xl_is_refused_before_it_is_opened(boxed: bool) -> None:
         PictureError, match=r"has 8000×6000 px \(48\.0 MP\); at most 40 MP are read"
     ):
         boxes.check_jxl(io.BytesIO(data))
+
+
+def test_fractions_are_no_colours() -> None:
+    with pytest.raises(PictureError, match="holds numbers that are no colours"):
+        decode(Image.new("F", (9, 9), 0.5))
 
 
 def test_boxes_that_lead_nowhere_end(tmp_path: Path) -> None:
