@@ -260,5 +260,5 @@ def test_files_of_other_kinds_are_shown(tmp_path: Path):
     assert found.kinds == {"loha": 1, "lokr": 1, "difference": 1, "norm": 1}
     assert found.text() and found.picture()
     measured = inspector.inspect(tmp_path / "x.safetensors", with_tensors=True).text()
-    told = "1 norms, 1 LoHa, 1 LoKr, 1 full differences"
+    told = "1 norm, 1 LoHa, 1 LoKr, 1 difference"
     assert found.text() in measured and measured.endswith(f"Not measured: {told}.\n")

@@ -165,11 +165,15 @@ def test_what_cancels_is_not_written(tmp_path: Path):
     assert not (tmp_path / "sum.safetensors").exists()
 
 
-def test_what_belongs_to_no_layer_is_named(tmp_path: Path):
-    loose = {"bundle_emb.sks.string_to_param": torch.ones(2, 768), "x.bias": torch.ones(3)}
-    source = save(tmp_path / "a.safetensors", pair("q", 2) | loose)
+def test_what_belongs_to_factors_in_an_unknown_way_is_named(tmp_path: Path):
+    """The factors of the new file are others: nobody knows what it would mean beside them."""
+    strange = {
+        f"{PREFIX}q.lora_C.weight": torch.ones(2, 2),
+        f"{PREFIX}q.lora_B.bias": torch.ones(80),
+    }
+    source = save(tmp_path / "a.safetensors", pair("q", 2) | strange)
     found = resize_file(source, tmp_path / "b.safetensors", Limits(max_rank=1))
-    assert set(found.ignored) == set(loose)
+    assert set(found.ignored) == set(strange)
     assert "Left out as no part of a LoRA: " in found.text() and "and 1 more." in found.text()
     again = resize_file(found.path, tmp_path / "c.safetensors", Limits(max_rank=1))
     assert not again.ignored and "Left out" not in again.text()
