@@ -49,8 +49,9 @@ FACTORS = ("lora", "conv", "dora", "adalora")  # kinds of two factors: those tha
 # What a kind is called beside a number, of one and of several.
 _CALLED = {
     "loha": ("LoHa", "LoHa"), "lokr": ("LoKr", "LoKr"), "glora": ("GLoRA", "GLoRA"),
-    "oft": ("OFT", "OFT"), "ia3": ("IA³", "IA³"), "difference": ("difference", "differences"),
-    "norm": ("norm", "norms"), "embedding": ("embedding", "embeddings"),
+    "oft": ("OFT", "OFT"), "boft": ("BOFT", "BOFT"), "ia3": ("IA³", "IA³"),
+    "difference": ("difference", "differences"), "norm": ("norm", "norms"),
+    "tensor": ("tensor", "tensors"), "embedding": ("embedding", "embeddings"),
     "module": ("whole module", "whole modules"), "unknown": ("unknown tensor", "unknown tensors"),
 }  # fmt: skip
 # What is added to a weight or a bias as it is; the first counts where a layer has both.
