@@ -13,7 +13,7 @@ from lora2_pack.lora2_core.files.write import write_beside_others
 from lora2_pack.lora2_core.lora_file import LoRAFile, LoRAFileError
 from lora2_pack.lora2_core.resizing.measure import measure_file
 from lora2_pack.lora2_core.resizing.resize import merge_files, resize_file
-from lora2_pack.lora2_core.resizing.shrink import shrink
+from lora2_pack.lora2_core.resizing.shrink import left_whole, shrink
 from lora2_pack.lora2_core.resizing.source import LoRASource
 from lora2_pack.tests.core import toy
 from torch import Tensor
@@ -89,6 +89,26 @@ def test_tensors_of_other_kinds_count():
     least = float(str(told.value).rpartition(" ")[2].rstrip("."))
     assert shrunk(state, Limits(megabytes=least))[f"{PREFIX}q.lora_down.weight"].shape[0] == 1
     assert shrunk(other, Limits(megabytes=0.01)) == other  # it has no ranks
+
+
+@pytest.mark.parametrize(
+    ("limits", "said"),
+    [
+        (Limits(), ""),
+        (Limits(energy=1), ""),
+        (Limits(max_rank=2), "1 difference and 2 LoHa are loaded whole: max_rank cuts pairs of"),
+        (Limits(energy=0.9, megabytes=1), "loaded whole: keep_energy and megabytes cut pairs of"),
+    ],
+)
+def test_what_a_limit_does_not_reach_is_counted(limits: Limits, said: str):
+    state = pair("q", 8) | {"lora_unet_n.diff_b": torch.ones(8)}
+    for name in "xy":
+        state |= {f"{name}.hada_w{n}_{s}": torch.ones(2, 2) for n in (1, 2) for s in "ab"}
+    told = left_whole(LoRAFile(state, {}), limits)
+    assert (said in told) if said else not told
+    assert not left_whole(LoRAFile(dora(), {}), limits), "whose factors are cut"
+    small = shrunk(state, limits)
+    assert all(small[key] is state[key] for key in state if not key.startswith(PREFIX))
 
 
 def test_a_name_longer_than_the_old_one_counts(tmp_path: Path):
