@@ -180,6 +180,22 @@ def component_keys(keys: Mapping[str, Any]) -> list[str]:
     return [key.removesuffix(DOWN) for key in keys if key.endswith(DOWN)]
 
 
+def unused_alphas(parsed: ParsedKeys, shapes: Mapping[str, Sequence[int]]) -> set[str]:
+    """Keys of alphas that scale nothing, and may be any number: LyCORIS writes an infinite one
+    beside a LoKr of two whole matrices.
+
+    ``shapes``: of the tensors, by key.
+    """
+    found = {key for key in parsed.unknown if key.endswith(ALPHA)}
+    found |= {p.alpha for p in parsed.pairs if p.alpha and not shapes[p.down][0]}
+    for kind in ("difference", "norm", "ia3"):
+        found |= {name + ALPHA for name in parsed.others.get(kind, {})}
+    for name, keys in parsed.others.get("lokr", {}).items():
+        if {name + ".lokr_w1", name + ".lokr_w2"} <= {*keys}:
+            found.add(name + ALPHA)
+    return found
+
+
 def check_finite(state: Mapping[str, Tensor], source: str) -> None:
     """Raises LoRAFileError, naming the tensor, if a weight is infinite, not a number, or so large
     that nothing can be calculated with it."""

@@ -142,6 +142,8 @@ class _Work:
         self._stored: list[int] = []
         for key in source.keys:
             component = source.component(key)
+            if source.keeps_whole(key, component):
+                continue
             self._stored.append(component.rank)
             self._parts.append(self._part(within_bounds(component)))
         self.ranks = self._choose()

@@ -42,8 +42,13 @@ def shrink(file: LoRAFile, limits: Limits) -> LoRAFile:
         ranks = _within_bytes(kept, limits.megabytes, _bytes_beside(state, pairs))
     out = dict(state)
     for pair, component, rank in zip(pairs, components, ranks, strict=True):
+        if pair.dora_scale and not state[pair.up].any():
+            continue  # its magnitudes change the weight all the same
         if rank < state[pair.down].shape[0] or svd or limits.megabytes is not None:
             put_component(out, pair, component.first(rank))
+    if pairs and not file.parsed.others and not any(pair.down in out for pair in pairs):
+        one = pairs[0]  # of rank 0: whoever loads it knows why there is nothing to patch
+        out |= {one.down: state[one.down][:0], one.up: state[one.up][:, :0]}
     return file.with_state(out)
 
 

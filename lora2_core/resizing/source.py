@@ -16,7 +16,13 @@ from ..files.header import Header, LoRAFileError, TensorShape, read_header, show
 from ..files.keys import ALPHA, DORA_SCALE, DOWN, UP, Pair, counted
 from ..files.kohya_names import in_one_style, kohya_name
 from ..files.raw.tensors import TensorFile
-from ..files.read import alphas_of, check_finite, check_readable, inspect_header
+from ..files.read import (
+    alphas_of,
+    check_finite,
+    check_readable,
+    inspect_header,
+    unused_alphas,
+)
 from .beside import SumBeside, kept_keys, shape_of, slots_of, told
 
 # By these ComfyUI tells the LoRAs that Flux' makers gave away for depth and edges: they double
@@ -38,6 +44,11 @@ class Source(Protocol):
         ...
 
     def component(self, key: str) -> Component: ...
+
+    def keeps_whole(self, key: str, component: Component) -> bool:
+        """Whether the component of ``key`` goes, from now on, into the file to be as it is: a DoRA
+        whose factors are 0, since its magnitudes change the weight all the same."""
+        ...
 
     def extra(self, key: str) -> dict[str, Tensor]:
         """Tensors beside the factors, by their ending."""
@@ -96,6 +107,9 @@ class LoRASource:
         if len(self._pairs) < len(pairs) or ours & {*beside}:
             raise LoRAFileError(f"{path} is damaged: it names a component twice.")
         self.beside = {key: shape_of(self.header, key) for key in beside}
+        shapes = {key: entry.shape for key, entry in self.header.entries.items()}
+        self._aside = 0  # components that are kept as they are
+        self._unused = unused_alphas(parsed, shapes)
         self._file = TensorFile(self.header)
 
     def __enter__(self) -> LoRASource:
@@ -129,8 +143,7 @@ class LoRASource:
 
     def component(self, key: str) -> Component:
         pair = self._pairs[key]
-        state = {name: self._file.tensor(name) for name in pair.keys}
-        check_finite(state, str(self.path))
+        state = {name: self.read(name) for name in pair.keys}
         try:
             component = component_of(state, pair, key, self.metadata, self._alphas.get(pair.name))
         except ValueError as error:
@@ -139,9 +152,10 @@ class LoRASource:
         return component if pair.nu is not None else replace(component, nu=self._nu[pair.name])
 
     def read(self, key: str) -> Tensor:
-        """A tensor of the file, as it is; it is finite."""
+        """A tensor of the file, as it is; it is finite, but for an alpha that scales nothing."""
         tensor = self._file.tensor(key)
-        check_finite({key: tensor}, str(self.path))
+        if key not in self._unused:
+            check_finite({key: tensor}, str(self.path))
         return tensor
 
     def tensor(self, key: str) -> Tensor:
@@ -152,11 +166,22 @@ class LoRASource:
         differences = [key for kind in ("difference", "norm") for keys in
                        others.get(kind, {}).values() for key in keys]  # fmt: skip
         more = others.keys() - {"difference", "norm"}
-        return bool(more) or any(bool(self.read(key).any()) for key in differences)
+        return bool(more or self._aside) or any(bool(self.read(key).any()) for key in differences)
 
     def told_beside(self) -> list[str]:
         kept = told(self.header.parsed)
+        kept += [f"{self._aside} DoRA of magnitudes alone"] if self._aside else []
         return [f"Kept as they are: {', '.join(kept)}."] if kept else []
+
+    def keeps_whole(self, key: str, component: Component) -> bool:
+        pair = self._pairs[key]
+        zero = not (component.lora_down.any() and component.lora_up.any())
+        if pair.dora_scale is None or not component.rank or not zero:
+            return False
+        del self._pairs[key]
+        self._aside += 1
+        self.beside |= {name: shape_of(self.header, name) for name in pair.keys}
+        return True
 
     def extra(self, key: str) -> dict[str, Tensor]:
         name = self._pairs[key].dora_scale
@@ -248,6 +273,9 @@ class Sum:
 
     def extra(self, key: str) -> dict[str, Tensor]:
         return {}
+
+    def keeps_whole(self, key: str, component: Component) -> bool:
+        return False
 
     def tensor(self, key: str) -> Tensor:
         return self._beside.tensor(key)
