@@ -234,7 +234,8 @@ def inspect(path: Path, with_tensors: bool = False, name: str = "") -> FileRepor
         header.file_bytes,
         tuple(components),
         metadata,
-        guess_family({c.key: c.in_features for c in components}, metadata),
+        # The difference of a bias may have the key of factors, and tells no width.
+        guess_family({c.key: c.in_features for c in reversed(components)}, metadata),
         measure_file(path) if with_tensors else None,
         _told_alphas(header),
         beside_components(header),

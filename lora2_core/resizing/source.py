@@ -13,7 +13,7 @@ from torch import Tensor
 from ..files.component import Component, sum_of
 from ..files.decode import as_dora_scale, component_of
 from ..files.header import Header, LoRAFileError, TensorShape, read_header, shown_key
-from ..files.keys import ALPHA, DORA_SCALE, DOWN, UP, Pair, counted
+from ..files.keys import ALPHA, DORA_SCALE, DOWN, FACTORS, UP, Pair, counted
 from ..files.kohya_names import in_one_style, kohya_name
 from ..files.raw.tensors import TensorFile
 from ..files.read import (
@@ -88,7 +88,7 @@ class LoRASource:
         self.path = path
         self.header = read_header(path)
         infos, self.metadata = inspect_header(self.header)
-        self._nu = {info.key: info.nu for info in infos}
+        self._nu = {info.key: info.nu for info in infos if info.kind in FACTORS}
         parsed = self.header.parsed
         if not partly:
             _check_sizes_stay(self.header)

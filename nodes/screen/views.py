@@ -162,8 +162,11 @@ def job_components(look: Look, nus: Sequence[float | None]) -> list[dict[str, An
 
 def file_components(components: Sequence[ComponentInfo]) -> list[dict[str, Any]]:
     """The components of a file in the order of the screen."""
-    by_key = {component.key: component for component in components}
-    pairs = [(place, by_key[place.key]) for place in map_cells(components)]
+    by_key: dict[str, list[ComponentInfo]] = {}
+    for component in components:  # factors and the difference of a bias may have one key
+        by_key.setdefault(component.key, []).append(component)
+    # Among those of one key the cells have the order of the components.
+    pairs = [(place, by_key[place.key].pop(0)) for place in map_cells(components)]
     return [
         _component(place, info.rank, None, info.nu, info.nbytes)
         | ({} if info.ranked else {"kind": info.kind})

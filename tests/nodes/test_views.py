@@ -345,6 +345,17 @@ def test_a_file_of_other_kinds(tmp_path: Path):
     assert found["mean_rank"] is None and found["kinds"] == {"lokr": 1}
     (component,) = found["components"]
     assert (component["rank"], component["kind"], component["bytes"]) == (0, "lokr", 64)
+    # Factors and a bias of one layer, as ComfyUI trains them, are two cells.
+    for name in (key, "lora_unet_time_embed_0"):
+        pair = {
+            f"{name}.lora_down.weight": torch.ones(2, 8),
+            f"{name}.lora_up.weight": torch.ones(8, 2),
+        }
+        save_file(pair | {f"{name}.diff_b": torch.ones(8)}, path)
+        both = check(views.inspected("x", path), "file")["components"]
+        assert [(one["rank"], one["bytes"], one.get("kind")) for one in both] == [
+            (2, 128, None), (0, 32, "difference"),
+        ]  # fmt: skip
     assert found["beside"] == [
         {"kind": "embedding", "name": "x", "tensors": 1, "bytes": 12},
         {"kind": "embedding", "name": "sks cat", "tensors": 1, "bytes": 512},

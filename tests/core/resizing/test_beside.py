@@ -12,8 +12,11 @@ from hypothesis import strategies as st
 from lora2_pack.lora2_core.config.load import Limits
 from lora2_pack.lora2_core.files.keys import parse_keys
 from lora2_pack.lora2_core.lora_file import LoRAFileError, inspect
+from lora2_pack.lora2_core.lora_file import save as save_as_ours
+from lora2_pack.lora2_core.reports import inspector
 from lora2_pack.lora2_core.resizing.measure import measure_file
 from lora2_pack.lora2_core.resizing.resize import merge_files, resize_file
+from lora2_pack.tests.core import toy
 from lora2_pack.tests.core.resizing.test_shrink import PREFIX, pair, patch, save
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -280,6 +283,19 @@ def test_what_nobody_knows_and_is_two_things_is_left_out_by_name(tmp_path: Path)
     found = merge_files([(a, 1.0), (b, 1.0)], tmp_path / "c.safetensors", Limits())
     assert "Left out as no part of a LoRA: note" in found.text()
     assert "note" not in load_file(found.path)
+
+
+def test_nu_and_width_are_those_of_the_factors(tmp_path: Path):
+    """A bias beside them has the same key."""
+    key = f"{PREFIX}k".replace("attn1", "attn2")
+    made = [toy.component("input_blocks.4.1.transformer_blocks.0.attn2.to_k", 4, (64, 2048))]
+    own = save_as_ours(tmp_path / "a.safetensors", made, {})
+    other = save(tmp_path / "b.safetensors", {f"{key}.diff_b": _some(64)})
+    found = merge_files([(own, 1.0), (other, 1.0)], tmp_path / "c.safetensors", Limits())
+    again = resize_file(found.path, tmp_path / "d.safetensors", Limits(max_rank=2))
+    infos = {info.kind: info for info in inspect(again.path)[0]}
+    assert infos["lora"].nu == made[0].nu and infos["difference"].nu is None
+    assert inspector.inspect(again.path).family.name == "SDXL"
 
 
 # --- what the header says ---------------------------------------------------------------------
