@@ -105,6 +105,11 @@ def slots_of(parsed: ParsedKeys) -> dict[Slot, str]:
     return found
 
 
+def sets(slot: Slot) -> bool:
+    """Whether a weight is set, whatever it is set to."""
+    return slot[1] == _SET
+
+
 class SumBeside:
     """What is beside the factors of several files, as one.
 
@@ -159,7 +164,7 @@ class SumBeside:
     def changes(self) -> bool:
         """Whether any of it changes a weight."""
         differences = [key for key in self._terms if key.endswith((*_NORMS, ".diff", ".diff_b"))]
-        return self._set > 0 or any(bool(self.tensor(key).any()) for key in differences)
+        return self._set > 0 or any(bool(self.tensor(key).double().any()) for key in differences)
 
     def told(self) -> list[str]:
         """Sentences for a person."""
@@ -267,9 +272,13 @@ def _alike(file: Reader, one: Loose, other: Reader, its: Loose) -> bool:
     """Whether two files hold the same tensors, number by number."""
     return len(one.keys) == len(its.keys) and all(
         shape_of(file.header, a) == shape_of(other.header, b)
-        and torch.equal(file.read(a), other.read(b))
+        and _bits(file.read(a)).equal(_bits(other.read(b)))
         for a, b in _together(one.keys, its.keys)
     )
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
 
 
 def _together(ours: Sequence[str], theirs: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -23,7 +23,7 @@ from ..files.read import (
     inspect_header,
     unused_alphas,
 )
-from .beside import SumBeside, kept_keys, shape_of, slots_of, told
+from .beside import SumBeside, kept_keys, sets, shape_of, slots_of, told
 
 # By these ComfyUI tells the LoRAs that Flux' makers gave away for depth and edges: they double
 # the inputs of img_in.
@@ -162,11 +162,13 @@ class LoRASource:
         return self.read(key)
 
     def changes_beside(self) -> bool:
-        others = self.header.parsed.others
-        differences = [key for kind in ("difference", "norm") for keys in
-                       others.get(kind, {}).values() for key in keys]  # fmt: skip
-        more = others.keys() - {"difference", "norm"}
-        return bool(more or self._aside) or any(bool(self.read(key).any()) for key in differences)
+        parsed = self.header.parsed
+        if self._aside or parsed.others.keys() - {"difference", "norm"}:
+            return True
+        return any(
+            sets(slot) or bool(self.read(key).double().any())
+            for slot, key in slots_of(parsed).items()
+        )
 
     def told_beside(self) -> list[str]:
         kept = told(self.header.parsed)

@@ -230,6 +230,13 @@ def test_a_sum_of_differences_alone(tmp_path: Path):
     wanted = sum(n * _some(80, 64, seed=n).double() for n in (1, 2))
     assert torch.allclose(load_file(found.path)[f"{LINEAR}.diff"].double(), wanted, atol=1e-6)
     assert "0.0" in found.text()
+    for path, weight in ((a, 0.5), (b, 1.0)):  # in eight bits, of one file
+        eight = {key: t.to(torch.float8_e4m3fn) for key, t in load_file(path).items()}
+        own = save(tmp_path / "e.safetensors", eight)
+        found.path.unlink()
+        found = merge_files([(own, weight)], found.path, Limits())
+        [(key, tensor)] = load_file(found.path).items()
+        assert torch.equal(tensor.float(), weight * eight[key].float())
     with pytest.raises(LoRAFileError, match="would change nothing"):
         merge_files([(a, 1.0), (a, -1.0)], tmp_path / "d.safetensors", Limits())
     with pytest.raises(LoRAFileError, match=r"what has no ranks to cut takes 0\.02048 MB"):
