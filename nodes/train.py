@@ -103,7 +103,7 @@ class LoRA2Train(io.ComfyNode):
         notes = Notes(cls.hidden.unique_id)
         brackets = one.get("caption_brackets", BRACKETS[0])
         config = _read_as(brackets, _config(one, notes))
-        for doubt in doubts_about_rates(config):
+        for doubt in (*doubts_about_rates(config), *_about_class_images(config, class_images)):
             notes.say(doubt)
         photos = check_photos(
             pictures["images"],
@@ -207,6 +207,14 @@ def _class_photos(images: list[torch.Tensor] | None, config: TrainConfig) -> Seq
             "a LoRA² data options node, or disconnect them."
         )
     return check_photos(images, None, config.data.class_prompt, brackets="weights")
+
+
+def _about_class_images(config: TrainConfig, given: Any) -> Iterator[str]:
+    if config.data.class_prompt.strip() and not config.data.class_images and not given:
+        yield (
+            "class_prompt does nothing without class images; connect some, or set class_images in "
+            "the LoRA² data options to how many the model is to paint (100, say)."
+        )
 
 
 def _about_memory(plan: "comfy_host.TrainingPlan") -> Iterator[str]:

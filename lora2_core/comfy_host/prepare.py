@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..adapters.network import AdaptiveRankNetwork
 from ..config.train import TrainConfig
-from ..data.cache import content_key, named_weights_hash, weights_hash
+from ..data.cache import content_key, digest_of_each, named_weights_hash, weights_hash
 from ..data.captions import variants
 from ..data.cropping import Crop
 from ..data.photos import Photo
@@ -156,15 +156,14 @@ def _data_parts(photos: Sequence[Photo], classes: Sequence[Photo]) -> dict[str, 
     """Digests by which a person is told what has changed; of pixels a sample, as reading all of
     them once, for :func:`_data_hash`, takes long enough."""
 
-    def digest(tensors: Iterable[Tensor | None]) -> str:
-        there = enumerate(tensors)
-        return named_weights_hash((str(n), tensor) for n, tensor in there if tensor is not None)
+    def digest(tensor: Tensor | None) -> str:
+        return "" if tensor is None else named_weights_hash([("", tensor)])
 
     return {
-        "photos": digest(photo.pixels for photo in photos),
-        "masks": digest(photo.mask for photo in photos),
-        "repeats": content_key(*(photo.repeats for photo in photos)),
-        "class images": digest(photo.pixels for photo in classes),
+        "photos": digest_of_each(digest(photo.pixels) for photo in photos),
+        "masks": digest_of_each(digest(photo.mask) for photo in photos),
+        "repeats": digest_of_each(str(photo.repeats) for photo in photos),
+        "class images": digest_of_each(digest(photo.pixels) for photo in classes),
     }
 
 

@@ -106,7 +106,7 @@ class RankConfig:
         checks.number("quantile", self.quantile, 1e-6, 1 - 1e-6, "the paper uses 0.9")
         if self.max_rank is not None:
             checks.whole("max_rank", self.max_rank, 1, 4096, "the paper uses 512")
-        fix = f"at most max_rank ({self.rank_limit}), so lower it or raise max_rank"
+        fix = f"{self.rank_limit} is max_rank, which can be raised"
         checks.whole("min_rank", self.min_rank, 1, self.rank_limit, fix)
         if self.target_megabytes is None:
             checks.number("target_rank", self.target_rank, 1, self.rank_limit, fix)

@@ -99,6 +99,12 @@ def content_key(*parts: str | bytes | Tensor | int | float) -> str:
     return digest.hexdigest()
 
 
+def digest_of_each(parts: Iterable[str]) -> str:
+    """Two digests of texts, "in this order/in any order and number"."""
+    every = list(parts)
+    return f"{content_key(*every)[:32]}/{content_key(*sorted(set(every)))[:32]}"
+
+
 def weights_hash(module: nn.Module) -> str:
     """:func:`named_weights_hash` of a module's state dict."""
     return named_weights_hash(module.state_dict().items())

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..data.cache import content_key
+from ..data.cache import digest_of_each
 from ..files.checkpoint import Label
 from ..files.header import one_line
 from ..files.metadata import deciding
@@ -15,6 +15,7 @@ from ..training.setup import TrainingSetup
 _NAMED = 3  # differences that are told one by one
 _CHARACTERS = 40  # of a value
 _SETTINGS, _BASE, _DATA = "settings", "base", "data"
+_ORDER = "order"
 # What may be another one, and how to say so.
 _GROUPS = {
     _BASE: "another base model",
@@ -25,7 +26,10 @@ _GROUPS = {
     "class images": "other class images",
     "text and VAE": "another CLIP or VAE",
     "sampling": "another sampling of the model",
+    _ORDER: "the photos in another order",
 }
+# One for each photo: where photos come or go, all of these differ.
+_OF_EACH = ("photos", "captions", "masks", "repeats")
 # Settings that decide what class images the base model paints.
 _PAINTING = ("resolution", "precision", "class_prompt", "class_images")
 _OTHER_NAMES = {
@@ -39,7 +43,7 @@ _OTHER_NAMES = {
 def made_of(setup: TrainingSetup) -> dict[str, Any]:
     """What decides the run of ``setup``, for its checkpoint: settings as they are, all else as a
     digest of each kind. JSON."""
-    captions = {"captions": content_key(*setup.captions)}
+    captions = {"captions": digest_of_each(setup.captions)}
     digests = {**setup.data_parts, **captions, _BASE: setup.base_hash, _DATA: setup.data_hash}
     return {_SETTINGS: json.loads(json.dumps(deciding(setup.config))), **digests}
 
@@ -71,11 +75,13 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """
     old, new = (dict(_flat(made.get(_SETTINGS, {}))) for made in (before, now))
     changed = [name for name in new if name not in old or old[name] != new[name]] if old else []
-    other = {
-        kind
-        for kind in (*_GROUPS, _DATA)
-        if kind in before and kind in now and before[kind] != now[kind]
-    }
+    known = [kind for kind in (*_GROUPS, _DATA) if kind in before and kind in now]
+    other = {kind for kind in known if before[kind] != now[kind]}
+    if "photos" in other:
+        # Then what each photo has can only be compared without regard to which.
+        other -= {k for k in _OF_EACH if k in other and _anyhow(before[k]) == _anyhow(now[k])}
+        if "photos" not in other and not other & {*_OF_EACH}:
+            other.add(_ORDER)
     if "precision" in changed:
         other.discard(_BASE)
     explained = other - {_DATA} or any(name in _PAINTING for name in changed)
@@ -83,6 +89,11 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         other.add("photos")
     found = [words for kind, words in _GROUPS.items() if kind in other]
     return found + [f"{name} {_shown(old.get(name))} → {_shown(new[name])}" for name in changed]
+
+
+def _anyhow(digest: str) -> str:
+    """Of :func:`.data.cache.digest_of_each` what does not depend on the order."""
+    return digest.partition("/")[2] or digest
 
 
 def _flat(settings: Mapping[str, Any], part: str = "") -> Iterator[tuple[str, Any]]:

@@ -224,6 +224,21 @@ def test_what_made_it_another_run_is_told(parts: Parts, model: Any, tmp_path: Pa
     assert same.path == path and same.progress.state == "finished"
 
 
+def test_photos_that_come_go_or_change_places_are_no_other_captions(
+    parts: Parts, model: Any, tmp_path: Path
+):
+    def made_of(given: list[Photo]) -> dict[str, Any]:
+        return job(parts, tmp_path / NAME, demo.settings(), given=given)._keeper.made_of
+
+    given = [dataclasses.replace(photo, caption="a cat") for photo in photos()]
+    before = made_of(given)
+    for fewer in (given[1:], given[:-1]):
+        assert differences(before, made_of(fewer)) == ["other photos"]
+    assert differences(before, made_of(given[::-1])) == ["the photos in another order"]
+    other = [*given[1:], dataclasses.replace(given[0], caption="a dog", repeats=2)]
+    assert differences(before, made_of(other)) == ["other captions", "other repeats of photos"]
+
+
 def _changed(photo: Photo) -> Photo:
     mask = torch.ones(photo.pixels.shape[:2])
     mask[:40] = 0
