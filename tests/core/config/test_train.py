@@ -157,7 +157,7 @@ def test_bad_prompts_are_refused(bad: Any, message: str) -> None:
     [
         ({"group_targets": (("top", 4.0),)}, "group_targets is 'top'; choose one of self, cross"),
         ({"group_targets": (("up", 0.5),)}, "group_targets up is 0.5; .* from 1 to 128"),
-        ({"group_targets": (("up", 9.0),), "max_rank": 8, "target_rank": 4}, "at most max_rank"),
+        ({"group_targets": (("up", 9.0),), "max_rank": 8, "target_rank": 4}, "8 is max_rank"),
         ({"group_targets": (("up", 4.0),), "mode": "paper"}, "one target .*: use `balanced`"),
         ({"group_targets": (("up", 4.0),), "target_megabytes": 4.0}, "4; .*: leave one out"),
     ],
