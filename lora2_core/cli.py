@@ -145,8 +145,8 @@ def _weighted(text: str) -> tuple[Path, float]:
 
 
 def _free(path: Path, force: bool) -> Path:
-    if path.suffix != ".safetensors":
-        raise ConfigError(f"{path} must end in .safetensors, or no loader will list it.")
+    if path.suffix.lower() not in (".safetensors", ".sft"):
+        raise ConfigError(f"{path} must end in .safetensors or .sft, or no loader will list it.")
     if path.exists() and not force:
         raise ConfigError(f"{path} exists already; choose another name, or add --force.")
     return path

@@ -67,6 +67,8 @@ def truncate(state: Mapping[str, Tensor], max_rank: int) -> dict[str, Tensor]:
     out: dict[str, Tensor] = dict(state)
     for key in component_keys(state):
         down, up = state[key + DOWN], state[key + UP]
+        if not down.shape[0]:
+            continue  # of rank 0 already
         rank = min(max_rank, down.shape[0])
         out[key + DOWN] = down[:rank].contiguous()
         out[key + UP] = up[:, :rank].contiguous()

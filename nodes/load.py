@@ -6,6 +6,7 @@ from comfy_api.latest import io, ui
 
 from ..lora2_core import comfy_host
 from ..lora2_core.resizing.recent import LoRACache
+from ..lora2_core.resizing.shrink import left_whole
 from .common import CATEGORY, NO_LORA, also_called, fingerprint
 from .load_options import LoadOptions, LoadOptionsSocket
 from .widgets.limits import strength
@@ -87,6 +88,8 @@ class LoRA2Load(io.ComfyNode):
             )  # fmt: skip
             model, clip = applied.model, applied.clip
             notes += [applied.note] if applied.note else []
+            if whole := left_whole(file, options.limits):
+                notes.append(f"{path.name}: {whole}")
         shown = ui.PreviewText("\n".join(notes)) if notes else None
         return io.NodeOutput(model, clip, ui=shown)
 

@@ -14,17 +14,19 @@ _LONGEST_NAME, _LONGEST_PATH = 200, 1000  # bytes of a name, characters of all f
 # What Windows keeps for its devices, in a folder's name too.
 _RESERVED = {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$", "CLOCK$"}
 _RESERVED |= {f"{n}{i}" for n in ("COM", "LPT") for i in "0123456789¹²³"}
-_ENDINGS = (".safetensors", "")  # of files that a LoRA's link may lead to
+_SAFE = (".safetensors", ".sft")  # as ComfyUI lists and reads them, in letters of any size
+_LINKED = (*_SAFE, "")  # of files that a LoRA's link may lead to
 
 
 def lora_names() -> list[str]:
-    """LoRA files that ComfyUI lists, relative to its loras folders; safetensors only."""
+    """LoRA files that ComfyUI lists, relative to its loras folders; safetensors only, by any ending
+    that they have there. A pickled .pt can run code, and is not offered."""
     try:
         names = folder_paths.get_filename_list("loras")
     except FileNotFoundError:  # a folder that ComfyUI has listed before was deleted
         folder_paths.filename_list_cache.pop("loras", None)
         names = folder_paths.get_filename_list("loras")
-    return [name for name in names if name.endswith(".safetensors")]
+    return [name for name in names if _is_safe(name)]
 
 
 def lora_path(name: str) -> Path:
@@ -33,8 +35,8 @@ def lora_path(name: str) -> Path:
     A name stays within these folders: one that is absolute or steps up by ``..`` is refused. Links
     are followed wherever they lead, as ComfyUI does, since many keep their models on another disk
     or in a cache that names files by their content alone. So what a link leads to may bear
-    ``.safetensors`` or no ending; any other kind of file is refused, and of what is read nothing
-    is shown before it proved to be a LoRA. Raises HostError when ``name`` is not in a loras folder.
+    such an ending or none; any other kind of file is refused, and of what is read nothing is shown
+    before it proved to be a LoRA. Raises HostError when ``name`` is not in a loras folder.
     """
     if leaves(name):
         raise HostError(
@@ -46,12 +48,17 @@ def lora_path(name: str) -> Path:
             f"lora_name {_shown(name)} is not in a loras folder; choose one from the list."
         )
     path = Path(listed)
-    if path.suffix != ".safetensors" or path.resolve().suffix.lower() not in _ENDINGS:
+    if not _is_safe(path.name) or path.resolve().suffix.lower() not in _LINKED:
         raise HostError(
             f"lora_name {_shown(name)} is not a safetensors file, or a link to another kind of "
-            "file; choose a .safetensors LoRA."
+            "file; choose a .safetensors or .sft LoRA."
         )
     return path
+
+
+def _is_safe(name: str) -> bool:
+    """Whether a file is a safetensors file by its ending."""
+    return Path(name).suffix.lower() in _SAFE
 
 
 def leaves(name: str) -> bool:
@@ -72,7 +79,9 @@ def new_lora_path(file_name: str, taken: Collection[Path] = ()) -> Path:
     ``file_name`` may hold subfolders and marks like %year%. ``taken``: paths that will exist, of
     trainings under way. Raises HostError for a name that leaves the folder.
     """
-    clean = file_name.strip().removesuffix(".safetensors").replace("\\", "/")
+    clean = file_name.strip().replace("\\", "/")
+    end = next((end for end in _SAFE if clean.lower().endswith(end)), "")
+    clean = clean[: len(clean) - len(end)]
     if leaves(clean) or not _fits_a_disk(clean):
         raise HostError(
             f"file_name is {_shown(file_name)}; it must be a plain name or a subfolder and a name, "

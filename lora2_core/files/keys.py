@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 DOWN, UP = ".lora_down.weight", ".lora_up.weight"
 MID, ALPHA, DORA_SCALE, RESHAPE = ".lora_mid.weight", ".alpha", ".dora_scale", ".reshape_weight"
@@ -22,6 +23,7 @@ PAIR_ENDINGS = (
     (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
     (".lora_A", ".lora_B"),
 )
+_OF_OTHERS = (ALPHA, DORA_SCALE)  # that components of other kinds may have, too
 _BESIDE = (MID, ALPHA, DORA_SCALE, RESHAPE, NU)  # two factors, in the order of Pair
 # A DoRA's magnitudes as PEFT names them.
 MAGNITUDES = (
@@ -41,7 +43,20 @@ OTHER_ENDINGS = {
     "oft": (".oft_blocks", ".oft_diag", ".rescale"),
     "difference": (".diff", ".diff_b", ".set_weight"),
     "norm": (".w_norm", ".b_norm"),
+    "ia3": (".ia3_l", ".ia3_l.default", ".on_input"),  # which ComfyUI does not read
 }  # fmt: skip
+FACTORS = ("lora", "conv", "dora", "adalora")  # kinds of two factors: those that have ranks to cut
+# What a kind is called beside a number, of one and of several.
+_CALLED = {
+    "loha": ("LoHa", "LoHa"), "lokr": ("LoKr", "LoKr"), "glora": ("GLoRA", "GLoRA"),
+    "oft": ("OFT", "OFT"), "boft": ("BOFT", "BOFT"), "ia3": ("IA³", "IA³"),
+    "difference": ("difference", "differences"), "norm": ("norm", "norms"),
+    "tensor": ("tensor", "tensors"), "embedding": ("embedding", "embeddings"),
+    "module": ("whole module", "whole modules"), "unknown": ("unknown tensor", "unknown tensors"),
+}  # fmt: skip
+# What is added to a weight or a bias as it is; the first counts where a layer has both.
+WEIGHT_DIFFERENCES, BIAS_DIFFERENCES = (".diff", ".w_norm"), (".diff_b", ".b_norm")
+SET_WEIGHT = ".set_weight"  # takes the weight's place, whatever the strength
 # Without these there is nothing to multiply; of each line one set is enough.
 _NEEDED = {
     "loha": (({".hada_w1_a", ".hada_w1_b", ".hada_w2_a", ".hada_w2_b"},),),
@@ -55,6 +70,10 @@ _PREFIXES = ("base_model.model.",)  # that PEFT puts before a component's name
 _PAIR_OF = {end: ends for ends in PAIR_ENDINGS for end in ends}
 _KIND_OF = {end: kind for kind, ends in OTHER_ENDINGS.items() for end in ends}
 _MOST_DOTS = 3  # of an ending; none is the end of another
+_BUNDLED, _IN_A1111 = "bundle_emb.", ".string_to_param"
+_EMBEDDINGS = {"clip_l", "clip_g", "t5", "emb_params", "text_encoders_0", "text_encoders_1", "*"}
+_WHOLE = (".weight", ".bias")  # of a module that was trained as it is
+_IN_MODULES = (".default", ".modules_to_save", ".base_layer")  # by PEFT, before that
 
 
 @dataclass(frozen=True)
@@ -81,6 +100,19 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class Loose:
+    """Whole tensors that no component has a place for, by what they are together.
+
+    ``kind``: "embedding" (of a word), "module" (saved as it is: PEFT's ``modules_to_save`` and
+    biases), or "unknown".
+    """
+
+    kind: str
+    name: str  # of the word or the module; empty where it has none
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class ParsedKeys:
     """What the keys of a file are."""
 
@@ -101,6 +133,23 @@ class ParsedKeys:
     def names(self) -> list[str]:
         """Of all components."""
         return [name for name, _ in self.components()]
+
+    @cached_property
+    def loose(self) -> tuple[Loose, ...]:
+        """Of :attr:`unknown` what means the same without the components beside it."""
+        pairs, found = {pair.name for pair in self.pairs}, dict[tuple[str, str], list[str]]()
+        for key in self.unknown:
+            kind, name = _loose(key)
+            alone = name in pairs or not any(before in pairs for before in _before(key))
+            if alone and not key.endswith(_OF_OTHERS):
+                found.setdefault((kind, plain_name(name)), []).append(key)
+        return tuple(Loose(*what, tuple(keys)) for what, keys in found.items())
+
+    @cached_property
+    def strays(self) -> tuple[str, ...]:
+        """The rest of it: of a component in a way that nobody here knows, or of nothing."""
+        placed = {key for one in self.loose for key in one.keys}
+        return tuple(key for key in self.unknown if key not in placed)
 
 
 def parse_keys(keys: Iterable[str]) -> ParsedKeys:
@@ -133,7 +182,8 @@ def parse_keys(keys: Iterable[str]) -> ParsedKeys:
         for name in [n for n, ours in components.items() if not _complete(kind, n, ours)]:
             lonely += components.pop(name)
         for name, ours in components.items():
-            extra = [name + end for end in (ALPHA, DORA_SCALE) if name + end in present]
+            ends = (ALPHA, DORA_SCALE, ".weight") if name + ".on_input" in ours else _OF_OTHERS
+            extra = [name + end for end in ends if name + end in present]
             ours += [key for key in extra if key not in taken]
             taken.update(extra)
     taken.update(lonely)
@@ -151,6 +201,39 @@ def plain_name(name: str) -> str:
     for prefix in _PREFIXES:
         name = name.removeprefix(prefix)
     return name
+
+
+def counted(count: int, kind: str) -> str:
+    """``258 differences``, ``1 LoKr``; kinds with no name of their own as they are."""
+    one, several = _CALLED.get(kind, (kind, kind))
+    return f"{count} {one if count == 1 else several}"
+
+
+def _loose(key: str) -> tuple[str, str]:
+    """Kind and name of a :class:`Loose`."""
+    if key.startswith(_BUNDLED):
+        rest = key.removeprefix(_BUNDLED)
+        name = rest.partition(_IN_A1111)[0] if _IN_A1111 in rest else rest.rpartition(".")[0]
+        return "embedding", name or rest
+    if key in _EMBEDDINGS or key.startswith("string_to_param"):
+        return "embedding", ""
+    if key.startswith("<") and key.endswith(">"):
+        return "embedding", key
+    name, dot, end = key.rpartition(".")
+    if not name or dot + end not in _WHOLE:
+        return "unknown", ""
+    for part in _IN_MODULES:
+        name = name.removesuffix(part)
+    return "module", name
+
+
+def _before(key: str) -> Iterator[str]:
+    """What a component may be called that ``key`` is of: it without its last parts."""
+    for _ in range(_MOST_DOTS + 2):
+        key, dot, _ = key.rpartition(".")
+        if not dot:
+            return
+        yield key
 
 
 def _ending(key: str) -> str:

@@ -36,7 +36,14 @@ _OTHERS = {
     "up_blocks_0_upsamplers_0_conv": "output_blocks_2_2_conv",
     "up_blocks_1_upsamplers_0_conv": "output_blocks_5_2_conv",
 }
+_OUTSIDE = {  # of all blocks
+    "conv_in": "input_blocks_0_0", "conv_norm_out": "out_0", "conv_out": "out_2",
+    "time_embedding_linear_1": "time_embed_0", "time_embedding_linear_2": "time_embed_2",
+    "add_embedding_linear_1": "label_emb_0_0", "add_embedding_linear_2": "label_emb_0_2",
+}  # fmt: skip
 _IN_RESNETS = {
+    "norm1": "in_layers_0",
+    "norm2": "out_layers_0",
     "conv1": "in_layers_2",
     "time_emb_proj": "emb_layers_1",
     "conv2": "out_layers_3",
@@ -90,9 +97,11 @@ def in_one_style(files: dict[str, Iterable[str]]) -> dict[str, dict[str, str]]:
 def sgm_name(key: str) -> str:
     """A kohya key of SDXL in ComfyUI's names: ``…down_blocks_1_attentions_0_…`` →
     ``…input_blocks_4_1_…``. What is not in diffusers' names stays as it is."""
+    rest = key.removeprefix("lora_unet_")
+    if key != rest and rest in _OUTSIDE:
+        return f"lora_unet_{_OUTSIDE[rest]}"
     if not _DIFFUSERS.match(key):
         return key
-    rest = key.removeprefix("lora_unet_")
     for start, new in _OTHERS.items():
         if rest.startswith(start):
             return "lora_unet_" + new + _inner(rest.removeprefix(start), "resnets" in start)

@@ -24,6 +24,11 @@ FORMAT_VERSION = "1"  # of LoRA files
 VERSION, COMPONENTS = "lora2.format_version", "lora2.components"
 RUN = "lora2.run"  # the hash of the run that a file is of
 ADAPTER = "lora_adapter_metadata"  # of diffusers: PEFT's settings of each network
+_ARGUMENTS = "ss_network_args"
+_RANKS = {
+    "conv_dim", "conv_alpha", "block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas",
+    "rank", "linear_dim", "linear_alpha",
+}  # fmt: skip
 _TOLD_ALPHA = "lora_alpha"
 _LARGEST_ALPHA = 1e6
 _MODULE_NAME = re.compile(r"[\w.-]{1,300}")
@@ -109,6 +114,20 @@ def understood_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
     if metadata.get(VERSION, FORMAT_VERSION) == FORMAT_VERSION:
         return dict(metadata)
     return {name: text for name, text in metadata.items() if not name.startswith("lora2.")}
+
+
+def without_old_ranks(metadata: Mapping[str, str]) -> dict[str, str]:
+    """``metadata`` without what it says of factors that are to be replaced: PEFT's settings, and
+    ranks and alphas among kohya's arguments."""
+    kept = {name: text for name, text in metadata.items() if name != ADAPTER}
+    try:
+        arguments = json.loads(kept.get(_ARGUMENTS, ""))
+    except (ValueError, RecursionError):  # somebody else's words
+        return kept
+    if isinstance(arguments, dict) and (stale := arguments.keys() & _RANKS):
+        left = {name: value for name, value in arguments.items() if name not in stale}
+        kept[_ARGUMENTS] = json.dumps(left)
+    return kept
 
 
 def told_alphas(metadata: Mapping[str, str], ranks: Mapping[str, int]) -> dict[str, float]:

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from .header import Header, LoRAFileError, read_header, shown_key
-from .keys import ALPHA, DOWN, Pair, ParsedKeys, parse_keys
+from .keys import ALPHA, DOWN, FACTORS, Loose, Pair, ParsedKeys, parse_keys
 from .metadata import COMPONENTS, told_alphas, understood_metadata
 from .model_family import other_than_a_lora
 from .raw.tensors import TensorFile
-from .shapes import Mismatch, product_of_kind, product_of_pair
+from .shapes import Empty, Mismatch, product_of_kind, product_of_pair
 
 _LARGEST_WIDTH = 1 << 31  # of a layer that the metadata may list
 _MOST_LISTED = 20_000  # components; SDXL with its text encoders has 1,000 that can be trained
@@ -37,8 +37,31 @@ class ComponentInfo:
     out_features: int
     nu: float | None  # None in files that LoRA² did not train
     nbytes: int  # of its factors
-    # Or "conv", "dora", "adalora", "loha", "lokr", "glora", "oft", "difference", "norm".
+    # Or "conv", "dora", "adalora", "loha", "lokr", "glora", "oft", "boft", "ia3", "difference",
+    # "norm".
     kind: str = "lora"
+    numbers: int | None = None  # that are stored, where it is no two factors
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers were trained."""
+        own = self.rank * (self.in_features + self.out_features)
+        return own if self.numbers is None else self.numbers
+
+    @property
+    def ranked(self) -> bool:
+        """Whether it has a rank; one of 0 is that of a component that was left out."""
+        return self.rank > 0 or self.kind in FACTORS
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Whole tensors that a file holds beside its components, as a header tells them."""
+
+    kind: str  # as in :class:`.keys.Loose`
+    name: str
+    tensors: int
+    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -92,16 +115,28 @@ def inspect_header(header: Header) -> tuple[list[ComponentInfo], dict[str, str]]
     return infos, header.metadata
 
 
+def beside_components(header: Header) -> tuple[Beside, ...]:
+    """What no component has a place for; whatever nobody can tell the meaning of comes last."""
+    found = [one for one in header.parsed.loose if one.kind != "unknown"]
+    left = [key for one in header.parsed.loose if one.kind == "unknown" for key in one.keys]
+    left += header.parsed.strays
+    found += [Loose("unknown", key, (key,)) for key in left]
+    return tuple(
+        Beside(one.kind, one.name, len(one.keys), sum(header[key].nbytes for key in one.keys))
+        for one in found
+    )
+
+
 def load(path: str | os.PathLike[str]) -> LoRAFile:
     """Tensors and metadata of a LoRA file, in memory: whatever becomes of the file, they stay.
 
     An alpha that diffusers told in the metadata alone is among the tensors, as any loader reads it.
     Raises LoRAFileError for anything unreadable, for parts that do not fit together, for a file
-    that is changed while it is read, and for an AdaLoRA.
+    that is changed while it is read, and for what no loader can read: an AdaLoRA, an IA³.
     """
     header = read_header(path)
     _components(header, {})
-    check_two_factors(header)
+    check_readable(header)
     told = alphas_of(header)
     with TensorFile(header) as file:
         state = file.all()
@@ -111,8 +146,11 @@ def load(path: str | os.PathLike[str]) -> LoRAFile:
     return LoRAFile(state, header.metadata)
 
 
-def check_two_factors(header: Header) -> None:
-    """Raises LoRAFileError for an AdaLoRA, whose file does not hold all that its update takes."""
+def check_readable(header: Header) -> None:
+    """Raises LoRAFileError for an IA³, which has nothing to add, and for an AdaLoRA, whose file
+    does not hold all that its update takes."""
+    if not header.parsed.pairs and header.parsed.others.keys() == {"ia3"}:
+        raise LoRAFileError(f"{header.path} is no LoRA but {other_than_a_lora(header.entries)}.")
     found = next((pair for pair in header.parsed.pairs if pair.diagonal), None)
     if found is not None:
         raise LoRAFileError(
@@ -140,6 +178,22 @@ def alphas_of(header: Header) -> dict[str, float]:
 def component_keys(keys: Mapping[str, Any]) -> list[str]:
     """Keys of the components in a state or header, without suffix."""
     return [key.removesuffix(DOWN) for key in keys if key.endswith(DOWN)]
+
+
+def unused_alphas(parsed: ParsedKeys, shapes: Mapping[str, Sequence[int]]) -> set[str]:
+    """Keys of alphas that scale nothing, and may be any number: LyCORIS writes an infinite one
+    beside a LoKr of two whole matrices.
+
+    ``shapes``: of the tensors, by key.
+    """
+    found = {key for key in parsed.unknown if key.endswith(ALPHA)}
+    found |= {p.alpha for p in parsed.pairs if p.alpha and not shapes[p.down][0]}
+    for kind in ("difference", "norm", "ia3"):
+        found |= {name + ALPHA for name in parsed.others.get(kind, {})}
+    for name, keys in parsed.others.get("lokr", {}).items():
+        if {name + ".lokr_w1", name + ".lokr_w2"} <= {*keys}:
+            found.add(name + ALPHA)
+    return found
 
 
 def check_finite(state: Mapping[str, Tensor], source: str) -> None:
@@ -179,6 +233,11 @@ def _components(header: Header, trained: Mapping[str, Any]) -> list[ComponentInf
         for kind, components in parsed.others.items():
             for name, keys in components.items():
                 infos.append(_other(header, kind, name, keys))
+    except Empty as empty:
+        raise LoRAFileError(
+            f"{header.path} is damaged: {shown_key(name)} has a tensor without numbers "
+            f"({empty.shape}). Copy or download it again."
+        ) from None
     except Mismatch as mismatch:
         raise LoRAFileError(
             f"{header.path} is damaged: the two halves of {shown_key(name)} do not "
@@ -245,11 +304,20 @@ def _kind(pair: Pair, area: int) -> str:
 def _other(header: Header, kind: str, name: str, keys: Sequence[str]) -> ComponentInfo:
     """A component of another kind than two factors; 0 for what its tensors do not tell."""
     _check_alpha(header, name + ALPHA)
-    _check_types(header, [key for key in keys if key != name + ALPHA])
-    product = product_of_kind(kind, {key[len(name) :]: header[key].shape for key in keys})
-    nbytes = sum(header[key].nbytes for key in keys)
+    numbers = [key for key in keys if key not in (name + ALPHA, name + ".on_input")]
+    _check_types(header, numbers)
+    product = product_of_kind(kind, {key[len(name) :]: header[key].shape for key in numbers})
+    if kind == "oft" and any(len(header[key].shape) == 4 for key in numbers):
+        kind = "boft"
     return ComponentInfo(
-        name, product.rank, product.in_features, product.out_features, None, nbytes, kind
+        key=name,
+        rank=product.rank,
+        in_features=product.in_features,
+        out_features=product.out_features,
+        nu=None,
+        nbytes=sum(header[key].nbytes for key in keys),
+        kind=kind,
+        numbers=sum(math.prod(header[key].shape) for key in numbers),
     )
 
 

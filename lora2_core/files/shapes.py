@@ -22,6 +22,14 @@ class Mismatch(ValueError):
         super().__init__(f"{_shown(first)} and {_shown(second)}")
 
 
+class Empty(Mismatch):
+    """A tensor without numbers, where a layer has inputs and outputs."""
+
+    def __init__(self, shape: Shape):
+        super().__init__(shape, ())
+        self.shape = _shown(shape)
+
+
 @dataclass(frozen=True)
 class Product:
     """The change of one weight; 0 for what the shapes do not tell."""
@@ -45,15 +53,15 @@ def product_of_pair(down: Shape, up: Shape, mid: Shape | None = None) -> Product
         inputs *= math.prod(mid[2:])
         if down[0] * inputs > _MOST_NUMBERS:
             raise Mismatch(down, mid)
-    if not inputs or not up[0]:  # a layer without inputs or outputs
-        raise Mismatch(down, up)
+    if not inputs or not up[0]:
+        raise Empty(up if inputs else down)
     return Product(down[0], inputs, up[0])
 
 
 def product_of_kind(kind: str, shapes: Mapping[str, Shape]) -> Product:
     """Of a kind of :data:`.keys.OTHER_ENDINGS`; ``shapes`` by the ending of the key.
 
-    Raises Mismatch, also for a layer without inputs or outputs.
+    Raises Mismatch, and Empty for a layer without inputs or outputs.
     """
     product = _product_of_kind(kind, shapes)
     if kind in ("loha", "lokr", "glora"):
@@ -61,7 +69,7 @@ def product_of_kind(kind: str, shapes: Mapping[str, Shape]) -> Product:
     else:
         empty = any(0 in shape for shape in shapes.values())
     if empty:
-        raise Mismatch(*[*shapes.values(), ()][:2])
+        raise Empty(next((shape for shape in shapes.values() if 0 in shape), ()))
     return product
 
 

@@ -54,6 +54,8 @@ def _draw_title(canvas: Canvas, file: Shown, plan: Layout) -> None:
     ranks = f"mean rank {figures.rank_mean:.1f} · {figures.rank_min} to {figures.rank_max}"
     if figures.rank_min == figures.rank_max:
         ranks = f"rank {figures.rank_max} everywhere"
+    if figures.unranked == figures.count:
+        ranks = f"{figures.count} components without a rank"
     facts = f"{ranks} · {file.nbytes / 1e6:,.2f} MB"
     room = WIDTH - 2 * MARGIN - text_width(facts, 14) - 24
     canvas.text((MARGIN, baseline), fitted(file.name, 17, room), 17)

@@ -17,10 +17,17 @@ from typing import Any
 from PIL import Image
 
 from ..data.pictures import PictureError, decode, open_picture
-from ..files.header import Header, LoRAFileError, read_header
+from ..files.header import Header, LoRAFileError, read_header, shown_key
+from ..files.keys import counted
 from ..files.metadata import headline, is_ours, newer_version, understood_metadata
 from ..files.model_family import Family, guess_family
-from ..files.read import ComponentInfo, alphas_of, inspect_header
+from ..files.read import (
+    Beside,
+    ComponentInfo,
+    alphas_of,
+    beside_components,
+    inspect_header,
+)
 from ..resizing.measure import Measured, measure_file, strongest
 from .canvas import fitted
 from .rank_map import MARGIN, WIDTH
@@ -28,6 +35,7 @@ from .report import rank_picture
 from .summary import fit_middle, rank_table, summarize
 
 _TAGS = 8
+_NAMES = 4  # of what lies beside the components
 _CORNER, _TOP = 64, 24  # px: side of a thumbnail in the rank map, and where it starts
 _LINE = 200  # characters of a value that are shown
 _LARGEST_THUMBNAIL = 1_000_000  # characters of its data URI
@@ -57,6 +65,7 @@ class FileReport:
     family: Family  # of the models that it was made for
     measured: Measured | None = None
     told_alphas: tuple[float, ...] = ()  # the different ones that stand in the metadata alone
+    beside: tuple[Beside, ...] = ()  # what no component has a place for
 
     @property
     def trigger(self) -> str:
@@ -121,6 +130,7 @@ class FileReport:
             "trigger": self.trigger,
             "tags": self.tags,
             "kinds": self.kinds,
+            "beside": [asdict(one) for one in self.beside],
             "alpha": self.alpha,
             "hashes": self.hashes,
             "summary": asdict(summarize(self.components)),
@@ -135,12 +145,13 @@ class FileReport:
         hashes = [f"{self.hashes[key]} ({name})" for name, key in _HASHES.items()
                   if key in self.hashes]  # fmt: skip
         base = [self.family.text, *(known.get(key, "") for key in _BASES)]
-        kinds = ", ".join(f"{count} {kind}" for kind, count in self.kinds.items())
+        kinds = ", ".join(self._kind_texts())
         newer = newer_version(self.metadata)
         told = f"LoRA² {newer}, newer than this pack knows; read as a plain LoRA"
         return [
             ("Format", told if newer else ""),
             ("File", f"{self.nbytes / 1e6:,.2f} MB, {kinds}"),
+            *(("Beside", text) for text in self._beside_lines()),
             ("Trigger", self.trigger),
             ("Tags", ", ".join(self.tags)),
             ("Base", " · ".join(filter(None, base))),
@@ -149,6 +160,35 @@ class FileReport:
             ("Thumbnail", self._about_thumbnail()),
             *(("Hash", text) for text in hashes),
         ]
+
+    def _kind_texts(self) -> list[str]:
+        """Kinds and their numbers; of several also their share of the file."""
+        sizes = Counter[str]()
+        for component in self.components:
+            sizes[component.kind] += component.nbytes
+        alone = len(self.kinds) == 1
+        return [
+            f"{count} {kind}" + ("" if alone else f" ({self._share(sizes[kind])})")
+            for kind, count in self.kinds.items()
+        ]
+
+    def _beside_lines(self) -> list[str]:
+        """What lies beside the components, a line each kind."""
+        lines = []
+        for kind in dict.fromkeys(one.kind for one in self.beside):
+            some = [one for one in self.beside if one.kind == kind]
+            names = [shown_key(one.name) for one in some if one.name]
+            listed = ", ".join(names[:_NAMES]) + (", …" if len(names) > _NAMES else "")
+            tensors, nbytes = sum(o.tensors for o in some), sum(o.nbytes for o in some)
+            lines.append(
+                counted(len(some), kind) + (f": {listed}" if listed else "")
+                + ("" if kind == "unknown" else f"; {counted(tensors, 'tensor')}")
+                + f", {nbytes / 1e3:,.1f} kB, {self._share(nbytes)} of the file"
+            )  # fmt: skip
+        return lines
+
+    def _share(self, nbytes: int) -> str:
+        return f"{100 * nbytes / self.nbytes:.1f} %"
 
     def _about_thumbnail(self) -> str:
         if not self.metadata.get("modelspec.thumbnail"):
@@ -194,9 +234,11 @@ def inspect(path: Path, with_tensors: bool = False, name: str = "") -> FileRepor
         header.file_bytes,
         tuple(components),
         metadata,
-        guess_family({c.key: c.in_features for c in components}, metadata),
+        # The difference of a bias may have the key of factors, and tells no width.
+        guess_family({c.key: c.in_features for c in reversed(components)}, metadata),
         measure_file(path) if with_tensors else None,
         _told_alphas(header),
+        beside_components(header),
     )
 
 
@@ -256,10 +298,10 @@ def side_by_side(reports: Sequence[FileReport]) -> str:
     for one in reports:
         figures = summarize(one.components)
         name = fit_middle(one.name, width)
-        lines.append(
-            f"{name:<{width}}{one.nbytes / 1e6:>10,.2f}{figures.count:>12}"
-            f"{figures.rank_mean:>11.1f}{figures.rank_max:>9}"
-        )
+        ranks = f"{figures.rank_mean:>11.1f}{figures.rank_max:>9}"
+        if figures.unranked == figures.count:
+            ranks = f"{'-':>11}{'-':>9}"
+        lines.append(f"{name:<{width}}{one.nbytes / 1e6:>10,.2f}{figures.count:>12}{ranks}")
     return "\n".join(lines) + "\n"
 
 

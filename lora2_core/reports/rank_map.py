@@ -66,11 +66,18 @@ class Layout:
 
 
 def mean_text(components: Sequence[ComponentInfo]) -> str:
-    """The mean rank with one decimal, or "-" for no components."""
-    if not components:
-        return "-"
-    mean = statistics.fmean(c.rank for c in components)
+    """The mean rank with one decimal; their kind where none has a rank; "-" where that is none."""
+    ranks = [c.rank for c in components if c.ranked]
+    if not ranks:
+        kinds = {short_kind(c) for c in components}
+        return kinds.pop() if len(kinds) == 1 else "-"
+    mean = statistics.fmean(ranks)
     return f"{mean:.1f}" if mean < 9999.5 else short(mean)
+
+
+def short_kind(component: ComponentInfo) -> str:
+    """Of a component without a rank, in at most five characters."""
+    return "diff" if component.kind == "difference" else component.kind[:5]
 
 
 def short(value: float, unit: str = "") -> str:
@@ -195,7 +202,8 @@ def _lay_strips(kinds: dict[str, list[ComponentInfo]], width: int, top: float) -
     labels: list[Label] = []
     y = top
     for name, members in kinds.items():
-        text = f"{name} · {len(members)} · mean rank {mean_text(members)}"
+        mean = "mean rank " if any(c.ranked for c in members) else ""
+        text = f"{name} · {len(members)} · {mean}{mean_text(members)}"
         labels.append(Label(MARGIN, y + 12, text, 13, MUTED))
         y += 20
         for index, component in enumerate(members):

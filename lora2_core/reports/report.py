@@ -31,7 +31,18 @@ from .canvas import (
     ink_on,
     text_width,
 )
-from .rank_map import GUTTER, HALF, MARGIN, PLOT_HEIGHT, WIDTH, Layout, grid_top, layout, short
+from .rank_map import (
+    GUTTER,
+    HALF,
+    MARGIN,
+    PLOT_HEIGHT,
+    WIDTH,
+    Layout,
+    grid_top,
+    layout,
+    short,
+    short_kind,
+)
 from .summary import RankSummary, histogram, summarize
 
 _LEGEND = 290  # px: the scale of colours
@@ -149,7 +160,7 @@ def draw_legend(canvas: Canvas, plan: Layout, scale: Scale, baseline: float) -> 
     """What the colours mean, on one line."""
     canvas.text((MARGIN, baseline), "Rank of each component", 15)
     left, right = WIDTH - MARGIN - 10 - _LEGEND, WIDTH - MARGIN - 10
-    empty = any(not (cell.component and cell.component.rank) for cell in plan.cells)
+    empty = any(not cell.component or _left_out(cell.component) for cell in plan.cells)
     if not any(cell.component and cell.component.rank for cell in plan.cells):
         left = WIDTH - MARGIN
     elif scale.uniform:
@@ -164,11 +175,24 @@ def draw_legend(canvas: Canvas, plan: Layout, scale: Scale, baseline: float) -> 
         for tick in scale_ticks(scale.highest):
             x = left + scale.position(tick) * (right - left)
             canvas.text((x, baseline + 8), short(tick), 11, FAINT, "centre")
+    left -= 0 if left == WIDTH - MARGIN else 32
+    y = baseline if scale.uniform else baseline - 7
     if empty:
-        y = baseline if scale.uniform else baseline - 7
-        start = left - (0 if left == WIDTH - MARGIN else 32) - text_width("left out", 12)
-        canvas.text((start, y), "left out", 12, MUTED)
-        canvas.box((round(start) - 22, y - 12, round(start) - 8, y + 2), None, OUTLINE, 2)
+        left = _draw_key(canvas, (left, y), "left out", None)
+    if any(cell.component and not cell.component.ranked for cell in plan.cells):
+        _draw_key(canvas, (left, y), "of a kind without a rank", HAIRLINE)
+
+
+def _left_out(component: ComponentInfo) -> bool:
+    return component.ranked and not component.rank
+
+
+def _draw_key(canvas: Canvas, right: tuple[float, float], text: str, fill: Colour | None) -> float:
+    """A box and what it means, ending at ``right``; where the next may end."""
+    start, y = right[0] - text_width(text, 12), right[1]
+    canvas.text((start, y), text, 12, MUTED)
+    canvas.box((round(start) - 22, y - 12, round(start) - 8, y + 2), fill, OUTLINE, 2)
+    return start - 40
 
 
 def draw_grid(canvas: Canvas, plan: Layout, scale: Scale) -> None:
@@ -179,28 +203,38 @@ def draw_grid(canvas: Canvas, plan: Layout, scale: Scale) -> None:
         canvas.text((label.x, label.y), label.text, label.size, label.colour, label.align)
     longest = "8" * len(short(scale.highest))
     for cell in plan.cells:
-        left, top, right, bottom = cell.box
-        radius = min(3, (right - left) // 8)
-        if cell.component is None or not cell.component.rank:
+        radius = min(3, (cell.box[2] - cell.box[0]) // 8)
+        if cell.component is None or _left_out(cell.component):
             canvas.box(cell.box, None, OUTLINE, radius)
+            continue
+        if not cell.component.ranked:
+            canvas.box(cell.box, HAIRLINE, OUTLINE, radius)
+            _draw_inside(canvas, cell.box, short_kind(cell.component), MUTED)
             continue
         fill = scale.colour(cell.component.rank)
         canvas.box(cell.box, fill, radius=radius)
-        size = min(12.0, bottom - top - 4, 10 * (right - left - 2) / text_width(longest, 10))
-        if size >= 8:
-            at = ((left + right) / 2, (top + bottom) / 2 + size * 0.35)
-            canvas.text(at, short(cell.component.rank), size, ink_on(fill), "centre")
+        _draw_inside(canvas, cell.box, short(cell.component.rank), ink_on(fill), longest)
+
+
+def _draw_inside(canvas: Canvas, box: Box, text: str, ink: Colour, longest: str = "") -> None:
+    """``text`` in the middle of a cell, where it can be read; of a size that fits ``longest``."""
+    left, top, right, bottom = box
+    size = min(12.0, bottom - top - 4, 10 * (right - left - 2) / text_width(longest or text, 10))
+    if size >= 8:
+        at = ((left + right) / 2, (top + bottom) / 2 + size * 0.35)
+        canvas.text(at, text, size, ink, "centre")
 
 
 def _draw_figures(canvas: Canvas, figures: RankSummary, box: Box) -> None:
     canvas.box(box, SURFACE, radius=6)
     small = figures.nbytes < 1e5
     size, unit = (figures.nbytes / 1e3, "kB") if small else (figures.nbytes / 1e6, "MB")
+    none = figures.unranked == figures.count > 0
     tiles = (
-        ("lowest rank", short(figures.rank_min)),
-        ("median", short(figures.rank_median)),
-        ("mean", short(figures.rank_mean)),
-        ("highest", short(figures.rank_max)),
+        ("lowest rank", "-" if none else short(figures.rank_min)),
+        ("median", "-" if none else short(figures.rank_median)),
+        ("mean", "-" if none else short(figures.rank_mean)),
+        ("highest", "-" if none else short(figures.rank_max)),
         ("components", str(figures.count)),
         ("left out", str(figures.zero_count)),
         ("parameters", short(figures.parameters)),
@@ -218,6 +252,9 @@ def _draw_histogram(
 ) -> None:
     canvas.box(box, SURFACE, radius=6)
     canvas.text((box[0] + 18, box[1] + 27), "Components by rank", 13, MUTED)
+    if components and not any(c.ranked for c in components):
+        canvas.text((box[0] + 18, box[1] + 60), "No component has a rank.", 13, FAINT)
+        return
     bars = histogram(components)
     most = max(1, *(count for *_, count in bars))
     step = min(92.0, (box[2] - box[0] - 36) / len(bars))

@@ -13,7 +13,8 @@ from .rank_map import mean_text, short
 
 @dataclass(frozen=True)
 class RankSummary:
-    """Key figures. Left-out components count as rank 0 in all of them."""
+    """Key figures. Left-out components count as rank 0 in all of them; those of a kind that has no
+    rank (LoKr, OFT, differences) are in none of a rank."""
 
     count: int
     zero_count: int
@@ -23,25 +24,29 @@ class RankSummary:
     rank_max: int
     parameters: int
     nbytes: int
+    unranked: int = 0  # components of kinds without a rank
 
 
 def summarize(components: Sequence[ComponentInfo]) -> RankSummary:
     """The key figures of ``components``; all zero for none."""
-    ranks = [c.rank for c in components] or [0]
+    ranks = [c.rank for c in components if c.ranked] or [0]
     return RankSummary(
         count=len(components),
-        zero_count=sum(c.rank == 0 for c in components),
+        zero_count=sum(c.ranked and c.rank == 0 for c in components),
         rank_min=min(ranks),
         rank_median=float(statistics.median(ranks)),
         rank_mean=statistics.fmean(ranks),
         rank_max=max(ranks),
-        parameters=sum(c.rank * (c.in_features + c.out_features) for c in components),
+        parameters=sum(c.parameters for c in components),
         nbytes=sum(c.nbytes for c in components),
+        unranked=sum(not c.ranked for c in components),
     )
 
 
 def histogram(components: Sequence[ComponentInfo]) -> list[tuple[str, int, int]]:
-    """Bars of label, highest rank and count: 0, 1, 2, 3-4, 5-8, … up to the largest rank."""
+    """Bars of label, highest rank and count: 0, 1, 2, 3-4, 5-8, … up to the largest rank; of
+    components that have one."""
+    components = [c for c in components if c.ranked]
     largest = max((c.rank for c in components), default=0)
     counts = [0] * (max(largest - 1, 0).bit_length() + 1)
     for component in components:
@@ -58,11 +63,11 @@ def rank_table(components: Sequence[ComponentInfo]) -> str:
     """The ranks as monospaced text of at most 100 columns."""
     figures = summarize(components)
     lines = [
-        f"Components   {figures.count}, of which {figures.zero_count} left out (rank 0)",
-        f"Rank         lowest {figures.rank_min}, median {figures.rank_median:g}, "
-        f"mean {figures.rank_mean:.1f}, highest {figures.rank_max}",
+        f"Components   {_counts(figures)}",
+        *_rank_lines(figures),
         f"Parameters   {figures.parameters:,}",
         f"Size         {figures.nbytes / 1e6:,.2f} MB",
+        *_kind_lines(components, figures),
     ]
     blocks, kinds = sort_components(components)
     found = [
@@ -71,11 +76,42 @@ def rank_table(components: Sequence[ComponentInfo]) -> str:
         for column, c in by_column.items()
     ]
     if found:
-        lines += ["", "Mean rank", *_attention_lines(found)]
+        lines += ["", "Mean rank" if any(c.ranked for *_, c in found) else "Kind"]
+        lines += _attention_lines(found)
     if kinds:
         lines += ["", f"{'Other components':<18}{'count':>8}{'mean rank':>12}"]
         lines += [f"{k:<18}{len(c):>8}{mean_text(c):>12}" for k, c in kinds.items()]
     return "\n".join(line.rstrip() for line in [*lines, *_extreme_lines(components)]) + "\n"
+
+
+def _counts(figures: RankSummary) -> str:
+    if figures.unranked == figures.count > 0:
+        return f"{figures.count}, of kinds without a rank"
+    text = f"{figures.count}, of which {figures.zero_count} left out (rank 0)"
+    return f"{text} and {figures.unranked} of kinds without a rank" if figures.unranked else text
+
+
+def _rank_lines(figures: RankSummary) -> list[str]:
+    if figures.unranked == figures.count > 0:
+        return []
+    return [
+        f"Rank         lowest {figures.rank_min}, median {figures.rank_median:g}, "
+        f"mean {figures.rank_mean:.1f}, highest {figures.rank_max}",
+    ]
+
+
+def _kind_lines(components: Sequence[ComponentInfo], figures: RankSummary) -> list[str]:
+    """Size by kind, where there is one without ranks."""
+    if not figures.unranked:
+        return []
+    kinds: dict[str, list[ComponentInfo]] = {}
+    for component in components:
+        kinds.setdefault(component.kind, []).append(component)
+    lines = ["", f"{'Kind':<18}{'count':>8}{'parameters':>14}{'MB':>10}"]
+    for kind, some in kinds.items():
+        numbers, size = sum(c.parameters for c in some), sum(c.nbytes for c in some) / 1e6
+        lines.append(f"{kind:<18}{len(some):>8}{numbers:>14,}{size:>10.3f}")
+    return lines
 
 
 def _attention_lines(found: Sequence[tuple[str, int, ComponentInfo]]) -> list[str]:
@@ -89,9 +125,11 @@ def _attention_lines(found: Sequence[tuple[str, int, ComponentInfo]]) -> list[st
 
 
 def _extreme_lines(components: Sequence[ComponentInfo]) -> list[str]:
-    if len({c.rank for c in components}) <= 1:
-        return ["", f"Every component has rank {components[0].rank}."] if components else []
-    ordered = sorted(components, key=lambda c: -c.rank)  # stable: ties stay in the file's order
+    ranked = [c for c in components if c.ranked]
+    if len({c.rank for c in ranked}) <= 1:
+        which = "Every component" + (" with a rank" if len(ranked) < len(components) else "")
+        return ["", f"{which} has rank {ranked[0].rank}."] if ranked else []
+    ordered = sorted(ranked, key=lambda c: -c.rank)  # stable: ties stay in the file's order
     if len(ordered) <= 20:
         parts = {"All components": ordered}
     else:

@@ -197,23 +197,25 @@ def choose_exactly(
     limit: int,
     min_rank: int = 1,
     option: str = "target_megabytes",
+    beside: Mapping[str, TensorShape] | None = None,
 ) -> list[int]:
     """Ranks whose file takes at most ``allowed`` bytes, as close to it as they come.
 
     ``metadata_at``: the metadata of a file of given ranks; ``limit``: what a person asked for, and
-    ``option`` what that is called. Raises LoRAFileError when not even one rank of one component
-    fits.
+    ``option`` what that is called; ``beside``: tensors that the file holds whatever the ranks.
+    Raises LoRAFileError when not even one rank of one component fits.
     """
+    others = dict(beside or {})
 
     def size(ranks: Sequence[int]) -> int:
-        shapes: dict[str, TensorShape] = {}
+        shapes = dict(others)
         for part, rank in zip(parts, ranks, strict=True):
             shapes |= part.shapes(rank)
         return encoded_bytes(shapes, metadata_at(ranks))
 
     # The bytes beside the components, as many as they can get.
     largest = [part.rank for part in parts]
-    frame = encoded_bytes({}, metadata_at(largest)) + 16
+    frame = encoded_bytes(others, metadata_at(largest)) + 16
     available, best = allowed - frame, None
     for _ in range(_ROUNDS):
         ranks = choose_ranks(parts, available, min_rank)
@@ -227,12 +229,29 @@ def choose_exactly(
             break
     if best is None or not any(best[1]):
         least = min((p.costs[1] for p in parts if p.rank), default=0) + frame
-        raise LoRAFileError(
-            f"Nothing was written: a file of {limit / 1e6:.4g} MB has no room for a single "
-            f"component, whose metadata alone takes {frame / 1e6:.4g} MB. Choose "
-            f"{option} of at least {(limit - allowed + least) / 1e6:.4g}."
-        )
+        least += limit - allowed
+        raise _no_room(limit, least, frame, sum(map(tensor_bytes, others.values())), option)
     return best[1]
+
+
+def _no_room(limit: int, least: int, frame: int, held: int, option: str) -> LoRAFileError:
+    """All in bytes; ``frame``: of all but the components, of which ``held`` are tensors."""
+    alone = f"whose metadata alone takes {frame / 1e6:.4g} MB"
+    if held:
+        alone = (
+            f"since what has no ranks to cut takes {held / 1e6:.4g} MB and the metadata "
+            f"{(frame - held) / 1e6:.4g} MB"
+        )
+    return LoRAFileError(
+        f"Nothing was written: a file of {limit / 1e6:.4g} MB has no room for a single component, "
+        f"{alone}. Choose {option} of at least {_rounded_up(least):.4g}."
+    )
+
+
+def _rounded_up(nbytes: int) -> float:
+    """Megabytes with the four digits that are shown, so that what is asked for suffices."""
+    digits = 10.0 ** (math.floor(math.log10(nbytes)) - 3)
+    return math.ceil(nbytes / digits) * digits / 1e6
 
 
 def _header_bytes(outline: Outline, rank: int, file_end: int) -> int:

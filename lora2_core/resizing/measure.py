@@ -12,7 +12,8 @@ from pathlib import Path
 
 from ..files.component import decompose
 from ..files.encode import encoded_bytes
-from ..files.header import LoRAFileError, TensorShape
+from ..files.header import LoRAFileError
+from ..files.keys import counted
 from .choice import Part, kept_energy, part_of, ranks_for_energy
 from .source import LoRASource
 
@@ -45,7 +46,7 @@ class Measured:
     @property
     def not_measured(self) -> str:
         """For a person; empty where all was."""
-        kinds = ", ".join(f"{count} {kind}" for kind, count in self.left)
+        kinds = ", ".join(counted(count, kind) for kind, count in self.left)
         return f"Not measured: {kinds}." if kinds else ""
 
     @property
@@ -78,10 +79,10 @@ def measure_file(path: Path) -> Measured:
             beside = source.extra(key)  # a DoRA's magnitudes stay as they are
             parts.append(part_of(whole, source.nbytes, decomposed=True, beside=beside))
         source.check_unchanged()
-        metadata = source.metadata
+        metadata, beside = source.metadata, source.beside
     total = sum(sum(part.energies) for part in parts)
     ranks = ranks_for_energy(parts, _ALMOST_ALL) if total else [0] * len(parts)
-    shapes: dict[str, TensorShape] = {}
+    shapes = dict(beside)  # what has no ranks stays
     for part, rank in zip(parts, ranks, strict=True):
         shapes |= part.shapes(rank)
     return Measured(

@@ -9,7 +9,7 @@ from pathlib import Path
 from ..config.load import Limits
 from ..files.decode import in_our_layout
 from ..files.header import LoRAFileError
-from ..files.read import LoRAFile, check_finite, load
+from ..files.read import LoRAFile, check_finite, load, unused_alphas
 from .shrink import shrink
 
 _COUNT = 8
@@ -51,13 +51,14 @@ class LoRACache:
 
 def _read(path: Path) -> LoRAFile:
     file = load(path)
-    check_finite(file.state, str(path))
+    unused = unused_alphas(file.parsed, {key: t.shape for key, t in file.state.items()})
+    check_finite({key: t for key, t in file.state.items() if key not in unused}, str(path))
     try:
         ours = in_our_layout(file)
     except ValueError as error:
         raise LoRAFileError(f"{path} is damaged: {error}") from None
     if ours is not file:
-        check_finite(ours.state, str(path))
+        check_finite({k: t for k, t in ours.state.items() if k not in unused}, str(path))
     return ours
 
 

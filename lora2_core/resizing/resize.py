@@ -19,13 +19,19 @@ from ..config.load import Limits
 from ..files.component import Component, decompose_quickly, singular_values, within_bounds
 from ..files.decode import factor_tensors
 from ..files.encode import STORED_ALPHA, encoded_bytes
-from ..files.header import LoRAFileError, TensorShape, shown_key
-from ..files.metadata import ADAPTER, VERSION, listing_entry, understood_metadata, with_listing
+from ..files.header import LoRAFileError, shown_key
+from ..files.metadata import (
+    VERSION,
+    listing_entry,
+    understood_metadata,
+    with_listing,
+    without_old_ranks,
+)
 from ..files.write import writing
 from .choice import Outline, Part, choose_exactly, kept_energy, part_of, part_of_values
 from .shrink import ranks_within
-from .source import Addend, LoRASource, Source, Sum
-from .stream import Planned, write_stream
+from .source import Addend, LoRASource, Source, Sum, check_can_be_cut
+from .stream import Beside, Planned, write_stream
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,7 @@ class Resized:
     ranks_after: tuple[int, ...]  # of the same components
     kept: float  # share of Σ‖ΔW‖²; below 0 where it is further from ΔW than nothing would be
     ignored: tuple[str, ...] = ()  # keys of no known kind, which the new file has no place for
+    beside: tuple[str, ...] = ()  # sentences on what there is beside the factors
 
     @property
     def error(self) -> float:
@@ -55,7 +62,8 @@ class Resized:
         return (
             f"{self.path.name}: {self.before / 1e6:.2f} → {self.after / 1e6:.2f} MB, mean rank "
             f"{before:.1f} → {after:.1f}{gone}; {100 * self.kept:.2f} % of the energy is kept "
-            f"(relative error {self.error:.4f}).{self._not_written}"
+            f"(relative error {self.error:.4f}).{''.join(f' {one}' for one in self.beside)}"
+            f"{self._not_written}"
         )
 
     @property
@@ -75,6 +83,7 @@ def resize_file(source: Path, target: Path, limits: Limits, new: bool = False) -
     there is something at ``target`` by then; that is then as it was.
     """
     with LoRASource(source) as opened:
+        check_can_be_cut(opened)
         about = {"from": source.name, "hash": opened.metadata.get("sshs_model_hash", "")}
         known = _titled(understood_metadata(opened.metadata), target)
         work = _Work(opened, limits, known, "lora2.resize", about)
@@ -109,7 +118,7 @@ def merge_files(
         whole = Sum([a for a in addends if a.weight])
         work = _Work(whole, limits, _titled(_joined(opened), target), "lora2.merge", about)
         before = sum(source.nbytes for source in opened)
-        ignored = [key for source in opened for key in source.ignored]
+        ignored = [key for source in opened for key in source.ignored] + whole.ignored
         return work.result(target, before, work.write(target, new), ignored)
 
 
@@ -133,6 +142,8 @@ class _Work:
         self._stored: list[int] = []
         for key in source.keys:
             component = source.component(key)
+            if source.keeps_whole(key, component):
+                continue
             self._stored.append(component.rank)
             self._parts.append(self._part(within_bounds(component)))
         self.ranks = self._choose()
@@ -149,15 +160,18 @@ class _Work:
 
     def result(self, target: Path, before: int, after: int, ignored: Sequence[str] = ()) -> Resized:
         kept, ranks = kept_energy(self._parts, self.ranks), tuple(self.ranks)
-        return Resized(target, before, after, tuple(self._stored), ranks, kept, tuple(ignored))
+        told = tuple(self._source.told_beside())
+        stored = tuple(self._stored)
+        return Resized(target, before, after, stored, ranks, kept, tuple(ignored), told)
 
     def write(self, target: Path, new: bool) -> int:
-        if not any(sum(part.energies) for part in self._parts):
+        some = any(sum(part.energies) for part in self._parts)
+        if not some and not self._source.changes_beside():
             raise LoRAFileError(
                 f"{target.name} was not written: it would change nothing. Choose another LoRA, or "
                 "weights that do not cancel."
             )
-        if not any(self.ranks):
+        if some and not any(self.ranks):
             raise LoRAFileError(
                 f"{target.name} was not written: nothing is left of the LoRA; keep more of it."
             )
@@ -168,7 +182,8 @@ class _Work:
         ]
         metadata = self._metadata_at(self.ranks)
         unchanged = self._source.check_unchanged
-        return write_stream(target, planned, metadata, self._tensors, new, unchanged)
+        beside = Beside(self._source.beside, self._source.tensor)
+        return write_stream(target, planned, metadata, self._tensors, new, unchanged, beside)
 
     def _part(self, component: Component) -> Part:
         file_end, beside = self._source.nbytes + 10**6, self._source.extra(component.name)
@@ -190,10 +205,11 @@ class _Work:
         if self.copies(ranks) or self._bytes(ranks) <= limit:
             return ranks
         kept = [part.first(rank) for part, rank in zip(self._parts, ranks, strict=True)]
-        return choose_exactly(kept, self._metadata_at, limit, limit, option="megabytes")
+        beside = self._source.beside
+        return choose_exactly(kept, self._metadata_at, limit, limit, 1, "megabytes", beside)
 
     def _bytes(self, ranks: Sequence[int]) -> int:
-        shapes: dict[str, TensorShape] = {}
+        shapes = dict(self._source.beside)
         for part, rank in zip(self._parts, ranks, strict=True):
             shapes |= part.shapes(rank)
         return encoded_bytes(shapes, self._metadata_at(ranks))
@@ -227,7 +243,7 @@ class _Work:
             }
         changed = {self._name: json.dumps(about)}
         if "lora2.mean_rank" in self._metadata:
-            changed["lora2.mean_rank"] = f"{sum(ranks) / len(ranks):.3f}"
+            changed["lora2.mean_rank"] = f"{sum(ranks) / max(len(ranks), 1):.3f}"
         changed |= {"ss_network_dim": "Dynamic", "ss_network_alpha": str(STORED_ALPHA)}
         entries = {
             o.key: listing_entry(o.nu, rank, o.in_features, o.out_features)
@@ -245,8 +261,7 @@ def _titled(metadata: Mapping[str, str], target: Path) -> dict[str, str]:
     """``metadata`` under the name of the new file, where it has one."""
     names = {"ss_output_name": target.stem, "modelspec.title": target.stem}
     titled = {**metadata, **{name: text for name, text in names.items() if name in metadata}}
-    titled.pop(ADAPTER, None)  # of the old factors: alpha is in the tensors now
-    return titled
+    return without_old_ranks(titled)
 
 
 def _joined(sources: Sequence[LoRASource]) -> dict[str, str]:

@@ -15,7 +15,7 @@ from ..config.load import Limits
 from ..files.component import decompose_quickly, within_bounds
 from ..files.decode import component_of, put_component
 from ..files.header import LoRAFileError
-from ..files.keys import Pair
+from ..files.keys import Pair, counted
 from ..files.read import LoRAFile
 from .choice import Part, choose_ranks, part_of, ranks_for_energy
 
@@ -42,9 +42,32 @@ def shrink(file: LoRAFile, limits: Limits) -> LoRAFile:
         ranks = _within_bytes(kept, limits.megabytes, _bytes_beside(state, pairs))
     out = dict(state)
     for pair, component, rank in zip(pairs, components, ranks, strict=True):
+        if pair.dora_scale and not state[pair.up].any():
+            continue  # its magnitudes change the weight all the same
         if rank < state[pair.down].shape[0] or svd or limits.megabytes is not None:
             put_component(out, pair, component.first(rank))
+    if pairs and not file.parsed.others and not any(pair.down in out for pair in pairs):
+        one = pairs[0]  # of rank 0: whoever loads it knows why there is nothing to patch
+        out |= {one.down: state[one.down][:0], one.up: state[one.up][:, :0]}
     return file.with_state(out)
+
+
+def left_whole(file: LoRAFile, limits: Limits) -> str:
+    """For a person: what ``limits`` do not reach in ``file``, by kind and number; empty where
+    there is nothing of that kind, or nothing is limited."""
+    options = {
+        "max_rank": limits.max_rank,
+        "keep_energy": None if limits.energy == 1 else limits.energy,
+        "megabytes": limits.megabytes,
+    }
+    asked = [name for name, value in options.items() if value is not None]
+    kinds = {kind: len(some) for kind, some in file.parsed.others.items() if kind != "ia3"}
+    if limits.nothing or not kinds:
+        return ""
+    told = " and ".join(counted(count, kind) for kind, count in kinds.items())
+    verb = "is" if sum(kinds.values()) == 1 else "are"
+    cut = "cuts" if len(asked) == 1 else "cut"
+    return f"{told} {verb} loaded whole: {' and '.join(asked)} {cut} pairs of factors alone."
 
 
 def ranks_within(parts: Sequence[Part], limits: Limits) -> list[int]:
@@ -69,9 +92,10 @@ def _within_bytes(parts: Sequence[Part], megabytes: float, beside: int) -> list[
     ranks = choose_ranks(parts, available)
     if not any(ranks):
         least = beside + min(part.costs[1] for part in parts if part.rank)
+        uncut = f" beside the {beside / 1e6:.4g} MB that have no ranks to cut" if beside else ""
         raise LoRAFileError(
-            f"megabytes is {megabytes:g}, which has no room for a single component of this LoRA; "
-            f"choose at least {math.ceil(least / 1e2) / 1e4:g}."
+            f"megabytes is {megabytes:g}, which has no room for a single component of this LoRA"
+            f"{uncut}; choose at least {math.ceil(least / 1e2) / 1e4:g}."
         )
     return ranks
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -12,16 +12,22 @@ from torch import Tensor
 
 from ..files.component import Component, sum_of
 from ..files.decode import as_dora_scale, component_of
-from ..files.header import Header, LoRAFileError, read_header, shown_key
-from ..files.keys import DORA_SCALE, Pair
+from ..files.header import Header, LoRAFileError, TensorShape, read_header, shown_key
+from ..files.keys import ALPHA, DORA_SCALE, DOWN, FACTORS, UP, Pair, counted
 from ..files.kohya_names import in_one_style, kohya_name
 from ..files.raw.tensors import TensorFile
-from ..files.read import alphas_of, check_finite, check_two_factors, inspect_header
+from ..files.read import (
+    alphas_of,
+    check_finite,
+    check_readable,
+    inspect_header,
+    unused_alphas,
+)
+from .beside import SumBeside, kept_keys, sets, shape_of, slots_of, told
 
-_UNCUT = {  # kinds that have no columns to cut or to put side by side
-    "loha": "LoHa", "lokr": "LoKr", "glora": "GLoRA", "oft": "OFT",
-    "difference": "full differences", "norm": "norms",
-}  # fmt: skip
+# By these ComfyUI tells the LoRAs that Flux' makers gave away for depth and edges: they double
+# the inputs of img_in.
+_FLUX_TOOLS = {"img_in.lora_A.weight", "single_blocks.0.norm.key_norm.scale"}
 
 
 class Source(Protocol):
@@ -39,8 +45,30 @@ class Source(Protocol):
 
     def component(self, key: str) -> Component: ...
 
+    def keeps_whole(self, key: str, component: Component) -> bool:
+        """Whether the component of ``key`` goes, from now on, into the file to be as it is: a DoRA
+        whose factors are 0, since its magnitudes change the weight all the same."""
+        ...
+
     def extra(self, key: str) -> dict[str, Tensor]:
         """Tensors beside the factors, by their ending."""
+        ...
+
+    @property
+    def beside(self) -> Mapping[str, TensorShape]:
+        """Tensors that are no two factors and go with them into the file to be, by their key."""
+        ...
+
+    def tensor(self, key: str) -> Tensor:
+        """One of :attr:`beside`."""
+        ...
+
+    def changes_beside(self) -> bool:
+        """Whether any of it changes a weight of a model."""
+        ...
+
+    def told_beside(self) -> list[str]:
+        """Sentences on it, for a person."""
         ...
 
     def check_unchanged(self) -> None:
@@ -51,30 +79,37 @@ class Source(Protocol):
 class LoRASource:
     """One file. The tensors of a component are read when it is asked for.
 
-    ``partly``: only its components of two factors; :attr:`left` counts the others by their kind.
-    Raises LoRAFileError for a file that is unreadable, or whose LoRA is not of two factors, and
-    once it has been changed.
+    ``partly``: whatever it holds; :attr:`left` counts what has no columns by its kind. Raises
+    LoRAFileError for a file that is unreadable, or that can only be loaded as it is, and once it
+    has been changed.
     """
 
     def __init__(self, path: Path, partly: bool = False):
         self.path = path
         self.header = read_header(path)
         infos, self.metadata = inspect_header(self.header)
-        self._nu = {info.key: info.nu for info in infos}
+        self._nu = {info.key: info.nu for info in infos if info.kind in FACTORS}
         parsed = self.header.parsed
         if not partly:
-            _check_whole(self.header)
+            _check_sizes_stay(self.header)
+            check_readable(self.header)
         pairs = [pair for pair in parsed.pairs if not (pair.reshape or pair.diagonal)]
-        self.left = {_UNCUT[kind]: len(components) for kind, components in parsed.others.items()}
+        self.left = {kind: len(components) for kind, components in parsed.others.items()}
         adaptive = sum(pair.diagonal is not None for pair in parsed.pairs)
         reshaping = len(parsed.pairs) - len(pairs) - adaptive
         self.left |= {"AdaLoRA": adaptive} if adaptive else {}
         self.left |= {"that change a layer's shape": reshaping} if reshaping else {}
-        self.ignored = parsed.unknown  # keys that no component has a place for
+        self.ignored = parsed.strays  # keys that mean nothing beside other factors
         self._alphas = alphas_of(self.header)
         self._pairs = {kohya_name(pair.name): pair for pair in pairs}
-        if len(self._pairs) < len(pairs):
+        beside = kept_keys(parsed)
+        ours = {key + end for key in self._pairs for end in (DOWN, UP, ALPHA, DORA_SCALE)}
+        if len(self._pairs) < len(pairs) or ours & {*beside}:
             raise LoRAFileError(f"{path} is damaged: it names a component twice.")
+        self.beside = {key: shape_of(self.header, key) for key in beside}
+        shapes = {key: entry.shape for key, entry in self.header.entries.items()}
+        self._aside = 0  # components that are kept as they are
+        self._unused = unused_alphas(parsed, shapes)
         self._file = TensorFile(self.header)
 
     def __enter__(self) -> LoRASource:
@@ -94,6 +129,12 @@ class LoRASource:
         return list(self._pairs)
 
     @property
+    def names(self) -> list[str]:
+        """Kohya keys of all that can be added: of components, and of layers with differences."""
+        slots = [kohya_name(name) for name, _ in slots_of(self.header.parsed)]
+        return list(dict.fromkeys([*self._pairs, *slots]))
+
+    @property
     def nbytes(self) -> int:
         return self.header.file_bytes
 
@@ -102,8 +143,7 @@ class LoRASource:
 
     def component(self, key: str) -> Component:
         pair = self._pairs[key]
-        state = {name: self._file.tensor(name) for name in pair.keys}
-        check_finite(state, str(self.path))
+        state = {name: self.read(name) for name in pair.keys}
         try:
             component = component_of(state, pair, key, self.metadata, self._alphas.get(pair.name))
         except ValueError as error:
@@ -111,12 +151,45 @@ class LoRASource:
         check_finite({pair.down: component.lora_down, pair.up: component.lora_up}, str(self.path))
         return component if pair.nu is not None else replace(component, nu=self._nu[pair.name])
 
+    def read(self, key: str) -> Tensor:
+        """A tensor of the file, as it is; it is finite, but for an alpha that scales nothing."""
+        tensor = self._file.tensor(key)
+        if key not in self._unused:
+            check_finite({key: tensor}, str(self.path))
+        return tensor
+
+    def tensor(self, key: str) -> Tensor:
+        return self.read(key)
+
+    def changes_beside(self) -> bool:
+        parsed = self.header.parsed
+        if self._aside or parsed.others.keys() - {"difference", "norm"}:
+            return True
+        return any(
+            sets(slot) or bool(self.read(key).double().any())
+            for slot, key in slots_of(parsed).items()
+        )
+
+    def told_beside(self) -> list[str]:
+        kept = told(self.header.parsed)
+        kept += [f"{self._aside} DoRA of magnitudes alone"] if self._aside else []
+        return [f"Kept as they are: {', '.join(kept)}."] if kept else []
+
+    def keeps_whole(self, key: str, component: Component) -> bool:
+        pair = self._pairs[key]
+        zero = not (component.lora_down.any() and component.lora_up.any())
+        if pair.dora_scale is None or not component.rank or not zero:
+            return False
+        del self._pairs[key]
+        self._aside += 1
+        self.beside |= {name: shape_of(self.header, name) for name in pair.keys}
+        return True
+
     def extra(self, key: str) -> dict[str, Tensor]:
         name = self._pairs[key].dora_scale
         if name is None:
             return {}
-        magnitudes = self._file.tensor(name)
-        check_finite({name: magnitudes}, str(self.path))
+        magnitudes = self.read(name)
         known = name.endswith(DORA_SCALE)
         return {DORA_SCALE: (magnitudes if known else as_dora_scale(magnitudes)).float()}
 
@@ -129,22 +202,31 @@ class LoRASource:
         self._file.check_unchanged()
 
 
-def _check_whole(header: Header) -> None:
-    """Raises LoRAFileError where a file holds more than two factors a component."""
-    path, parsed = header.path, header.parsed
-    if parsed.others:
-        kinds = ", ".join(_UNCUT[kind] for kind in parsed.others)
-        raise LoRAFileError(
-            f"{path} holds {kinds}, which have no ranks to cut or to add; choose a LoRA whose "
-            "components are two factors."
-        )
+def _check_sizes_stay(header: Header) -> None:
+    """Raises LoRAFileError where a file makes a layer larger; ComfyUI tells some by two keys."""
+    parsed = header.parsed
     reshaped = next((pair.name for pair in parsed.pairs if pair.reshape), None)
+    if header.entries.keys() >= _FLUX_TOOLS:
+        reshaped = "img_in"
     if reshaped:
         raise LoRAFileError(
-            f"{path} changes the shape of {shown_key(reshaped)}; such a LoRA can only be loaded "
-            "as it is."
+            f"{header.path} changes the shape of {shown_key(reshaped)}; such a LoRA can only be "
+            "loaded as it is."
         )
-    check_two_factors(header)
+
+
+def check_can_be_cut(source: LoRASource) -> None:
+    """Raises LoRAFileError where nothing in a file has columns to cut."""
+    if not source.keys:
+        raise _nothing_to_cut(source, source.header.parsed.others)
+
+
+def _nothing_to_cut(source: LoRASource, kinds: Iterable[str]) -> LoRAFileError:
+    called = ", ".join(counted(2, kind).removeprefix("2 ") for kind in kinds)
+    return LoRAFileError(
+        f"{source.path} holds {called}, which have no ranks to cut or to add; choose a LoRA whose "
+        "components are two factors."
+    )
 
 
 @dataclass(frozen=True)
@@ -161,22 +243,23 @@ class Sum:
     def __init__(self, addends: Sequence[Addend]):
         self._addends = addends
         for addend in addends:
-            dora = [key for key in addend.source.keys if addend.source.pair(key).dora_scale]
-            if dora:
-                raise LoRAFileError(
-                    f"{addend.source.path} is a DoRA, whose magnitudes cannot be added to another "
-                    "LoRA; load it beside the others instead."
-                )
+            _check_can_be_added(addend.source)
         try:
-            styled = in_one_style({str(a.source.path): a.source.keys for a in addends})
+            styled = in_one_style({str(a.source.path): a.source.names for a in addends})
         except ValueError as error:
             raise LoRAFileError(str(error)) from None
         self._holders: dict[str, list[tuple[Addend, str]]] = {}
         for addend in addends:
-            for key, common in styled[str(addend.source.path)].items():
-                self._holders.setdefault(common, []).append((addend, key))
+            common = styled[str(addend.source.path)]
+            for key in addend.source.keys:
+                self._holders.setdefault(common[key], []).append((addend, key))
         for key, holders in self._holders.items():
             _check_alike(key, holders)
+        factors = {key: [a.source.path for a, _ in some] for key, some in self._holders.items()}
+        files = [(addend.source, addend.weight) for addend in addends]
+        self._beside = SumBeside(files, styled, factors)
+        self.beside = self._beside.shapes
+        self.ignored = self._beside.ignored
 
     @property
     def keys(self) -> list[str]:
@@ -193,9 +276,32 @@ class Sum:
     def extra(self, key: str) -> dict[str, Tensor]:
         return {}
 
+    def keeps_whole(self, key: str, component: Component) -> bool:
+        return False
+
+    def tensor(self, key: str) -> Tensor:
+        return self._beside.tensor(key)
+
+    def changes_beside(self) -> bool:
+        return self._beside.changes()
+
+    def told_beside(self) -> list[str]:
+        return self._beside.told()
+
     def check_unchanged(self) -> None:
         for addend in self._addends:
             addend.source.check_unchanged()
+
+
+def _check_can_be_added(source: LoRASource) -> None:
+    dora = [key for key in source.keys if source.pair(key).dora_scale]
+    if dora:
+        raise LoRAFileError(
+            f"{source.path} is a DoRA, whose magnitudes cannot be added to another LoRA; load it "
+            "beside the others instead."
+        )
+    if others := source.header.parsed.others.keys() - {"difference", "norm"}:
+        raise _nothing_to_cut(source, sorted(others))
 
 
 def _check_alike(key: str, holders: Sequence[tuple[Addend, str]]) -> None:

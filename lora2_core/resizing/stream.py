@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,6 +26,14 @@ from ..files.header import TensorShape, in_file_order, tensor_bytes, tensor_entr
 from ..files.keys import DOWN, UP
 from ..files.write import writing
 from .choice import Outline
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Tensors that are of no component: types and shapes by key, and how to come by each."""
+
+    shapes: Mapping[str, TensorShape]
+    tensor: Callable[[str], Tensor]
 
 
 class Planned:
@@ -46,15 +55,18 @@ def write_stream(
     tensors_of: Callable[[Planned], tuple[Tensor, Tensor]],
     new: bool = False,
     check: Callable[[], None] = lambda: None,
+    beside: Beside | None = None,
 ) -> int:
     """Write a LoRA file whole or not at all; its size in bytes.
 
     ``tensors_of``: (down, up) of one component, asked for once each, in the order of the file.
     ``new``: nothing is replaced. ``check`` is asked before the file gets its name; where it raises,
-    there is none. Raises LoRAFileError for a full or closed disk, and NameTaken as
+    there is none. ``beside``: what the file holds besides, each asked for
+    once, too. Raises LoRAFileError for a full or closed disk, and NameTaken as
     :func:`..files.atomic.replacing` does.
     """
-    shapes = in_file_order({key: shape for one in planned for key, shape in one.shapes.items()})
+    every = {key: shape for one in planned for key, shape in one.shapes.items()}
+    shapes = in_file_order(every | dict(beside.shapes if beside else {}))
     owners = {key: one for one in planned for key in one.shapes}
     size = encoded_bytes(shapes, metadata)
     length = size - sum(map(tensor_bytes, shapes.values()))
@@ -62,7 +74,7 @@ def write_stream(
     with writing(path, size, new) as file:
         file.write(bytes(length))
         position = library_header_bytes(shapes, metadata)
-        for data in _data(list(shapes), owners, tensors_of):
+        for data in _data(list(shapes), owners, tensors_of, beside):
             file.write(data)
             whole.update(data)
             start, end = (min(max(edge - position, 0), len(data)) for edge in KOHYA_WINDOW)
@@ -83,10 +95,14 @@ def _data(
     order: Sequence[str],
     owners: Mapping[str, Planned],
     tensors_of: Callable[[Planned], tuple[Tensor, Tensor]],
+    beside: Beside | None,
 ) -> Iterator[memoryview]:
     """The bytes of every tensor in turn; both factors of a component lie side by side."""
     held: tuple[str, Tensor] | None = None
     for key in order:
+        if beside is not None and key in beside.shapes:
+            yield bytes_of(beside.tensor(key))
+            continue
         one = owners[key]
         end = key[len(one.outline.key) :]
         if end == DOWN:

@@ -17,7 +17,7 @@ _FOLDERS = re.compile(_START + r"(?:[^\s/\\:*?\"'<>|]+[/\\])+")
 # The same up to the end of quotes or brackets, or to the name of a file: blanks may be in it, too.
 _BLANKS = _START + r"(?:[^/\\:*?\"'<>|()\n]+[/\\])+"
 _QUOTED = re.compile(_BLANKS + r"(?=[^/\\\n\"'()]*[\"')])")
-_OF_A_FILE = re.compile(_BLANKS + r"(?=[^/\\:*?\"'<>|\n]{1,200}?\.(?:safetensors|json|png)\b)")
+_OF_A_FILE = re.compile(_BLANKS + r"(?=[^/\\:*?\"'<>|\n]{1,200}?\.(?:safetensors|sft|json|png)\b)")
 _LONGEST = 10_000  # characters of a text that are looked at
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from ...lora2_core import lora_file
-from ...lora2_core.files.header import LoRAFileError
+from ...lora2_core.files.header import LoRAFileError, shown_key
 from ...lora2_core.files.read import ComponentInfo
 from ...lora2_core.jobs.queue import Entry
 from ...lora2_core.jobs.sampling import SampleEvent
@@ -30,6 +30,7 @@ from .watch import Curves, JobWatch, Look, MapCell, map_cells
 
 HISTORY_POINTS, EVENT_POINTS, LOG_LINES = 2000, 50, 100
 ADDRESS = "/lora2/jobs"
+_BESIDE = 100  # things that lie beside a file's components
 _MESSAGE, _ERROR, _LINE = 500, 2000, 500  # characters that are sent at most
 # Only what is known to tell nothing of its maker's machine: files of others hold their folders.
 _SHOWN = re.compile(
@@ -161,9 +162,16 @@ def job_components(look: Look, nus: Sequence[float | None]) -> list[dict[str, An
 
 def file_components(components: Sequence[ComponentInfo]) -> list[dict[str, Any]]:
     """The components of a file in the order of the screen."""
-    by_key = {component.key: component for component in components}
-    pairs = [(place, by_key[place.key]) for place in map_cells(components)]
-    return [_component(place, info.rank, None, info.nu, info.nbytes) for place, info in pairs]
+    by_key: dict[str, list[ComponentInfo]] = {}
+    for component in components:  # factors and the difference of a bias may have one key
+        by_key.setdefault(component.key, []).append(component)
+    # Among those of one key the cells have the order of the components.
+    pairs = [(place, by_key[place.key].pop(0)) for place in map_cells(components)]
+    return [
+        _component(place, info.rank, None, info.nu, info.nbytes)
+        | ({} if info.ranked else {"kind": info.kind})
+        for place, info in pairs
+    ]
 
 
 def _component(
@@ -227,6 +235,15 @@ def inspected(name: str, path: Path) -> dict[str, Any]:
         # Not the base's file name, which may hold a folder of its maker's machine.
         "base": report.family.text,
         "kinds": report.kinds,
+        "beside": [
+            {
+                "kind": one.kind,
+                "name": shown_key(_last(one.name)),
+                "tensors": one.tensors,
+                "bytes": one.nbytes,
+            }
+            for one in report.beside[:_BESIDE]
+        ],
         "hashes": report.hashes,
         "components": file_components(report.components),
         "headline": lora_file.headline(metadata)[:_LINE],
@@ -270,4 +287,5 @@ def _error(error: BaseException | None, host: Host) -> str | None:
 
 
 def _mean(components: Sequence[ComponentInfo]) -> float | None:
-    return rounded(summarize(components).rank_mean) if components else None
+    figures = summarize(components)
+    return rounded(figures.rank_mean) if figures.unranked < figures.count else None

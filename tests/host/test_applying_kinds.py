@@ -167,7 +167,11 @@ def test_components_of_rank_0_change_nothing(model: Any):
 def test_tensors_of_unknown_kind_are_told(model: Any):
     state = _kind(KOHYA, "lora", *_shape(model, LINEAR))
     assert _apply(model, state | {"bundle_emb.cat": torch.ones(2)}).note == (
-        "x: 1 tensor of unknown kind left out: bundle_emb.cat."
+        "x: 1 embedding (cat) left out; copy the file to models/embeddings and write embedding:x "
+        "in the prompt."
+    )
+    assert _apply(model, state | {"strange.cat": torch.ones(2)}).note == (
+        "x: 1 tensor of unknown kind left out: strange.cat."
     )
     more = {f"{KOHYA}.new_kind_{number}": torch.ones(2) for number in range(4)}
     assert "x: 4 tensors of unknown kind left out: " in _apply(model, state | more).note

@@ -181,3 +181,31 @@ def test_an_adalora_is_refused_by_name(model: Any, tmp_path: Path):
     report = inspector.inspect(path)
     assert report.kinds == {"adalora": len(NAMES)} and "adalora" in report.text()
     assert not other.exists()
+
+
+@pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
+def test_what_peft_saves_whole_stays(model: Any, tmp_path: Path, bias: str):
+    """``modules_to_save`` and biases are weights themselves: they have no rank, no sum."""
+    torch.manual_seed(0)
+    layers = _Layers(model)
+    layers.add_module("head", nn.Linear(8, 3))
+    config = peft.LoraConfig(
+        r=4, lora_alpha=4, target_modules=NAMES, modules_to_save=["head"], bias=bias,
+        init_lora_weights=False,
+    )  # fmt: skip
+    for name in NAMES[:2]:
+        layers.get_submodule(name).bias = nn.Parameter(torch.randn(64))
+    found = peft.get_peft_model_state_dict(peft.get_peft_model(layers, config))
+    state = {key: tensor.clone() for key, tensor in found.items()}
+    whole = {key: tensor for key, tensor in state.items() if "lora_" not in key}
+    assert len(whole) == {"none": 2, "lora_only": 4, "all": 6}[bias], sorted(whole)
+    path, new = tmp_path / "x.safetensors", tmp_path / "new.safetensors"
+    save_file(state, path)
+    told = [one for one in inspector.inspect(path).beside if one.kind == "module"]
+    assert sum(one.tensors for one in told) == len(whole) and "head" in {one.name for one in told}
+    assert "whole module" in resize_file(path, new, Limits(max_rank=2)).text()
+    kept, summed = load_file(new), tmp_path / "sum.safetensors"
+    merge_files([(path, 0.5), (new, 0.5)], summed, Limits())
+    for written in (kept, load_file(summed)):
+        assert all(torch.equal(written[key], whole[key]) for key in whole)
+    _same(model, _painted_by(model, new), _painted_by(model, path, max_rank=2))

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import folder_paths
 import pytest
 from lora2_pack.lora2_core import comfy_host
 from lora2_pack.tests.core.tries import TRIES, in_time
@@ -69,6 +70,35 @@ def test_a_folder_that_was_deleted_is_listed_no_more(comfy_directory: Path) -> N
     assert any("deleted" in name for name in comfy_host.lora_names())
     shutil.rmtree(folder)
     assert not any("deleted" in name for name in comfy_host.lora_names())
+
+
+def test_the_list_is_the_stock_loader_s(comfy_directory: Path) -> None:
+    """But for what is pickled, whatever the letters of its ending."""
+    folder = comfy_directory / "output" / "loras" / "endings"
+    safe = ("a.safetensors", "b.SAFETENSORS", "c.sft", "d.SFT", "e.SafeTensors")
+    others = ("f.pt", "g.CKPT", "h.bin", "i.safetensors.txt", ".safetensors", "sft")
+    folder.mkdir(parents=True)
+    try:
+        for name in (*safe, *others):
+            (folder / name).touch()
+        listed = [n for n in folder_paths.get_filename_list("loras") if "endings" in n]
+        pickled = [n for n in listed if n.lower().endswith((".pt", ".ckpt", ".bin"))]
+        ours = [name for name in comfy_host.lora_names() if "endings" in name]
+        assert ours == [name for name in listed if name not in pickled]
+        assert {Path(name).name for name in ours} == {*safe} and len(pickled) == 3
+        for name in ours:
+            assert comfy_host.lora_path(name).name == Path(name).name
+        for name in pickled:
+            with pytest.raises(comfy_host.HostError, match="is not a safetensors file"):
+                comfy_host.lora_path(name)
+    finally:
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("typed", ["x/cat", "x/cat.safetensors", "x/cat.SFT", "x\\cat.Safetensors"])
+def test_an_ending_that_is_typed_is_not_part_of_the_name(typed: str) -> None:
+    path = comfy_host.new_lora_path(typed)
+    assert (path.parent.name, path.name) == ("x", "cat_00001_.safetensors")
 
 
 @pytest.mark.parametrize(

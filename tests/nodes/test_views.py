@@ -21,6 +21,7 @@ from lora2_pack.nodes.screen.watch import COLUMNS, JobWatch, map_cells
 from lora2_pack.tests.core import toy, toy_job
 from lora2_pack.tests.core.shown import HOST, Held, a_queue, check
 from PIL import Image
+from safetensors.torch import save_file
 
 FLOATS = st.floats(allow_nan=True, allow_infinity=True, width=32)
 
@@ -331,6 +332,34 @@ def test_a_file_of_others(tmp_path: Path):
     assert "/home" not in json.dumps(found)
     (component,) = found["components"]
     assert (component["rank"], component["nu"], component["max_rank"]) == (2, None, None)
+
+
+def test_a_file_of_other_kinds(tmp_path: Path):
+    """None of it is called left out: what has no rank says its kind, what is beside it its name."""
+    path = tmp_path / "x.safetensors"
+    key = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"
+    lokr = {f"{key}.lokr_w1": torch.ones(2, 2), f"{key}.lokr_w2": torch.ones(3, 4)}
+    word = {"bundle_emb.sks cat.clip_l": torch.ones(2, 64), "bundle_emb./home/ada/x": torch.ones(3)}
+    save_file(lokr | word, path)
+    found = check(views.inspected("x", path), "file")
+    assert found["mean_rank"] is None and found["kinds"] == {"lokr": 1}
+    (component,) = found["components"]
+    assert (component["rank"], component["kind"], component["bytes"]) == (0, "lokr", 64)
+    # Factors and a bias of one layer, as ComfyUI trains them, are two cells.
+    for name in (key, "lora_unet_time_embed_0"):
+        pair = {
+            f"{name}.lora_down.weight": torch.ones(2, 8),
+            f"{name}.lora_up.weight": torch.ones(8, 2),
+        }
+        save_file(pair | {f"{name}.diff_b": torch.ones(8)}, path)
+        both = check(views.inspected("x", path), "file")["components"]
+        assert [(one["rank"], one["bytes"], one.get("kind")) for one in both] == [
+            (2, 128, None), (0, 32, "difference"),
+        ]  # fmt: skip
+    assert found["beside"] == [
+        {"kind": "embedding", "name": "x", "tensors": 1, "bytes": 12},
+        {"kind": "embedding", "name": "sks cat", "tensors": 1, "bytes": 512},
+    ]
 
 
 @pytest.mark.parametrize(

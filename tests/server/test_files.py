@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from lora2_pack.lora2_core import lora_file
 from lora2_pack.tests.server.graphs import Workflow, painting, training
 from lora2_pack.tests.server.studio import Studio
+from safetensors.torch import load_file, save_file
 
 SEED = 61
 NAME = f"tests/{SEED}_00001_.safetensors"
@@ -118,6 +120,32 @@ def test_inspecting_side_by_side(studio: Studio, file: Path):
     told = json.loads(_text(studio, history, "t"))
     assert [one["name"] for one in told] == [NAME, "tests/beside.safetensors"]
     assert told[0]["measured"]["norm"] > 0 and told[0]["components"] == told[1]["components"]
+
+
+def test_what_lies_beside_the_factors(studio: Studio, file: Path):
+    """What can be cut is cut, the rest stays and is told; the file has another ending, too."""
+    state, layer = load_file(file), "lora_unet_middle_block_1_proj_out"
+    state[f"{layer}.lokr_w1"] = torch.randn(8, 8) / 20
+    state[f"{layer}.lokr_w2"] = torch.randn(16, 16) / 20
+    state["lora_unet_middle_block_1_norm.diff_b"] = torch.randn(128) / 20
+    state["bundle_emb.sks cat.clip_l"] = torch.ones(2, 64)
+    save_file(state, studio.loras / "tests/beside.SFT")
+    load = _load("tests/beside.SFT", options=["o", 0])
+    history = studio.run(painting(SEED, ["x", 0], x=load, o=_options(max_rank=2)))
+    told = _text(studio, history, "x")
+    assert "1 embedding (sks cat) left out; copy the file to models/embeddings" in told
+    assert "1 difference and 1 LoKr are loaded whole: max_rank cuts pairs of factors" in told
+    resize = _resize(lora_name="tests/beside.SFT", max_rank=2, file_name="tests/kept")
+    text = _text(studio, studio.run(resize), "r")
+    assert "Kept as they are: 1 difference, 1 LoKr, 1 embedding (sks cat)." in text
+    small = _paint(studio, ["x", 0], x=_load("tests/kept_00001_.safetensors"))
+    assert abs(small - studio.picture(history, "p")).max() <= 1
+    error = studio.refusal(_merge(lora_2="tests/beside.SFT"))
+    assert "holds LoKr, which have no ranks to cut or to add" in error.message
+    inspect = {"class_type": "LoRA2InspectRanks", "inputs": {"lora_name": "tests/beside.SFT"}}
+    text = _text(studio, studio.run({"i": inspect}), "i")
+    assert "1 embedding: sks cat; 1 tensor, 0.5 kB" in text
+    assert "1 lokr" in text and "of kinds without a rank" in text
 
 
 def test_comfyui_s_own_lora_model_nodes_take_it(studio: Studio, file: Path):

@@ -30,7 +30,7 @@ export class HeatMap {
     this.set([]);
   }
 
-  /** Show these: [{module, label, row, column, rank, max_rank, nu, bytes}]. */
+  /** Show these: [{module, label, row, column, rank, max_rank, nu, bytes, kind}]. */
   set(components) {
     const same =
       components.length === this.components.length &&
@@ -169,7 +169,7 @@ export class HeatMap {
     const facts = [
       one.max_rank
         ? t("rank_of", { rank: one.rank, most: one.max_rank })
-        : t("rank", { rank: one.rank }),
+        : one.kind || t("rank", { rank: one.rank }), // a kind where there is no rank
     ];
     if (one.nu !== null && one.nu !== undefined) facts.push(`ν ${number(one.nu, 3)}`);
     if (one.bytes) facts.push(bytes(one.bytes));

@@ -51,7 +51,9 @@ class Inspection {
   take(told) {
     if (!told.components?.length) return this.close();
     if (!this.map) this.open();
-    const facts = [`${t("mean_rank")} ${number(told.mean_rank, 1)}`, bytes(told.bytes)];
+    const kinds = Object.entries(told.kinds ?? {}).map(([kind, count]) => `${count} ${kind}`);
+    const ranks = told.mean_rank === null ? [] : [`${t("mean_rank")} ${number(told.mean_rank, 1)}`];
+    const facts = [...ranks, ...(kinds.length > 1 || !ranks.length ? kinds : []), bytes(told.bytes)];
     if (told.trigger) facts.push(`“${told.trigger}”`);
     this.line.textContent = this.line.title = facts.join(" · ");
     this.map.set(told.components);

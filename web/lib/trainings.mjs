@@ -100,7 +100,7 @@ function named(node, job) {
   if (typeof value !== "string" || value.includes("%")) return true;
   const slot = node.findInputSlot("file_name");
   const linked = slot >= 0 && node.isInputConnected(slot);
-  const stem = value.replace(/\.safetensors$/, "").split(/[\\/]/).at(-1).trim();
+  const stem = value.replace(/\.(safetensors|sft)$/i, "").split(/[\\/]/).at(-1).trim();
   return linked || !job.name || job.name.startsWith(stem);
 }
 

@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 import comfy.lora
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ...config.load import WAYS, Strengths
 from ...files.header import shown_key
-from ...files.keys import ParsedKeys
+from ...files.keys import ParsedKeys, counted
 from ...files.metadata import understood_metadata
 from ...files.model_family import guess_family, misfit, other_than_a_lora, unknown_components
 from ...files.read import LoRAFile
@@ -240,16 +241,28 @@ def _unknown(
 
 
 def _unread(parsed: ParsedKeys, patches: Mapping[Any, Any], source: str) -> str:
-    """What is said of tensors that neither this pack nor ComfyUI can tell the meaning of."""
-    if not parsed.unknown:
-        return ""
+    """What is said of tensors that a loader of LoRAs has no use for."""
+    words = [one for one in parsed.loose if one.kind == "embedding"]
+    of_words = {key for one in words for key in one.keys}
     read = {key for patch in patches.values() for key in getattr(patch, "loaded_keys", ())}
-    left = [shown_key(key) for key in parsed.unknown if key not in read]
-    if not left:
-        return ""
-    more = ", …" if len(left) > 3 else ""
-    tensors = "1 tensor" if len(left) == 1 else f"{len(left)} tensors"
-    return f"{source}: {tensors} of unknown kind left out: {', '.join(left[:3])}{more}."
+    unused = [key for keys in parsed.others.get("ia3", {}).values() for key in keys]
+    left = [key for key in (*parsed.unknown, *unused) if key not in read | of_words]
+    told = []
+    if words:
+        names = [shown_key(one.name) for one in words if one.name]
+        called = f" ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})" if names else ""
+        stem = shown_key(PurePath(source).stem)
+        told.append(
+            f"{source}: {counted(len(words), 'embedding')}{called} left out; copy the file to "
+            f"models/embeddings and write embedding:{stem} in the prompt."
+        )
+    if left:
+        more = ", …" if len(left) > 3 else ""
+        listed = ", ".join(map(shown_key, left[:3]))
+        told.append(
+            f"{source}: {counted(len(left), 'tensor')} of unknown kind left out: {listed}{more}."
+        )
+    return " ".join(told)
 
 
 def _other_base(model: ModelPatcher, metadata: Mapping[str, str], source: str) -> str:

@@ -10,7 +10,7 @@ import comfy.lora
 from torch import Tensor
 
 from ...files.decode import as_dora_scale
-from ...files.keys import ALPHA, DORA_SCALE, MAGNITUDES, plain_name
+from ...files.keys import ALPHA, DORA_SCALE, plain_name
 from ...files.kohya_names import kohya_name
 from ...files.model_family import FAMILY_OF_CONTEXT, Family
 from ...files.read import LoRAFile
@@ -46,19 +46,21 @@ def layer_names(model: ModelPatcher, clip: Any | None) -> dict[str, Any]:
 
 def in_known_names(file: LoRAFile, names: Mapping[str, Any]) -> LoRAFile:
     """``file`` with the names of PEFT, which ComfyUI does not know, among ``names``."""
-    new_names: dict[str, str] = {}
     new_keys: dict[str, str] = {}
     for name, keys in file.parsed.components():
-        new = new_names[name] = _known_name(name, names)
+        new = _known_name(name, names)
         new_keys |= {key: new + key.removeprefix(name) for key in keys}
-    state: dict[str, Tensor] = {}
-    for key, tensor in file.state.items():
-        end = next((end for end in MAGNITUDES if key.endswith(end)), None)
-        if end is None:
-            state[new_keys.get(key, key)] = tensor
-        else:
-            name = key.removesuffix(end)
-            state[new_names.get(name, name) + DORA_SCALE] = as_dora_scale(tensor)
+    magnitudes = {
+        pair.dora_scale: _known_name(pair.name, names) + DORA_SCALE
+        for pair in file.parsed.pairs
+        if pair.dora_scale and not pair.dora_scale.endswith(DORA_SCALE)
+    }
+    state = {
+        magnitudes.get(key, new_keys.get(key, key)): (
+            as_dora_scale(tensor) if key in magnitudes else tensor
+        )
+        for key, tensor in file.state.items()
+    }
     return file.with_state(state)
 
 

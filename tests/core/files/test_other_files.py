@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from lora2_pack.lora2_core.config.load import Limits
 from lora2_pack.lora2_core.files.header import LoRAFileError, read_header
 from lora2_pack.lora2_core.files.model_family import other_than_a_lora
-from lora2_pack.lora2_core.files.read import inspect
+from lora2_pack.lora2_core.files.read import inspect, load
+from lora2_pack.lora2_core.resizing.resize import merge_files, resize_file
 from safetensors.torch import save_file
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:9cb970\nsize 23390424\n"
@@ -47,8 +49,6 @@ def test_what_is_no_safetensors_file(tmp_path: Path, content: bytes, said: str):
         (("zero_convs.0.0.weight", "lora_controlnet"), "a Control-LoRA"),
         (("control_model.input_blocks.0.0.weight",), "a ControlNet"),
         (("controlnet_down_blocks.0.weight", "down_blocks.0.resnets.0.conv1.weight"), "a ControlN"),
-        (("unet.mid_block.attn.to_k.ia3_l",), "an IA³"),
-        (("lora_unet_x.weight", "lora_unet_x.on_input"), "an IA³"),
         (("model.diffusion_model.out.2.weight", "first_stage_model.x"), "a checkpoint, a whole"),
         (("conditioner.embedders.0.x.weight",), "a checkpoint"),
         (("input_blocks.0.0.weight",), "a diffusion model"),
@@ -68,3 +68,24 @@ def test_files_of_another_kind(tmp_path: Path, keys: tuple[str, ...], said: str)
 def test_what_nobody_knows_is_named_nothing():
     assert other_than_a_lora(["something.else", "bundle_emb.cat"]) == ""
     assert other_than_a_lora(["x" * 10**6] * 10) == ""
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"unet.mid_block.attn.to_k.ia3_l": torch.ones(24, 1)},
+        {"lora_unet_x.weight": torch.ones(24), "lora_unet_x.on_input": torch.tensor(True)},
+    ],
+)
+def test_an_ia3_is_shown_and_refused_by_all_else(tmp_path: Path, state: dict[str, torch.Tensor]):
+    path, other = tmp_path / "x.safetensors", tmp_path / "y.safetensors"
+    save_file(state, path)
+    [info], _ = inspect(path)
+    assert (info.kind, info.parameters, info.ranked) == ("ia3", 24, False)
+    for use in (load, lambda path: resize_file(path, other, Limits()),
+                lambda path: merge_files([(path, 1.0)], other, Limits())):  # fmt: skip
+        with pytest.raises(
+            LoRAFileError, match=rf"^{path} is no LoRA but an IA³.*not read here\.$"
+        ):
+            use(path)
+    assert not other.exists()

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import random
+import re
 import struct
 import zlib
 from pathlib import Path
@@ -171,7 +172,7 @@ def test_what_cannot_be_measured_is_counted_and_the_rest_measured(tmp_path: Path
     assert report.measured.norm == pytest.approx(16)  # of 2 in 8 × 8 places
     said = report.text()
     assert "could be cut to" in said
-    for told in ("1 LoHa", "1 norms", "1 AdaLoRA", "1 that change a layer's shape", "1 damaged"):
+    for told in ("1 LoHa", "1 norm", "1 AdaLoRA", "1 that change a layer's shape", "1 damaged"):
         assert told in said.partition("Not measured: ")[2].partition("\n")[0]
     safetensors.torch.save_file(loha, path)
     alone = inspector.inspect(path, with_tensors=True)
@@ -251,6 +252,69 @@ def test_the_command_line_writes(tmp_path: Path, capsys):
     assert "does not end in a weight" in capsys.readouterr().err
 
 
+OTHERS = {
+    "loha": (
+        {f"h.hada_w{n}_{s}": (6, 3) if s == "a" else (3, 5) for n in (1, 2) for s in "ab"},
+        66,
+    ),
+    "lokr": ({"k.lokr_w1": (2, 2), "k.lokr_w2": (3, 4), "k.alpha": ()}, 16),
+    "glora": ({f"g.{end}.weight": (4, 4) for end in ("a1", "a2", "b1", "b2")}, 64),
+    "oft": ({"o.oft_blocks": (4, 6, 6)}, 144),
+    "boft": ({"b.oft_blocks": (2, 4, 6, 6), "b.rescale": (24, 1)}, 312),
+    "ia3": ({"i.weight": (24,), "i.on_input": ()}, 24),
+    "difference": ({"d.diff": (6, 5), "d.diff_b": (6,)}, 36),
+    "norm": ({"n.w_norm": (7,), "n.b_norm": (7,)}, 14),
+}
+
+
+@pytest.mark.parametrize("kind", [*OTHERS, "all"])
+def test_every_kind_has_its_size_and_is_not_called_left_out(tmp_path: Path, kind: str):
+    chosen = OTHERS if kind == "all" else {kind: OTHERS[kind]}
+    state = {
+        key: torch.ones(shape) for shapes, _ in chosen.values() for key, shape in shapes.items()
+    }
+    path = tmp_path / "x.safetensors"
+    safetensors.torch.save_file(state, path)
+    report = inspector.inspect(path)
+    assert report.kinds == dict.fromkeys(chosen, 1)
+    text = report.text()
+    assert "left out (rank 0)" not in text.replace("of which 0 left out (rank 0)", "")
+    figures = report.as_dict()["summary"]
+    assert figures["zero_count"] == 0
+    assert figures["parameters"] == sum(numbers for _, numbers in chosen.values())
+    for one in chosen if kind not in ("loha", "glora") else ():  # which have ranks
+        numbers, nbytes = (
+            OTHERS[one][1],
+            sum(tensor.nbytes for key, tensor in state.items() if key in OTHERS[one][0]),
+        )
+        assert re.search(rf"^{one} +1 +{numbers} +{nbytes / 1e6:.3f}$", text, re.M), text
+    assert report.picture().width == 1280
+    assert inspector.side_by_side([report, report])
+    assert comparison.compare([comparison.Shown("x", report.components, report.nbytes)] * 2)
+
+
+def test_what_lies_beside_the_components_is_named(tmp_path: Path):
+    state = {f"x.lora_{part}.weight": torch.ones(4, 4) for part in ("down", "up")}
+    state |= {
+        "bundle_emb.sks cat.clip_l": torch.ones(2, 64),
+        "bundle_emb.sks cat.clip_g": torch.ones(8),
+    }
+    state |= {"base_model.model.conv_in.weight": torch.ones(100), "x.strange\x1b": torch.ones(3)}
+    path = tmp_path / "x.safetensors"
+    safetensors.torch.save_file(state, path)
+    report, size = inspector.inspect(path), path.stat().st_size
+    lines = [line for line in report.text().splitlines() if line.startswith("Beside")]
+    assert [line.split(None, 1)[1] for line in lines] == [
+        f"1 whole module: conv_in; 1 tensor, 0.4 kB, {40000 / size:.1f} % of the file",
+        f"1 embedding: sks cat; 2 tensors, 0.5 kB, {54400 / size:.1f} % of the file",
+        f"1 unknown tensor: x.strange?, 0.0 kB, {1200 / size:.1f} % of the file",
+    ]
+    told = json.loads(json.dumps(report.as_dict()))["beside"]
+    assert [(one["kind"], one["nbytes"]) for one in told] == [
+        ("module", 400), ("embedding", 544), ("unknown", 12),
+    ]  # fmt: skip
+
+
 def test_files_of_other_kinds_are_shown(tmp_path: Path):
     state = {f"lora_unet_x.hada_w{n}_{s}": torch.ones(4, 4) for n in (1, 2) for s in "ab"}
     state |= {"lora_unet_y.lokr_w1": torch.ones(2, 2), "lora_unet_y.lokr_w2": torch.ones(2, 2)}
@@ -260,5 +324,5 @@ def test_files_of_other_kinds_are_shown(tmp_path: Path):
     assert found.kinds == {"loha": 1, "lokr": 1, "difference": 1, "norm": 1}
     assert found.text() and found.picture()
     measured = inspector.inspect(tmp_path / "x.safetensors", with_tensors=True).text()
-    told = "1 norms, 1 LoHa, 1 LoKr, 1 full differences"
+    told = "1 norm, 1 LoHa, 1 LoKr, 1 difference"
     assert found.text() in measured and measured.endswith(f"Not measured: {told}.\n")

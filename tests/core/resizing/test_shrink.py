@@ -13,7 +13,7 @@ from lora2_pack.lora2_core.files.write import write_beside_others
 from lora2_pack.lora2_core.lora_file import LoRAFile, LoRAFileError
 from lora2_pack.lora2_core.resizing.measure import measure_file
 from lora2_pack.lora2_core.resizing.resize import merge_files, resize_file
-from lora2_pack.lora2_core.resizing.shrink import shrink
+from lora2_pack.lora2_core.resizing.shrink import left_whole, shrink
 from lora2_pack.lora2_core.resizing.source import LoRASource
 from lora2_pack.tests.core import toy
 from torch import Tensor
@@ -91,6 +91,26 @@ def test_tensors_of_other_kinds_count():
     assert shrunk(other, Limits(megabytes=0.01)) == other  # it has no ranks
 
 
+@pytest.mark.parametrize(
+    ("limits", "said"),
+    [
+        (Limits(), ""),
+        (Limits(energy=1), ""),
+        (Limits(max_rank=2), "1 difference and 2 LoHa are loaded whole: max_rank cuts pairs of"),
+        (Limits(energy=0.9, megabytes=1), "loaded whole: keep_energy and megabytes cut pairs of"),
+    ],
+)
+def test_what_a_limit_does_not_reach_is_counted(limits: Limits, said: str):
+    state = pair("q", 8) | {"lora_unet_n.diff_b": torch.ones(8)}
+    for name in "xy":
+        state |= {f"{name}.hada_w{n}_{s}": torch.ones(2, 2) for n in (1, 2) for s in "ab"}
+    told = left_whole(LoRAFile(state, {}), limits)
+    assert (said in told) if said else not told
+    assert not left_whole(LoRAFile(dora(), {}), limits), "whose factors are cut"
+    small = shrunk(state, limits)
+    assert all(small[key] is state[key] for key in state if not key.startswith(PREFIX))
+
+
 def test_a_name_longer_than_the_old_one_counts(tmp_path: Path):
     made = [toy.component(f"blocks.{n}.attn1.to_q", 8, (64, 64), seed=n) for n in range(12)]
     titles = {"modelspec.title": "a", "ss_output_name": "a"}
@@ -165,11 +185,15 @@ def test_what_cancels_is_not_written(tmp_path: Path):
     assert not (tmp_path / "sum.safetensors").exists()
 
 
-def test_what_belongs_to_no_layer_is_named(tmp_path: Path):
-    loose = {"bundle_emb.sks.string_to_param": torch.ones(2, 768), "x.bias": torch.ones(3)}
-    source = save(tmp_path / "a.safetensors", pair("q", 2) | loose)
+def test_what_belongs_to_factors_in_an_unknown_way_is_named(tmp_path: Path):
+    """The factors of the new file are others: nobody knows what it would mean beside them."""
+    strange = {
+        f"{PREFIX}q.lora_C.weight": torch.ones(2, 2),
+        f"{PREFIX}q.lora_B.bias": torch.ones(80),
+    }
+    source = save(tmp_path / "a.safetensors", pair("q", 2) | strange)
     found = resize_file(source, tmp_path / "b.safetensors", Limits(max_rank=1))
-    assert set(found.ignored) == set(loose)
+    assert set(found.ignored) == set(strange)
     assert "Left out as no part of a LoRA: " in found.text() and "and 1 more." in found.text()
     again = resize_file(found.path, tmp_path / "c.safetensors", Limits(max_rank=1))
     assert not again.ignored and "Left out" not in again.text()
