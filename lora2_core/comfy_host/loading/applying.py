@@ -22,7 +22,7 @@ from ...files.model_family import guess_family, misfit, other_than_a_lora, unkno
 from ...files.read import LoRAFile
 from .. import surface
 from ..errors import HostError
-from . import bypass, fitting, misfits
+from . import bypass, exact, fitting, misfits
 from .fitting import family_of, known_base_hash, layer_names
 
 if TYPE_CHECKING:
@@ -89,7 +89,8 @@ def apply_lora(
         key: strength_model * strengths.of(_weight(key)) if _is_unet(key) else strength_clip
         for key in patches
     }
-    patches, exact = _checked(model, clip, file, patches, factors, source)
+    turned = exact.of_lycoris(parsed.others.get("oft", {}), names)
+    patches, unrounded = _checked(model, clip, file, patches, factors, turned, source)
     notes = (
         _unknown(parsed, patches, names, source, clip is not None),
         _unread(parsed, patches, source),
@@ -99,8 +100,8 @@ def apply_lora(
     if note:
         logging.warning("LoRA²: %s", note)
     if not surface.is_there(surface.Part.BYPASS):
-        exact = set(patches)  # merging rounds; the log has said why at the start
-    merged = {"merge": patches.keys(), "bypass": (), "auto": exact}[way]
+        unrounded = set(patches)  # merging rounds; the log has said why at the start
+    merged = {"merge": patches.keys(), "bypass": (), "auto": unrounded}[way]
     patched = _patched(model, clip, patches, factors, strength_clip, merged)
     return Applied(*patched, note)
 
@@ -119,22 +120,24 @@ def _checked(
     file: LoRAFile,
     patches: Mapping[Any, Any],
     factors: Mapping[Any, float],
+    turned: Collection[Any],
     source: str,
 ) -> tuple[dict[Any, Any], set[Any]]:
-    """``patches`` as ComfyUI can calculate them, and the weights that merging would not round.
+    """``patches`` as their writers calculate them, and the weights that merging would not round.
 
+    ``turned``: keys of weights that LyCORIS' rotations change.
     Raises HostError where a patch does not fit its weight, in shape or in the size of its numbers.
     """
-    found, exact = dict[Any, Any](), set[Any]()
+    found, unrounded = dict[Any, Any](), set[Any]()
     for key, patch in patches.items():
         shape, dtype = _weight_of(model, clip, key)
         if shape is not None and (why := misfits.shape_misfit(patch, shape)):
             raise HostError(f"{_made_for_another(file, model, source)} ({key} {why}.)")
         if not bypass.is_coarse(dtype or model.model_dtype()):
-            exact.add(key)
-        found[key] = misfits.without_core(patch)
+            unrounded.add(key)
+        found[key] = exact.as_trained(misfits.without_core(patch), shape, key in turned)
         _check_size(_patcher_of(model, clip, key), key, found[key], factors[key], source)
-    return found, exact
+    return found, unrounded
 
 
 def _check_size(patcher: ModelPatcher, key: Any, patch: Any, factor: float, source: str) -> None:
