@@ -243,10 +243,13 @@ def _rotations(blocks: Tensor, constraint: float) -> Tensor:
     return (one + skew) @ torch.linalg.inv(one - skew)
 
 
-def oft(draws: Draws, shape: torch.Size, rescaled: bool = False, bound: float = 0.0) -> Written:
-    """LyCORIS' diag-oft; ``bound``: its ``constraint``, which counts times the outputs."""
+def oft(
+    draws: Draws, shape: torch.Size, rescaled: bool = False, bound: float = 0.0, own: bool = False
+) -> Written:
+    """LyCORIS' diag-oft; ``bound``: its ``constraint``, which counts times the outputs, but not
+    where ComfyUI's ``own`` trainer writes it."""
     blocks = draws.some(shape[0] // 8, 8, 8)
-    turns = _rotations(blocks, bound * shape[0])
+    turns = _rotations(blocks, bound * (1 if own else shape[0]))
     tensors = {".oft_blocks": blocks, ".alpha": torch.tensor(bound)}
     ones = [1 for _ in shape[1:]]
     scales = (draws.some(shape[0], *ones) + 1).to(draws.dtype)
@@ -267,6 +270,10 @@ def rescaled_oft(draws: Draws, shape: torch.Size) -> Written:
 
 def bounded_oft(draws: Draws, shape: torch.Size) -> Written:
     return oft(draws, shape, bound=1 / 32)
+
+
+def own_oft(draws: Draws, shape: torch.Size) -> Written:
+    return oft(draws, shape, bound=1.0, own=True)
 
 
 def boft(draws: Draws, shape: torch.Size, bound: float = 0.0) -> Written:

@@ -22,7 +22,7 @@ from ...files.model_family import guess_family, misfit, other_than_a_lora, unkno
 from ...files.read import LoRAFile
 from .. import surface
 from ..errors import HostError
-from . import bypass, exact, fitting, misfits
+from . import accounts, bypass, exact, fitting, misfits
 from .fitting import family_of, known_base_hash, layer_names
 
 if TYPE_CHECKING:
@@ -74,7 +74,10 @@ def apply_lora(
     """
     _check_way(way)
     every = layer_names(model, clip)
-    file = fitting.in_known_names(file, every)
+    try:
+        file = fitting.in_known_names(file, every)
+    except ValueError as twice:
+        raise HostError(_two_changes(str(twice), source)) from None
     # Of a copy: some names are changed in the dictionary itself, which others may have.
     file = file.with_state(comfy.lora_convert.convert_lora(dict(file.state)))
     parsed = file.parsed
@@ -82,6 +85,8 @@ def apply_lora(
         raise HostError(f"{source} is damaged: {shown_key(parsed.lonely[0])} lacks its other half.")
     names = _asked_for(every, parsed)
     state = fitting.without_empty(file)
+    if twice := accounts.changed_twice(parsed, names, state):
+        raise HostError(_two_changes(twice, source))
     patches = _of_weights(comfy.lora.load_lora(state, names, False), names, model, clip)
     if not patches:
         raise HostError(_no_patch(file, state, model, source))
@@ -94,6 +99,7 @@ def apply_lora(
     notes = (
         _unknown(parsed, patches, names, source, clip is not None),
         _unread(parsed, patches, source),
+        accounts.left_out(parsed, names, state, patches, source),
         _other_base(model, file.metadata, source),
     )
     note = " ".join(filter(None, notes))
@@ -112,6 +118,13 @@ def _check_way(way: str) -> None:
     surface.need(surface.Part.LOADING)
     if way == "bypass":
         surface.need(surface.Part.BYPASS)
+
+
+def _two_changes(twice: str, source: str) -> str:
+    return (
+        f"{source} changes {twice}, and nobody says which of both counts; choose another LoRA, or "
+        "make one file of each."
+    )
 
 
 def _checked(

@@ -1,0 +1,87 @@
+"""Which weight each tensor of a file changes: none twice, and none without a word left out.
+
+ComfyUI keeps one patch a weight of a file; of a second one it says nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ...files.header import shown_key
+from ...files.keys import (
+    ALPHA,
+    BIAS_DIFFERENCES,
+    DORA_SCALE,
+    SET_WEIGHT,
+    WEIGHT_DIFFERENCES,
+    ParsedKeys,
+    counted,
+)
+
+_WHOLE = (*WEIGHT_DIFFERENCES, SET_WEIGHT)  # each changes a weight by itself
+_NO_CHANGE = (ALPHA, DORA_SCALE)
+_SHOWN = 3  # names in a sentence
+
+
+@dataclass(frozen=True)
+class Change:
+    """What one component does to one weight."""
+
+    weight: Any  # the key in the model, or of a part of it
+    keys: tuple[str, ...]  # in the file
+
+
+def changes_of(
+    parsed: ParsedKeys, names: Mapping[str, Any], present: Container[str]
+) -> Iterator[Change]:
+    """All that a file changes of the layers in ``names``, by those of its keys that count."""
+    for name, keys in parsed.components():
+        if name not in names or not all(key in present for key in keys):
+            continue
+        weight = names[name]
+        ends = {key: key[len(name) :] for key in keys}
+        biases = [key for key, end in ends.items() if end in BIAS_DIFFERENCES]
+        whole = [key for key, end in ends.items() if end in _WHOLE]
+        factors = [k for k in keys if k not in biases and k not in whole]
+        for key in whole:
+            yield Change(weight, (key,))
+        for key in biases:
+            yield Change(f"{str(weight)[: -len('.weight')]}.bias", (key,))
+        if any(ends[key] not in _NO_CHANGE for key in factors):
+            yield Change(weight, tuple(factors))
+
+
+def changed_twice(
+    parsed: ParsedKeys, names: Mapping[str, Any], present: Container[str]
+) -> str:
+    """For a person: a weight that a file changes in two ways; empty where there is none."""
+    seen: dict[Any, str] = {}
+    for change in changes_of(parsed, names, present):
+        other = seen.setdefault(change.weight, change.keys[0])
+        if other != change.keys[0]:
+            weight = change.weight if isinstance(change.weight, str) else change.weight[0]
+            return f"{weight} twice ({shown_key(other)} and {shown_key(change.keys[0])})"
+    return ""
+
+
+def left_out(
+    parsed: ParsedKeys,
+    names: Mapping[str, Any],
+    present: Container[str],
+    patches: Container[Any],
+    source: str,
+) -> str:
+    """For a person: what changes nothing, though the model has the layer; empty without that."""
+    keys = [
+        key
+        for change in changes_of(parsed, names, present)
+        if change.weight not in patches
+        for key in change.keys
+    ]
+    if not keys:
+        return ""
+    listed = ", ".join(map(shown_key, keys[:_SHOWN])) + (", …" if len(keys) > _SHOWN else "")
+    have = "has no place" if len(keys) == 1 else "have no place"
+    return f"{source}: {counted(len(keys), 'tensor')} that {have} in the model left out: {listed}."
