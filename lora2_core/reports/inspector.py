@@ -207,6 +207,11 @@ class FileReport:
         missing = [self.measured.not_measured] if self.measured.not_measured else []
         if not self.measured.components:
             return "\n".join(["", *missing]) + "\n"
+        if not self.measured.norm:
+            return (
+                "\n".join(["", *missing, "Norm of the update 0: its factors change nothing."])
+                + "\n"
+            )
         lines = [
             "",
             *missing,

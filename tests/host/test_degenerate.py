@@ -143,6 +143,8 @@ def test_every_deed_ends_well(model: Any, tmp_path: Path, case: str, beside: str
         def look(measure: bool) -> None:
             report = inspector.inspect(path, measure)
             assert report.text() and report.as_dict()
+            empty = report.measured is not None and report.measured.norm == 0
+            assert not empty or "could be cut" not in report.text()
             inspector.side_by_side([report] * 2)
             if measure or beside != "alone":
                 return
