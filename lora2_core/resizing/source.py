@@ -93,6 +93,7 @@ class LoRASource:
         if not partly:
             _check_sizes_stay(self.header)
             check_readable(self.header)
+            _check_once(self.header)
         pairs = [pair for pair in parsed.pairs if not (pair.reshape or pair.diagonal)]
         self.left = {kind: len(components) for kind, components in parsed.others.items()}
         adaptive = sum(pair.diagonal is not None for pair in parsed.pairs)
@@ -213,6 +214,19 @@ def _check_sizes_stay(header: Header) -> None:
             f"{header.path} changes the shape of {shown_key(reshaped)}; such a LoRA can only be "
             "loaded as it is."
         )
+
+
+def _check_once(header: Header) -> None:
+    """Raises LoRAFileError where a file changes a weight in two ways."""
+    seen: dict[tuple[str, bool], str] = {}
+    for name, of_bias, keys in header.parsed.changes():
+        whole = kohya_name(name.removesuffix(".bias"))
+        other = seen.setdefault((whole, of_bias or name.endswith(".bias")), keys[0])
+        if other != keys[0]:
+            raise LoRAFileError(
+                f"{header.path} is damaged: it names a component twice ({shown_key(other)} and "
+                f"{shown_key(keys[0])})."
+            )
 
 
 def check_can_be_cut(source: LoRASource) -> None:

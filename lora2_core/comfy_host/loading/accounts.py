@@ -10,18 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...files.header import shown_key
-from ...files.keys import (
-    ALPHA,
-    BIAS_DIFFERENCES,
-    DORA_SCALE,
-    SET_WEIGHT,
-    WEIGHT_DIFFERENCES,
-    ParsedKeys,
-    counted,
-)
+from ...files.keys import ParsedKeys, counted
 
-_WHOLE = (*WEIGHT_DIFFERENCES, SET_WEIGHT)  # each changes a weight by itself
-_NO_CHANGE = (ALPHA, DORA_SCALE)
+_WEIGHT = ".weight"
 _SHOWN = 3  # names in a sentence
 
 
@@ -37,20 +28,10 @@ def changes_of(
     parsed: ParsedKeys, names: Mapping[str, Any], present: Container[str]
 ) -> Iterator[Change]:
     """All that a file changes of the layers in ``names``, by those of its keys that count."""
-    for name, keys in parsed.components():
-        if name not in names or not all(key in present for key in keys):
-            continue
-        weight = names[name]
-        ends = {key: key[len(name) :] for key in keys}
-        biases = [key for key, end in ends.items() if end in BIAS_DIFFERENCES]
-        whole = [key for key, end in ends.items() if end in _WHOLE]
-        factors = [k for k in keys if k not in biases and k not in whole]
-        for key in whole:
-            yield Change(weight, (key,))
-        for key in biases:
-            yield Change(f"{str(weight)[: -len('.weight')]}.bias", (key,))
-        if any(ends[key] not in _NO_CHANGE for key in factors):
-            yield Change(weight, tuple(factors))
+    for name, of_bias, keys in parsed.changes():
+        if name in names and all(key in present for key in keys):
+            weight = names[name]
+            yield Change(f"{str(weight)[: -len(_WEIGHT)]}.bias" if of_bias else weight, keys)
 
 
 def changed_twice(
