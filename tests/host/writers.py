@@ -62,6 +62,12 @@ KERNELS = (
     _resnet("in_layers.2", "conv1"),
     Layer("output_blocks.3.0.skip_connection", "up_blocks.1.resnets.0.conv_shortcut"),
 )
+# Those that B-LoRA trains, of the demo model: in SDXL their blocks are the same.
+B_LORA = tuple(
+    Layer(f"output_blocks.{n}.1.transformer_blocks.0.attn{of}.to_{p}",
+          f"up_blocks.0.attentions.{n}.transformer_blocks.0.attn{of}.to_{p}")
+    for n in (0, 1) for of in (1, 2) for p in ("q", "k", "v", "out.0")
+)  # fmt: skip
 NORMS = (_resnet("in_layers.0", "norm1"), _attention("transformer_blocks.0.norm1"))
 TEXTS = tuple(
     Layer(name, name, root)
