@@ -60,6 +60,8 @@ def kohya_name(name: str) -> str:
     if name.startswith("lycoris_"):  # with and without the network's own prefix
         rest = name.removeprefix("lycoris_")
         name = f"lora_unet_{rest}" if _BLOCKS.match(rest) else f"lora_{rest}"
+    if name.startswith("oft_unet_"):  # kohya's own OFT
+        name = "lora" + name.removeprefix("oft")
     if re.match(r"lora_(unet|te[12]?)[._]", name):
         return _of_text(name.replace(".", "_"))
     if name.startswith("lora_"):

@@ -125,9 +125,9 @@ FILES: dict[str, list[Maker]] = {
         _of(w.lora, w.kohya, (*ALL, *w.TEXTS)), _of(w.lora, w.kohya_of_diffusers, (*ALL, *w.TEXTS)),
         _of(w.lora, w.kohya, ALL, dtype=torch.float16),
     ],
-    "kohya's sd-scripts: OFT": [_named("oft_unet_" + Q.ours.replace(".", "_"), {
-        ".oft_blocks": (8, 8, 8), ".alpha": (),
-    })],
+    "kohya's sd-scripts: OFT": [
+        _of(make, lambda layer: w.kohya(layer, "oft")) for make in (w.oft, w.bounded_oft)
+    ],
     "LyCORIS: LoCon": [
         *_lycoris(w.lora), *_lycoris(w.three_factors, layers=w.KERNELS[:1]),
         _of(w.lora, w.kohya, w.TEXTS),
@@ -178,7 +178,8 @@ FILES: dict[str, list[Maker]] = {
         ".lora_A": (3, 64), ".lora_B": (64, 3), ".lora_E": (3, 1),
     })],
     "PEFT: (IA)³": [_named(f"base_model.model.{Q.diffusers}", {".ia3_l": (64, 1)})],
-    "PEFT, OneTrainer: OFT": [
+    "PEFT, OneTrainer: OFT; PEFT: VeRA, …": [
+        _named(f"base_model.model.{Q.diffusers}", {".vera_lambda_b": (64,), ".vera_lambda_d": (3,)}),
         _named(f"base_model.model.{Q.diffusers}", {".oft_R.weight": (8, 28)}),
         _named(f"base_model.model.{Q.diffusers}", {".boft_R": (1, 8, 8, 8), ".boft_s": (64, 1)}),
         _named("lora_unet_" + Q.diffusers.replace(".", "_"), {".oft_R.weight": (8, 28)}),
