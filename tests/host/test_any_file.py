@@ -25,6 +25,7 @@ MOST = {torch.float32: 1e-4, torch.float16: 1e-4}  # of a load; what is written 
 
 OF_MATRICES: dict[str, writers.Make] = {
     "lora": writers.lora, "dora": writers.dora, "peft_dora": writers.peft_dora,
+    "dora_of_loha": writers.dora_of_loha, "dora_of_lokr": writers.dora_of_lokr,
     "dora_by_input": writers.dora_by_input, "loha": writers.loha, "lokr": writers.lokr,
     "lokr_of_products": writers.lokr_of_products, "whole_lokr": writers.whole_lokr,
     "glora": writers.glora, "oft": writers.oft, "rescaled_oft": writers.rescaled_oft,

@@ -51,7 +51,7 @@ def _of(
         for seed, (layer, kind) in enumerate(jobs):
             old = w.of_model(parts, layer, kind is w.bias).detach().double()
             written = kind(w.Draws(seed, **draws), old.shape)
-            state |= {naming(layer) + end: tensor for end, tensor in written.tensors.items()}
+            state |= {naming(layer) + end: tensor.contiguous() for end, tensor in written.tensors.items()}
             wanted[f"{layer.weight}.{'bias' if written.of_bias else 'weight'}"] = written.new(old)
         return state, wanted, told or {}
 
@@ -237,7 +237,6 @@ def test_every_cell(parts: Any, tmp_path: Path, caplog: Any, row: str):
     save_file(plain, other)
     for make in FILES[row]:
         state, wanted, told = make(parts)
-        state = {key: tensor.contiguous() for key, tensor in state.items()}
         save_file(state, path, told)
         save_file(state | plain, both, told)
         report = _happens(lambda: inspector.inspect(path).text())

@@ -142,9 +142,11 @@ def three_factors(draws: Draws, shape: torch.Size) -> Written:
     return added(tensors | draws.strength, made * draws.scale)
 
 
-def dora(draws: Draws, shape: torch.Size, ending: str = ".dora_scale", by: str = "out") -> Written:
+def dora(
+    draws: Draws, shape: torch.Size, ending: str = ".dora_scale", by: str = "out", make: Make = lora
+) -> Written:
     """m · (W + ΔW) / ‖W + ΔW‖, norms of rows, or of columns as older LyCORIS and OneTrainer."""
-    plain = lora(draws, shape)
+    plain = make(draws, shape)
     size = shape[0] if by == "out" else shape[1]
     magnitudes = (draws.some(size) + 1.0).abs().to(draws.dtype)
     ones = [1 for _ in shape[2:]]
@@ -239,6 +241,14 @@ def glora(draws: Draws, shape: torch.Size) -> Written:
     tensors = {f".{end}.weight": t for end, t in zip(("a1", "a2", "b1", "b2"), (a1, a2, b1, b2),
                                                      strict=True)}  # fmt: skip
     return Written(tensors | draws.strength, new)
+
+
+def dora_of_loha(draws: Draws, shape: torch.Size) -> Written:
+    return dora(draws, shape, make=loha)
+
+
+def dora_of_lokr(draws: Draws, shape: torch.Size) -> Written:
+    return dora(draws, shape, make=lokr)
 
 
 def _rotations(blocks: Tensor, constraint: float) -> Tensor:
