@@ -265,6 +265,7 @@ class Sum:
         self._holders: dict[str, list[tuple[Addend, str]]] = {}
         for addend in addends:
             common = styled[str(addend.source.path)]
+            _check_one_each(addend.source.path, common)
             for key in addend.source.keys:
                 self._holders.setdefault(common[key], []).append((addend, key))
         for key, holders in self._holders.items():
@@ -305,6 +306,20 @@ class Sum:
     def check_unchanged(self) -> None:
         for addend in self._addends:
             addend.source.check_unchanged()
+
+
+def _check_one_each(path: Path, common: Mapping[str, str]) -> None:
+    """Raises LoRAFileError where a file names one layer as ComfyUI and as diffusers do.
+
+    ``common``: its names → those of the sum.
+    """
+    seen: dict[str, str] = {}
+    for name, new in common.items():
+        if (other := seen.setdefault(new, name)) != name:
+            raise LoRAFileError(
+                f"{path} is damaged: it names a component twice ({shown_key(other)} and "
+                f"{shown_key(name)})."
+            )
 
 
 def _check_can_be_added(source: LoRASource) -> None:

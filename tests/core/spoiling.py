@@ -150,8 +150,15 @@ TWO_FACTORS: dict[str, Callable[[int, int], dict[str, Tensor]]] = {
         ".lora_linear_layer.up.weight": noise(out, 2),
     },
 }  # fmt: skip
-KOHYA = ("kohya", "convolutions", "half", "three factors", "another LoRA²", "with embeddings",
-         "with biases")
+KOHYA = (
+    "kohya",
+    "convolutions",
+    "half",
+    "three factors",
+    "another LoRA²",
+    "with embeddings",
+    "with biases",
+)
 
 
 def header_and_body(data: bytes) -> tuple[dict[str, Any], bytes]:

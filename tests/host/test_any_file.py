@@ -30,13 +30,15 @@ OF_MATRICES: dict[str, writers.Make] = {
     "lokr_of_products": writers.lokr_of_products, "whole_lokr": writers.whole_lokr,
     "glora": writers.glora, "oft": writers.oft, "rescaled_oft": writers.rescaled_oft,
     "bounded_oft": writers.bounded_oft, "boft": writers.boft, "bounded_boft": writers.bounded_boft,
-    "difference": writers.difference,
+    "difference": writers.difference, "set_weight": writers.set_weight,
 }  # fmt: skip
 OF_KERNELS = OF_MATRICES | {
     "three_factors": writers.three_factors, "loha_with_cores": writers.loha_with_cores,
     "rolled": writers.rolled,
 }  # fmt: skip
-FLAT: dict[str, writers.Make] = {"norm": writers.norm, "difference": writers.difference}
+FLAT: dict[str, writers.Make] = {
+    "norm": writers.norm, "difference": writers.difference, "set_weight": writers.set_weight,
+}  # fmt: skip
 NAMINGS = (
     writers.kohya, writers.kohya_of_diffusers, writers.dotted, writers.diffusers, writers.comfyui,
     writers.lycoris, writers.peft,
@@ -197,3 +199,40 @@ def test_each_kind_alone(parts: Any, tmp_path: Path, caplog: Any, kind: str):
             got, note = loaded(parts, path, caplog)
             off, where = worst(parts, got, wanted)
             assert off < 2e-4 and note == "", (off, where, note)
+
+
+BLOCK = "lora_unet_input_blocks_4_1_transformer_blocks_0"
+BIAS = "lora_unet_input_blocks_4_0_in_layers_2"
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        ({f"{BIAS}.b_norm": (64,)}, "b_norm"),  # of which ComfyUI reads none without its weight
+        ({f"{BLOCK}_attn1_to_q.diff_b": (64,)}, "diff_b"),  # which has no bias
+        ({f"{BIAS}.rescale": (64, 1, 1, 1)}, "rescale"),
+        ({f"{BIAS}.oft_diag": (64,)}, "oft_diag"),
+        ({f"{BIAS}.diff_b": (64,), f"{BIAS}.b_norm": (64,)}, "bias twice"),
+        ({f"{BIAS}.diff": (64, 32, 3, 3), f"{BIAS}.w_norm": (64, 32, 3, 3)}, "weight twice"),
+        ({f"{BIAS}.diff": (64, 32, 3, 3), f"{BIAS}.set_weight": (64, 32, 3, 3)}, "weight twice"),
+        (
+            {f"{name}{end}": shape
+             for name in ("base_model.model.diffusion_model.{}", f"{BLOCK}_attn1_to_q")
+             for end, shape in ((".lora_A.weight", (2, 64)), (".lora_B.weight", (64, 2)))},
+            "layer twice",
+        ),
+    ],
+)  # fmt: skip
+def test_what_a_loader_would_leave_out_in_silence(parts, tmp_path, caplog, more, named):
+    path, layer = tmp_path / "x.safetensors", writers.MATRICES[1]
+    state = {
+        key.format(writers.MATRICES[0].ours): torch.ones(shape) / 9 for key, shape in more.items()
+    }
+    plain, wanted, _ = _make(parts, [(layer, "lora", writers.kohya, Draws())], [], [])
+    save_file(state | plain, path)
+    try:
+        got, note = loaded(parts, path, caplog)
+    except REFUSALS as refusal:
+        assert "twice" in named and named in said(refusal)
+    else:
+        assert worst(parts, got, wanted)[0] < 1e-4 and "twice" not in named and named in note

@@ -29,9 +29,7 @@ from lora2_pack.tests.host.patched import weights_of
 MOST_SECONDS, MOST_MEGABYTES = 2.0, 200.0
 
 
-def _use(
-    path: Path, model: Any, clip: Any = None, cut: bool = True, merge: bool = True
-) -> str:
+def _use(path: Path, model: Any, clip: Any = None, cut: bool = True, merge: bool = True) -> str:
     """Everything that people do with a file; the sentence of a refusal, or nothing."""
     cache, sentences = LoRACache(), []
     try:
@@ -94,9 +92,7 @@ def _sound(kind: str, parts: Any) -> dict[str, tuple[bytes, bool]]:
 
 
 @pytest.mark.parametrize("kind", COUNTS)
-def test_two_thousand_spoilt_files(
-    parts: Any, model: Any, tmp_path: Path, caplog: Any, kind: str
-):
+def test_two_thousand_spoilt_files(parts: Any, model: Any, tmp_path: Path, caplog: Any, kind: str):
     """A half of them of all that others write, an eighth of a plain LoRA, …"""
     sound, clip = _sound(kind, parts), parts[1]
     path = tmp_path / "x.safetensors"

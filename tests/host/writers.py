@@ -21,6 +21,10 @@ OLD = ("_lora.down.weight", "_lora.up.weight")
 LOOSE = (".lora.down.weight", ".lora.up.weight")
 LINEAR = (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight")
 
+_ROOTS = {
+    "unet": "diffusion_model.", "te1": "clip_l.transformer.", "te2": "clip_g.transformer.",
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -34,9 +38,7 @@ class Layer:
     @property
     def weight(self) -> str:
         """Its key in the model."""
-        return {"unet": "diffusion_model.", "te1": "clip_l.transformer.", "te2": "clip_g.transformer."}[
-            self.root
-        ] + self.ours  # fmt: skip
+        return _ROOTS[self.root] + self.ours
 
 
 _BLOCK = ("input_blocks.4", "down_blocks.1.{}.0")
@@ -316,6 +318,11 @@ def bounded_boft(draws: Draws, shape: torch.Size) -> Written:
 def difference(draws: Draws, shape: torch.Size) -> Written:
     delta = draws.some(*shape)
     return added({".diff": delta}, delta.double())
+
+
+def set_weight(draws: Draws, shape: torch.Size) -> Written:
+    new = draws.some(*shape)
+    return Written({".set_weight": new}, lambda _: new.double())
 
 
 def norm(draws: Draws, shape: torch.Size) -> Written:

@@ -34,9 +34,7 @@ def changes_of(
             yield Change(f"{str(weight)[: -len(_WEIGHT)]}.bias" if of_bias else weight, keys)
 
 
-def changed_twice(
-    parsed: ParsedKeys, names: Mapping[str, Any], present: Container[str]
-) -> str:
+def changed_twice(parsed: ParsedKeys, names: Mapping[str, Any], present: Container[str]) -> str:
     """For a person: a weight that a file changes in two ways; empty where there is none."""
     seen: dict[Any, str] = {}
     for change in changes_of(parsed, names, present):
