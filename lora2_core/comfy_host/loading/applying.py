@@ -74,15 +74,8 @@ def apply_lora(
     """
     _check_way(way)
     every = layer_names(model, clip)
-    try:
-        file = fitting.in_known_names(file, every)
-    except ValueError as twice:
-        raise HostError(_two_changes(str(twice), source)) from None
-    # Of a copy: some names are changed in the dictionary itself, which others may have.
-    file = file.with_state(comfy.lora_convert.convert_lora(dict(file.state)))
+    file = _as_comfyui_names_it(file, every, source)
     parsed = file.parsed
-    if parsed.lonely:
-        raise HostError(f"{source} is damaged: {shown_key(parsed.lonely[0])} lacks its other half.")
     names = _asked_for(every, parsed)
     state = fitting.without_empty(file)
     if twice := accounts.changed_twice(parsed, names, state):
@@ -110,6 +103,20 @@ def apply_lora(
     merged = {"merge": patches.keys(), "bypass": (), "auto": unrounded}[way]
     patched = _patched(model, clip, patches, factors, strength_clip, merged)
     return Applied(*patched, note)
+
+
+def _as_comfyui_names_it(file: LoRAFile, names: Mapping[str, Any], source: str) -> LoRAFile:
+    """``file`` in names of ``names``. Raises HostError where half of a component is missing, or two
+    tensors would have the same."""
+    try:
+        file = fitting.in_known_names(file, names)
+    except ValueError as twice:
+        raise HostError(_two_changes(str(twice), source)) from None
+    # Of a copy: some names are changed in the dictionary itself, which others may have.
+    file = file.with_state(comfy.lora_convert.convert_lora(dict(file.state)))
+    if lonely := file.parsed.lonely:
+        raise HostError(f"{source} is damaged: {shown_key(lonely[0])} lacks its other half.")
+    return file
 
 
 def _check_way(way: str) -> None:
