@@ -65,7 +65,7 @@ def apply_lora(
     strengths: Strengths = _EVEN,
     way: str = "auto",
 ) -> Applied:
-    """Clones of ``model`` and ``clip`` with a LoRA as patches, as the stock loader makes them.
+    """Clones of ``model`` and ``clip`` with a LoRA as patches, as whoever trained it means it.
 
     Every layer may have its own rank. ``way``: "merge" into the weights, "bypass" them (the forward
     pass adds the LoRA's own), or "auto": bypass where weights have eight bits or fewer. Raises
@@ -90,7 +90,7 @@ def apply_lora(
     turned = exact.of_lycoris(parsed.others.get("oft", {}), names)
     patches, unrounded = _checked(model, clip, file, patches, factors, turned, source)
     notes = (
-        _unknown(parsed, patches, names, source, clip is not None),
+        _unknown(parsed, names, source, clip is not None),
         _unread(parsed, patches, source),
         accounts.left_out(parsed, names, state, patches, source),
         _other_base(model, file.metadata, source),
@@ -248,15 +248,12 @@ def _made_for_another(file: LoRAFile, model: ModelPatcher, source: str) -> str:
 
 def _unknown(
     parsed: ParsedKeys,
-    patches: Mapping[Any, Any],
     names: Mapping[str, Any],
     source: str,
     with_clip: bool,
 ) -> str:
     """What is said of components that the model has no layer for."""
     components = parsed.names
-    if len(patches) >= len(components):
-        return ""
     missing = [name for name in components if name not in names]
     if not with_clip:  # those of the text encoders are no mistake
         missing = [name for name in missing if not name.startswith(("lora_te", "text_encoder"))]
