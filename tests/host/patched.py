@@ -29,13 +29,13 @@ def weights_of(patcher: Any) -> dict[str, Tensor]:
     return found
 
 
-def loaded(parts: Any, path: Path, caplog: Any, limits: Limits = Limits()) -> Any:  # noqa: B008
+def loaded(parts: Any, path: Path, caplog: Any, strength: float = 1.0) -> Any:
     """The weights that a file changes, by key, and what a person is told; raises what refuses."""
     caplog.clear()
     model, clip, _ = parts
-    file = LoRACache().open(path, limits)
+    file = LoRACache().open(path, Limits())
     with caplog.at_level(logging.ERROR):
-        applied = comfy_host.apply_lora(model, clip, file, 1.0, 1.0, path.name)
+        applied = comfy_host.apply_lora(model, clip, file, strength, strength, path.name)
         found = weights_of(applied.model) | weights_of(applied.clip.patcher)
     assert not caplog.records, caplog.text
     return found, applied.note

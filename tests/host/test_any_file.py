@@ -202,6 +202,16 @@ def test_each_kind_alone(parts: Any, tmp_path: Path, caplog: Any, kind: str):
             assert off < 2e-4 and note == "", (off, where, note)
 
 
+@pytest.mark.parametrize("kind", sorted(OF_MATRICES.keys() - {"set_weight"}))
+def test_half_of_the_strength_goes_half_of_the_way(parts, tmp_path, caplog, kind):
+    path, layer = tmp_path / "x.safetensors", writers.MATRICES[0]
+    state, wanted, _ = _make(parts, [(layer, kind, writers.kohya, Draws())], [], [])
+    save_file(state, path)
+    before = writers.of_model(parts, layer).detach().double()
+    halves = {key: before + 0.5 * (new - before) for key, new in wanted.items()}
+    assert worst(parts, loaded(parts, path, caplog, 0.5)[0], halves)[0] < 2e-4
+
+
 BLOCK = "lora_unet_input_blocks_4_1_transformer_blocks_0"
 BIAS = "lora_unet_input_blocks_4_0_in_layers_2"
 
