@@ -230,7 +230,10 @@ def _no_patch(file: LoRAFile, state: Mapping[str, Tensor], model: ModelPatcher, 
         return f"{source} is no LoRA but {other}."
     if not components or any(keys & state.keys() for keys in components):
         return _made_for_another(file, model, source)
-    return f"{source} changes nothing: every component has rank 0 or adds nothing; choose another LoRA."
+    return (
+        f"{source} changes nothing: every component has rank 0 or adds nothing; choose another "
+        "LoRA."
+    )
 
 
 def _made_for_another(file: LoRAFile, model: ModelPatcher, source: str) -> str:
