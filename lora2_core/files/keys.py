@@ -57,6 +57,7 @@ _CALLED = {
 # What is added to a weight or a bias as it is; the first counts where a layer has both.
 WEIGHT_DIFFERENCES, BIAS_DIFFERENCES = (".diff", ".w_norm"), (".diff_b", ".b_norm")
 SET_WEIGHT = ".set_weight"  # takes the weight's place, whatever the strength
+_ALONE = {*WEIGHT_DIFFERENCES, *BIAS_DIFFERENCES, SET_WEIGHT}
 # Without these there is nothing to multiply; of each line one set is enough.
 _NEEDED = {
     "loha": (({".hada_w1_a", ".hada_w1_b", ".hada_w2_a", ".hada_w2_b"},),),
@@ -128,6 +129,18 @@ class ParsedKeys:
             yield pair.name, pair.keys
         for components in self.others.values():
             yield from components.items()
+
+    def changes(self) -> Iterator[tuple[str, bool, tuple[str, ...]]]:
+        """What changes a weight by itself: a component's name, whether it is the layer's bias that
+        changes, and the keys that do it together."""
+        for name, keys in self.components():
+            ends = {key: key[len(name) :] for key in keys}
+            alone = {key for key, end in ends.items() if end in _ALONE}
+            for key in sorted(alone):
+                yield name, ends[key] in BIAS_DIFFERENCES, (key,)
+            together = tuple(key for key in keys if key not in alone)
+            if any(ends[key] not in _OF_OTHERS for key in together):
+                yield name, False, together
 
     @property
     def names(self) -> list[str]:

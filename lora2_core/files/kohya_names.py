@@ -60,8 +60,10 @@ def kohya_name(name: str) -> str:
     if name.startswith("lycoris_"):  # with and without the network's own prefix
         rest = name.removeprefix("lycoris_")
         name = f"lora_unet_{rest}" if _BLOCKS.match(rest) else f"lora_{rest}"
+    if name.startswith("oft_unet_"):  # kohya's own OFT
+        name = "lora" + name.removeprefix("oft")
     if re.match(r"lora_(unet|te[12]?)[._]", name):
-        return name.replace(".", "_")
+        return _of_text(name.replace(".", "_"))
     if name.startswith("lora_"):
         return name
     if _BLOCKS.match(name):  # PEFT on a U-Net by itself
@@ -70,8 +72,17 @@ def kohya_name(name: str) -> str:
         if name.startswith(prefix):
             rest = name.removeprefix(prefix).replace(".processor.", ".")
             rest = re.sub(r"\.to_out$", ".to_out.0", rest)
-            return key + rest.replace(".", "_")
+            return _of_text(key + rest.replace(".", "_"))
     return name
+
+
+def _of_text(key: str) -> str:
+    """A kohya key of a text encoder by the names that its layers had before transformers 5, and in
+    diffusers since it trains them by PEFT."""
+    if key.startswith("lora_te"):
+        key = re.sub(r"^(lora_te[12]?)_encoder_layers_", r"\1_text_model_encoder_layers_", key)
+        key = re.sub(r"_self_attn_to_(q|k|v|out)(_0)?$", r"_self_attn_\1_proj", key)
+    return key
 
 
 def in_one_style(files: dict[str, Iterable[str]]) -> dict[str, dict[str, str]]:

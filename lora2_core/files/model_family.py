@@ -76,6 +76,12 @@ _NO_LORAS = tuple(
         (r"^(emb_params|clip_[lg]|string_to_param(\..*)?|\*|<[^>]*>)$",
          "a textual inversion (embedding); put it into models/embeddings and write embedding:name "
          "in the prompt"),
+        (r"\.(oft_[rR]|boft_[RS])\b",
+         "an OFT as PEFT and OneTrainer write it, which is not read here; choose a LoRA"),
+        (r"\.(vera_lambda_[bd]|hra_u|fourierft_spectrum|bone_block|miss_block|c3a_kernel"
+         r"|shira_weight|randlora_(lambda|gamma)|road_(theta|alpha))\b",
+         "another adapter of PEFT's (VeRA, HRA, FourierFT, …), which is not read here; choose a "
+         "LoRA"),
         (r"(^|\.)ia3_l|\.on_input$", "an IA³, which has no factors and is not read here"),
         (r"^(model\.diffusion_model|first_stage_model|conditioner|cond_stage_model)\.",
          "a checkpoint, a whole model; load it with Load Checkpoint"),

@@ -190,10 +190,14 @@ def unused_alphas(parsed: ParsedKeys, shapes: Mapping[str, Sequence[int]]) -> se
     found |= {p.alpha for p in parsed.pairs if p.alpha and not shapes[p.down][0]}
     for kind in ("difference", "norm", "ia3"):
         found |= {name + ALPHA for name in parsed.others.get(kind, {})}
+    whole = set[str]()
     for name, keys in parsed.others.get("lokr", {}).items():
         if {name + ".lokr_w1", name + ".lokr_w2"} <= {*keys}:
-            found.add(name + ALPHA)
-    return found
+            whole.add(name + ALPHA)
+    scaling = ("loha", "lokr", "glora", "oft")  # whose alpha may stand with a bias' difference
+    used = {name + ALPHA for kind in scaling for name in parsed.others.get(kind, {})} - whole
+    used |= {p.alpha for p in parsed.pairs if p.alpha and shapes[p.down][0]}
+    return (found | whole) - used
 
 
 def check_finite(state: Mapping[str, Tensor], source: str) -> None:

@@ -93,6 +93,7 @@ class LoRASource:
         if not partly:
             _check_sizes_stay(self.header)
             check_readable(self.header)
+            _check_once(self.header)
         pairs = [pair for pair in parsed.pairs if not (pair.reshape or pair.diagonal)]
         self.left = {kind: len(components) for kind, components in parsed.others.items()}
         adaptive = sum(pair.diagonal is not None for pair in parsed.pairs)
@@ -215,6 +216,19 @@ def _check_sizes_stay(header: Header) -> None:
         )
 
 
+def _check_once(header: Header) -> None:
+    """Raises LoRAFileError where a file changes a weight in two ways."""
+    seen: dict[tuple[str, bool], str] = {}
+    for name, of_bias, keys in header.parsed.changes():
+        whole = kohya_name(name.removesuffix(".bias"))
+        other = seen.setdefault((whole, of_bias or name.endswith(".bias")), keys[0])
+        if other != keys[0]:
+            raise LoRAFileError(
+                f"{header.path} is damaged: it names a component twice ({shown_key(other)} and "
+                f"{shown_key(keys[0])})."
+            )
+
+
 def check_can_be_cut(source: LoRASource) -> None:
     """Raises LoRAFileError where nothing in a file has columns to cut."""
     if not source.keys:
@@ -251,6 +265,7 @@ class Sum:
         self._holders: dict[str, list[tuple[Addend, str]]] = {}
         for addend in addends:
             common = styled[str(addend.source.path)]
+            _check_one_each(addend.source.path, common)
             for key in addend.source.keys:
                 self._holders.setdefault(common[key], []).append((addend, key))
         for key, holders in self._holders.items():
@@ -291,6 +306,20 @@ class Sum:
     def check_unchanged(self) -> None:
         for addend in self._addends:
             addend.source.check_unchanged()
+
+
+def _check_one_each(path: Path, common: Mapping[str, str]) -> None:
+    """Raises LoRAFileError where a file names one layer as ComfyUI and as diffusers do.
+
+    ``common``: its names → those of the sum.
+    """
+    seen: dict[str, str] = {}
+    for name, new in common.items():
+        if (other := seen.setdefault(new, name)) != name:
+            raise LoRAFileError(
+                f"{path} is damaged: it names a component twice ({shown_key(other)} and "
+                f"{shown_key(name)})."
+            )
 
 
 def _check_can_be_added(source: LoRASource) -> None:

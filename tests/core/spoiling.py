@@ -91,6 +91,18 @@ KINDS: dict[str, Callable[[int, int], dict[str, Tensor]]] = {
     },
     "OFT": lambda out, inside: {".oft_blocks": noise(4, out // 4, out // 4)},
     "difference": lambda out, inside: {".diff": noise(out, inside)},
+    "rescaled OFT": lambda out, _: {
+        ".oft_blocks": noise(out // 4, 4, 4), ".rescale": noise(out, 1) + 1,
+        ".alpha": torch.tensor(0.1),
+    },
+    "BOFT": lambda out, _: {
+        ".oft_blocks": noise(2, out // 4, 4, 4), ".rescale": noise(out, 1) + 1,
+        ".alpha": torch.tensor(0.0),
+    },
+    "LoKr, whole": lambda out, inside: {
+        ".lokr_w1": noise(4, 4), ".lokr_w2": noise(out // 4, inside // 4),
+    },
+    "a weight that is set": lambda out, inside: {".set_weight": noise(out, inside)},
 }  # fmt: skip
 
 
@@ -128,8 +140,25 @@ TWO_FACTORS: dict[str, Callable[[int, int], dict[str, Tensor]]] = {
         **_pair(out, inside), ".reshape_weight": torch.tensor([out, inside]),
     },
     "with embeddings": _pair,
+    "with biases": lambda out, inside: {**_pair(out, inside), ".diff_b": noise(out)},
+    "with whole modules": lambda out, inside: {
+        ".lora_A.weight": noise(2, inside), ".lora_B.weight": noise(out, 2),
+        ".base_layer.bias": noise(out),
+    },
+    "linear layers": lambda out, inside: {
+        ".lora_linear_layer.down.weight": noise(2, inside),
+        ".lora_linear_layer.up.weight": noise(out, 2),
+    },
 }  # fmt: skip
-KOHYA = ("kohya", "convolutions", "half", "three factors", "another LoRA²", "with embeddings")
+KOHYA = (
+    "kohya",
+    "convolutions",
+    "half",
+    "three factors",
+    "another LoRA²",
+    "with embeddings",
+    "with biases",
+)
 
 
 def header_and_body(data: bytes) -> tuple[dict[str, Any], bytes]:

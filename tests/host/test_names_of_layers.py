@@ -23,6 +23,7 @@ PROCESSOR = DIFFUSERS.replace(".to_", ".processor.to_")
 TEXT = "text_model.encoder.layers.0.self_attn.q_proj"
 KOHYA, PEFT = (".lora_down.weight", ".lora_up.weight"), (".lora_A.weight", ".lora_B.weight")
 OLD, LOOSE = ("_lora.down.weight", "_lora.up.weight"), (".lora.down.weight", ".lora.up.weight")
+LINEAR = (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight")
 # A layer of the U-Net, without what stands for q, k, v or out; the endings of both factors.
 NAMINGS = {
     "kohya, ComfyUI's blocks": ("lora_unet_" + SGM.replace(".", "_"), KOHYA),
@@ -47,11 +48,19 @@ NAMINGS = {
     "LyCORIS, diffusers' blocks": ("lycoris_" + DIFFUSERS.replace(".", "_"), KOHYA),
     "LyCORIS, with the network": ("lycoris_unet_" + SGM.replace(".", "_"), KOHYA),
 }  # fmt: skip
+SHORT = TEXT.removeprefix("text_model.")  # of transformers 5, in the encoder without a projection
+PROCESSORS = TEXT.replace("q_proj", "to_q")  # of diffusers, before it trained text encoders by PEFT
 TEXTS = {
     "kohya": ("lora_te1_" + TEXT.replace(".", "_"), "lora_te2_" + TEXT.replace(".", "_"), KOHYA),
     "diffusers": (f"text_encoder.{TEXT}", f"text_encoder_2.{TEXT}", PEFT),
+    "diffusers, linear layers": (f"text_encoder.{TEXT}", f"text_encoder_2.{TEXT}", LINEAR),
+    "diffusers, transformers 5": (f"text_encoder.{SHORT}", f"text_encoder_2.{TEXT}", PEFT),
+    "kohya, transformers 5": (
+        "lora_te1_" + SHORT.replace(".", "_"), "lora_te2_" + TEXT.replace(".", "_"), KOHYA
+    ),
+    "diffusers, processors": (f"text_encoder.{PROCESSORS}", f"text_encoder_2.{PROCESSORS}", OLD),
     "dotted": (f"lora_te1.{TEXT}", f"lora_te2.{TEXT}", KOHYA),
-}
+}  # fmt: skip
 
 
 def _factors(weight: Tensor, seed: int) -> tuple[Tensor, Tensor]:

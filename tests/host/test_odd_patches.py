@@ -192,10 +192,10 @@ def test_a_lokr_with_a_core(model: Any, caplog: Any, magnitudes: bool):
     w2 = torch.stack([a.t() @ core[:, :, y, x] @ b for y in range(3) for x in range(3)], -1)
     blocks = [torch.cat([w1[i, j] * w2 for j in (0, 1)], 1) for i in (0, 1)]
     wanted = before + torch.cat(blocks).view_as(before) * 0.5
-    if magnitudes:  # each filter keeps its own length times 1.25
-        length = before.flatten(1).norm(dim=1)
-        state[f"{CONV}.dora_scale"] = 1.25 * length[:, None, None, None]
-        wanted = wanted * 1.25
+    if magnitudes:  # each filter gets its former length times 1.25
+        length, new = (w.flatten(1).norm(dim=1)[:, None, None, None] for w in (before, wanted))
+        state[f"{CONV}.dora_scale"] = 1.25 * length
+        wanted = wanted * 1.25 * length / new
     with caplog.at_level(logging.ERROR):
         got = demo.weights(_apply(model, state).model)[f"{CONV}.weight"]
     assert not caplog.records, caplog.text

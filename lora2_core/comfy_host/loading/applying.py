@@ -22,7 +22,7 @@ from ...files.model_family import guess_family, misfit, other_than_a_lora, unkno
 from ...files.read import LoRAFile
 from .. import surface
 from ..errors import HostError
-from . import bypass, fitting, misfits
+from . import accounts, bypass, exact, fitting, misfits
 from .fitting import family_of, known_base_hash, layer_names
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def apply_lora(
     strengths: Strengths = _EVEN,
     way: str = "auto",
 ) -> Applied:
-    """Clones of ``model`` and ``clip`` with a LoRA as patches, as the stock loader makes them.
+    """Clones of ``model`` and ``clip`` with a LoRA as patches, as whoever trained it means it.
 
     Every layer may have its own rank. ``way``: "merge" into the weights, "bypass" them (the forward
     pass adds the LoRA's own), or "auto": bypass where weights have eight bits or fewer. Raises
@@ -74,14 +74,12 @@ def apply_lora(
     """
     _check_way(way)
     every = layer_names(model, clip)
-    file = fitting.in_known_names(file, every)
-    # Of a copy: some names are changed in the dictionary itself, which others may have.
-    file = file.with_state(comfy.lora_convert.convert_lora(dict(file.state)))
+    file = _as_comfyui_names_it(file, every, source)
     parsed = file.parsed
-    if parsed.lonely:
-        raise HostError(f"{source} is damaged: {shown_key(parsed.lonely[0])} lacks its other half.")
     names = _asked_for(every, parsed)
     state = fitting.without_empty(file)
+    if twice := accounts.changed_twice(parsed, names, state):
+        raise HostError(_two_changes(twice, source))
     patches = _of_weights(comfy.lora.load_lora(state, names, False), names, model, clip)
     if not patches:
         raise HostError(_no_patch(file, state, model, source))
@@ -89,20 +87,36 @@ def apply_lora(
         key: strength_model * strengths.of(_weight(key)) if _is_unet(key) else strength_clip
         for key in patches
     }
-    patches, exact = _checked(model, clip, file, patches, factors, source)
+    turned = exact.of_lycoris(parsed.others.get("oft", {}), names)
+    patches, unrounded = _checked(model, clip, file, patches, factors, turned, source)
     notes = (
-        _unknown(parsed, patches, names, source, clip is not None),
+        _unknown(parsed, names, source, clip is not None),
         _unread(parsed, patches, source),
+        accounts.left_out(parsed, names, state, patches, source),
         _other_base(model, file.metadata, source),
     )
     note = " ".join(filter(None, notes))
     if note:
         logging.warning("LoRA²: %s", note)
     if not surface.is_there(surface.Part.BYPASS):
-        exact = set(patches)  # merging rounds; the log has said why at the start
-    merged = {"merge": patches.keys(), "bypass": (), "auto": exact}[way]
+        unrounded = set(patches)  # merging rounds; the log has said why at the start
+    merged = {"merge": patches.keys(), "bypass": (), "auto": unrounded}[way]
     patched = _patched(model, clip, patches, factors, strength_clip, merged)
     return Applied(*patched, note)
+
+
+def _as_comfyui_names_it(file: LoRAFile, names: Mapping[str, Any], source: str) -> LoRAFile:
+    """``file`` in names of ``names``. Raises HostError where half of a component is missing, or two
+    tensors would have the same."""
+    try:
+        file = fitting.in_known_names(file, names)
+    except ValueError as twice:
+        raise HostError(_two_changes(str(twice), source)) from None
+    # Of a copy: some names are changed in the dictionary itself, which others may have.
+    file = file.with_state(comfy.lora_convert.convert_lora(dict(file.state)))
+    if lonely := file.parsed.lonely:
+        raise HostError(f"{source} is damaged: {shown_key(lonely[0])} lacks its other half.")
+    return file
 
 
 def _check_way(way: str) -> None:
@@ -113,28 +127,37 @@ def _check_way(way: str) -> None:
         surface.need(surface.Part.BYPASS)
 
 
+def _two_changes(twice: str, source: str) -> str:
+    return (
+        f"{source} changes {twice}, and nobody says which of both counts; choose another LoRA, or "
+        "make one file of each."
+    )
+
+
 def _checked(
     model: ModelPatcher,
     clip: Any | None,
     file: LoRAFile,
     patches: Mapping[Any, Any],
     factors: Mapping[Any, float],
+    turned: Collection[Any],
     source: str,
 ) -> tuple[dict[Any, Any], set[Any]]:
-    """``patches`` as ComfyUI can calculate them, and the weights that merging would not round.
+    """``patches`` as their writers calculate them, and the weights that merging would not round.
 
+    ``turned``: keys of weights that LyCORIS' rotations change.
     Raises HostError where a patch does not fit its weight, in shape or in the size of its numbers.
     """
-    found, exact = dict[Any, Any](), set[Any]()
+    found, unrounded = dict[Any, Any](), set[Any]()
     for key, patch in patches.items():
         shape, dtype = _weight_of(model, clip, key)
         if shape is not None and (why := misfits.shape_misfit(patch, shape)):
             raise HostError(f"{_made_for_another(file, model, source)} ({key} {why}.)")
         if not bypass.is_coarse(dtype or model.model_dtype()):
-            exact.add(key)
-        found[key] = misfits.without_core(patch)
+            unrounded.add(key)
+        found[key] = exact.as_trained(misfits.without_core(patch), shape, key in turned)
         _check_size(_patcher_of(model, clip, key), key, found[key], factors[key], source)
-    return found, exact
+    return found, unrounded
 
 
 def _check_size(patcher: ModelPatcher, key: Any, patch: Any, factor: float, source: str) -> None:
@@ -207,7 +230,10 @@ def _no_patch(file: LoRAFile, state: Mapping[str, Tensor], model: ModelPatcher, 
         return f"{source} is no LoRA but {other}."
     if not components or any(keys & state.keys() for keys in components):
         return _made_for_another(file, model, source)
-    return f"{source} changes nothing: every component has rank 0; choose another LoRA."
+    return (
+        f"{source} changes nothing: every component has rank 0 or adds nothing; choose another "
+        "LoRA."
+    )
 
 
 def _made_for_another(file: LoRAFile, model: ModelPatcher, source: str) -> str:
@@ -225,15 +251,12 @@ def _made_for_another(file: LoRAFile, model: ModelPatcher, source: str) -> str:
 
 def _unknown(
     parsed: ParsedKeys,
-    patches: Mapping[Any, Any],
     names: Mapping[str, Any],
     source: str,
     with_clip: bool,
 ) -> str:
     """What is said of components that the model has no layer for."""
     components = parsed.names
-    if len(patches) >= len(components):
-        return ""
     missing = [name for name in components if name not in names]
     if not with_clip:  # those of the text encoders are no mistake
         missing = [name for name in missing if not name.startswith(("lora_te", "text_encoder"))]

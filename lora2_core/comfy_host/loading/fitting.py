@@ -10,6 +10,7 @@ import comfy.lora
 from torch import Tensor
 
 from ...files.decode import as_dora_scale
+from ...files.header import shown_key
 from ...files.keys import ALPHA, DORA_SCALE, plain_name
 from ...files.kohya_names import kohya_name
 from ...files.model_family import FAMILY_OF_CONTEXT, Family
@@ -45,7 +46,10 @@ def layer_names(model: ModelPatcher, clip: Any | None) -> dict[str, Any]:
 
 
 def in_known_names(file: LoRAFile, names: Mapping[str, Any]) -> LoRAFile:
-    """``file`` with the names of PEFT, which ComfyUI does not know, among ``names``."""
+    """``file`` with the names of PEFT, which ComfyUI does not know, among ``names``.
+
+    Raises ValueError where two tensors would have the same.
+    """
     new_keys: dict[str, str] = {}
     for name, keys in file.parsed.components():
         new = _known_name(name, names)
@@ -61,6 +65,11 @@ def in_known_names(file: LoRAFile, names: Mapping[str, Any]) -> LoRAFile:
         )
         for key, tensor in file.state.items()
     }
+    if len(state) < len(file.state):
+        named = {magnitudes.get(key, new_keys.get(key, key)): key for key in file.state}
+        first = next(k for k in file.state if named[magnitudes.get(k, new_keys.get(k, k))] != k)
+        other = named[magnitudes.get(first, new_keys.get(first, first))]
+        raise ValueError(f"a layer twice ({shown_key(first)} and {shown_key(other)})")
     return file.with_state(state)
 
 

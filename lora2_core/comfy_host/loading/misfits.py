@@ -142,13 +142,13 @@ def _rotation_misfit(patch: Any, shape: torch.Size) -> str:
     blocks, rescale, alpha = patch.weights[:3]
     if not shape or blocks.shape[-3] * blocks.shape[-2] != shape[0]:
         return f"is {_sizes(shape)} in the model and is turned in blocks of {_sizes(blocks.shape)}"
+    if rescale is not None and torch.Size((shape[0], *(1 for _ in shape[1:]))) != rescale.shape:
+        return f"has scales (rescale) of {_sizes(rescale.shape)} for a weight of {_sizes(shape)}"
     if patch.name == "oft":
         return ""
     steps, size = len(blocks), blocks.shape[-1]
     if alpha is None or size % 2 or steps > 30 or shape[0] % ((size // 2) << steps):
         return "has rotations (BOFT) without a constraint, or in blocks that do not divide it"
-    if rescale is not None and torch.Size((shape[0], *(1 for _ in shape[1:]))) != rescale.shape:
-        return f"has scales (rescale) of {_sizes(rescale.shape)} for a weight of {_sizes(shape)}"
     return ""
 
 

@@ -56,6 +56,10 @@ def test_what_is_no_safetensors_file(tmp_path: Path, content: bytes, said: str):
         (("diffusion_model.out.2.weight",), "a diffusion model"),
         (("decoder.conv_in.weight", "encoder.conv_in.weight"), "a VAE"),
         (("text_model.encoder.layers.0.mlp.fc1.weight",), "a text encoder"),
+        (("base_model.model.a.oft_R.weight",), "an OFT as PEFT and OneTrainer"),
+        (("lora_unet_a.oft_R.weight", "lora_unet_a.alpha"), "an OFT as PEFT and OneTrainer"),
+        (("base_model.model.a.boft_R", "base_model.model.a.boft_s"), "an OFT as PEFT"),
+        (("base_model.model.a.vera_lambda_d",), "another adapter of PEFT's"),
     ],
 )
 def test_files_of_another_kind(tmp_path: Path, keys: tuple[str, ...], said: str):
