@@ -188,12 +188,17 @@ def _smaller(image: Image.Image, most_pixels: int) -> Image.Image:
 
 
 def _eight_bit(picture: Image.Image) -> Image.Image:
-    """16-bit grey scaled to 8 bits; Pillow's own conversion clips it to white."""
-    image = Image.new("L", picture.size)
+    """16-bit grey scaled to 8 bits; Pillow's own conversion clips it to white, and keeps no part
+    of it transparent."""
+    clear = picture.info.get("transparency")  # the one value that is, of a PNG
+    image = Image.new("L" if clear is None else "LA", picture.size)
     for top in range(0, picture.height, _STRIP):
         box = (0, top, picture.width, min(top + _STRIP, picture.height))
         rows = np.asarray(picture.crop(box)).astype(np.uint32)
-        image.paste(Image.fromarray(((rows * 255 + 32767) // 65535).astype(np.uint8)), box)
+        grey = ((rows * 255 + 32767) // 65535).astype(np.uint8)
+        if clear is not None:
+            grey = np.dstack([grey, np.where(rows == clear, 0, 255).astype(np.uint8)])
+        image.paste(Image.fromarray(grey), box)
     return image
 
 

@@ -197,6 +197,22 @@ def _counted(_: BinaryIO, picture: Image.Image) -> bool:
     return getattr(picture, "n_frames", 1) > 1
 
 
+def _png(file: BinaryIO) -> Image.Image:
+    """With the transparent colour of its tRNS at the scale at which Pillow gives the pixels."""
+    picture = PngImagePlugin.PngImageFile(file)
+    place = file.tell()
+    file.seek(24)
+    bits = file.read(1)[0]
+    file.seek(place)
+    clear = picture.info.get("transparency")
+    if isinstance(clear, int) and bits in (2, 4):
+        most = (1 << bits) - 1
+        picture.info["transparency"] = (clear & most) * 255 // most
+    elif isinstance(clear, tuple) and bits == 16:  # of the pixels the upper bytes alone are kept
+        picture.info["transparency"] = tuple(value >> 8 for value in clear)
+    return picture
+
+
 def _avif(file: BinaryIO) -> Image.Image:
     plugin: Any = None
     for name in ("PIL.AvifImagePlugin", "pillow_avif.AvifImagePlugin"):
@@ -238,8 +254,7 @@ FORMATS = (
         lambda *_: False,  # what some cameras put behind is a map of depth, or a preview
     ),
     Format(
-        "PNG", _starts(b"\x89PNG\r\n\x1a\n"), PngImagePlugin.PngImageFile, check_png, MOST_PIXELS,
-        _counted,
+        "PNG", _starts(b"\x89PNG\r\n\x1a\n"), _png, check_png, MOST_PIXELS, _counted,
     ),
     Format(
         "WebP", lambda start: start[:4] == b"RIFF" and start[8:12] == b"WEBP",
