@@ -6,17 +6,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..files.header import one_line
-from .caption_files import ENDINGS, CaptionError, beside, read_text, tables_of
+from .caption_files import ENDINGS, CaptionError, Unread, beside, read_text, tables_of
 from .listing import Folder, names_of, shown
 
 _Photo = tuple[str, str]  # "5_cat/" or nothing, and its name
+_NO_CAPTIONS = "JSON without captions as names and texts; those of one photo are read from a .txt"
 _Said = dict[_Photo, list[tuple[str, str]]]  # of each photo, (source, caption) in order
 
 
 def captions_of(
     folders: Sequence[Folder], photos: Sequence[tuple[Folder, str]]
 ) -> tuple[list[str], list[str]]:
-    """A caption for each photo, and what is to be said of them."""
+    """A caption for each photo, and what is to be said of them.
+
+    Files of JSON that hold no captions are left out of their folders, with the reason.
+    """
     found, used = _from_texts(folders, [(part.inside, name) for part, name in photos])
     notes, strange = _from_tables(folders, found, not all(map(_first, found.values())))
     texts = [name for part in folders for name in (part.inside + n for n in part.names)]
@@ -57,7 +61,7 @@ def _from_texts(folders: Sequence[Folder], read: Sequence[_Photo]) -> tuple[_Sai
 def _from_tables(
     folders: Sequence[Folder], found: _Said, needed: bool
 ) -> tuple[list[str], list[str]]:
-    """Add to ``found`` what files of several captions say; what is left out, and names of none."""
+    """Add to ``found`` what files of several captions say; notes on errors, and on the rest."""
     notes: list[str] = []
     strange: list[str] = []
     # Those of a photo's own folder come before those of the folder around it.
@@ -68,6 +72,9 @@ def _from_tables(
             if inside.startswith(part.inside)
         }
         for table in tables_of(part.path, part.names):
+            if isinstance(table, Unread):
+                part.leave(table.name, _NO_CAPTIONS)
+                continue
             try:
                 if isinstance(table, CaptionError):
                     raise table
@@ -77,13 +84,19 @@ def _from_tables(
                     raise CaptionError(f"{one_line(part.inside)}{error}") from error
                 notes.append(f"Left out: {one_line(part.inside)}{error}")
                 continue
+            if not captions and not table.certain:
+                part.leave(table.name, _NO_CAPTIONS)
+                continue
             for photo, caption in captions.items():
                 found[within[photo]].append((table.name, caption))
-            if none:
+            where = f"{one_line(part.inside)}{table.name}"
+            if table.without:
                 strange.append(
-                    f"{one_line(part.inside)}{table.name} names pictures that are not here: "
-                    f"{names_of(none)}."
+                    f'{where} has no text in {table.without}; give it as "text", "caption" or '
+                    '"prompt".'
                 )
+            if none:
+                strange.append(f"{where} names pictures that are not here: {names_of(none)}.")
     return notes, strange
 
 

@@ -127,6 +127,7 @@ def test_unicode_is_read(kind: str, coding: str, tmp_path: Path) -> None:
         ("cp1252", "the robot’s arm"), ("shift-jis", "ロボット"), ("latin-1", "Zoë"),
         ("gb18030", "机器人"), ("euc-kr", "로봇"), ("iso2022_jp", "ロボット"),
         ("utf-16-le", "a robot"), ("utf-16-be", "a robot"), ("utf-32", "a robot"),
+        ("utf-16-le", "робот"), ("utf-16-be", "ρομπότ"), ("utf-16-le", "रोबोट"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("kind", ["a__txt", "metadata__jsonl", "meta__json"])
@@ -136,6 +137,16 @@ def test_another_encoding_is_named_with_what_to_do(
     folder(tmp_path, "a.png", **{kind: text.encode(coding)})
     with pytest.raises(DatasetError, match=rf"^{kind.replace('__', '.')} {AS_UTF8}\.$"):
         load_folder(tmp_path)
+
+
+@pytest.mark.parametrize("sign", [chr(n) for n in range(32)])
+def test_signs_that_steer_a_device_are_no_text(sign: str, tmp_path: Path) -> None:
+    folder(tmp_path, "a.png", a__txt=f"a{sign}cat")
+    if sign in "\t\n\f\r":
+        assert one(tmp_path) == f"a{sign}cat"
+    else:
+        with pytest.raises(DatasetError, match=rf"^a\.txt {AS_UTF8}\.$"):
+            load_folder(tmp_path)
 
 
 def test_half_of_utf16_is_no_text(tmp_path: Path) -> None:
@@ -169,7 +180,8 @@ def test_a_list_in_a_folder_with_repeats_comes_before_that_around_it(tmp_path: P
 @pytest.mark.parametrize(
     "line",
     [
-        "no json", '{"file_name": "a.png"', "[1]", '"a.png"', '{"file_name": "a.png"}',
+        "no json", '{"file_name": "a.png"', "[1]", '"a.png"',
+        '{"file_name": "a.png", "text": "a", "caption": 7}', '{"caption": "a cat"}',
         '{"text": "a cat"}', '{"file_name": 7, "text": "a"}', '{"file_name": "a.png", "text": 7}',
         '{"file_name": "a.png", "text": ["a"]}', "[" * 100_000, "1" * 9000,
     ],
@@ -179,6 +191,39 @@ def test_a_bad_line_is_named(line: str, tmp_path: Path) -> None:
     folder(tmp_path, "a.png", "b.png", metadata__jsonl=lines(good, "", line))
     with pytest.raises(DatasetError, match=r"^metadata\.jsonl, line 3 is not of the form .*remove"):
         load_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("entry", "caption"),
+    [
+        ({"caption": "A"}, "A"),
+        ({"prompt": " A"}, "A"),
+        ({"prompt": "C", "caption": "B", "text": "A"}, "A"),
+        ({"prompt": "B", "caption": "A"}, "A"),
+        ({"text": None, "caption": " ", "prompt": "A"}, "A"),
+    ],
+)
+@pytest.mark.parametrize("name", ["metadata__jsonl", "meta__json"])
+def test_a_text_may_be_called_caption_or_prompt(
+    name: str, entry: dict, caption: str, tmp_path: Path
+) -> None:
+    entry = {"file_name": "a.png", **entry}
+    text = json.dumps(entry) if "jsonl" in name else json.dumps([entry])
+    found = load_folder(folder(tmp_path, "a.png", **{name: text}))
+    assert (found.captions, found.notes) == ([caption], [])
+
+
+def test_lines_without_a_text_are_named(tmp_path: Path) -> None:
+    names = [f"{letter}.png" for letter in "abcdefg"]
+    entries = [{"file_name": name, "label": 1, "text": None} for name in names]
+    folder(tmp_path, *names, metadata__jsonl=lines(*entries))
+    (note,) = load_folder(tmp_path).notes
+    assert note == (
+        "metadata.jsonl has no text in lines 1, 2, 3, 4, 5 and 2 more; give it as "
+        '"text", "caption" or "prompt".'
+    )
+    (tmp_path / "metadata.jsonl").write_text(lines("", {"file_name": "a.png"}))
+    assert load_folder(tmp_path).notes[0].startswith("metadata.jsonl has no text in line 2;")
 
 
 def test_a_bad_list_that_nobody_needs_is_left_out(tmp_path: Path) -> None:
@@ -294,10 +339,56 @@ def test_two_entries_for_one_photo_are_refused(tmp_path: Path) -> None:
         load_folder(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["[]", "7", '{"nodes": [{"id": 1}]}', '{"a": {"size": 3}}', "{}"])
-def test_json_of_another_kind_is_passed_over(text: str, tmp_path: Path) -> None:
-    found = load_folder(folder(tmp_path, "a.png", "b.png", workflow__json=text))
-    assert (found.captions, found.notes) == (["", ""], [])
+@pytest.mark.parametrize("tags", [["cat", " sitting ", ""], "cat, sitting"])
+def test_tags_may_be_a_list(tags: list[str] | str, tmp_path: Path) -> None:
+    tree = {"a": {"tags": tags}, "b": {"caption": "b", "tags": tags}}
+    found = load_folder(folder(tmp_path, "a.png", "b.png", meta__json=json.dumps(tree)))
+    assert (found.captions, found.notes) == (["cat, sitting", "b, cat, sitting"], [])
+
+
+# --- other JSON -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["a", "a.png", "./a.png", "/data/a.png"])
+def test_names_may_have_their_captions_alone(key: str, tmp_path: Path) -> None:
+    tree = {key: " A ", "b": {"caption": "B"}, "c": "C", "x": "X"}
+    folder(tmp_path, "a.png", "b.png", "c.png", "d.png", meta__json=json.dumps(tree))
+    found = load_folder(tmp_path)
+    assert found.captions == ["A", "B", "C", ""]
+    assert found.notes == [
+        "meta.json names pictures that are not here: x.",
+        "Without a caption (they take the prompt): d.png.",
+    ]
+    (tmp_path / "meta.json").write_text(json.dumps({key: "A", "b": 7}))
+    found = load_folder(tmp_path)
+    assert found.captions == ["A", "", "", ""]
+    assert found.notes == ["Without a caption (they take the prompt): b.png, c.png, d.png."]
+
+
+def test_a_list_in_json_is_read_as_lines(tmp_path: Path) -> None:
+    entries = [{"file_name": "b.png", "text": "B"}, {"file_name": "a.png"}]
+    folder(tmp_path, "a.png", "b.png", meta__json=json.dumps(entries))
+    found = load_folder(tmp_path)
+    assert found.captions == ["", "B"]
+    assert found.notes[0].startswith("meta.json has no text in entry 2;")
+    (tmp_path / "meta.json").write_text(json.dumps([*entries, {"image": "a.png", "text": "A"}]))
+    with pytest.raises(DatasetError, match=r"^meta\.json, entry 3 is not of the form"):
+        load_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[]", "7", '{"nodes": [{"id": 1}]}', '{"a": {"size": 3}}', "{}", '{"a": ["A"]}', '["A"]',
+     '{"caption": "A"}', '{"tags": ["cat"]}', json.dumps({"data": "x" * 100_001})],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["a__json", "5_x/workflow__json"])
+def test_json_without_captions_is_left_out_by_name(name: str, text: str, tmp_path: Path) -> None:
+    found = load_folder(folder(tmp_path, "a.png", "5_x/b.png", **{name: text}))
+    assert found.captions == ["", ""]
+    assert found.notes[0] == (
+        f"Left out: {name.replace('__', '.')} (JSON without captions as names and texts; those of "
+        "one photo are read from a .txt)."
+    )
 
 
 @pytest.mark.parametrize("text", ["{", "", "[" * 100_000])
