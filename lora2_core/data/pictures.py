@@ -35,6 +35,7 @@ _CHUNK = 1 << 20  # bytes read at once
 _STRIP = 256  # rows that are worked on at once
 _DRAFTS = (8, 4, 2)  # a JPEG is decoded at 1/8, 1/4 or 1/2 of its sides at no cost
 _WITH_ALPHA = {"RGBA", "LA", "PA", "La", "RGBa"}
+_MULTIPLIED = {"La": "LA", "RGBa": "RGBA"}  # colours times alpha; Pillow turns them into no else
 _MIXABLE = {"L", "LA", "RGB", "RGBA", "CMYK", "YCbCr"}
 _ORIENTATION = 0x0112  # in EXIF
 _IN_XMP = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
@@ -78,7 +79,9 @@ def decode(picture: Image.Image, most_pixels: int = KEPT_PIXELS) -> Image.Image:
     except (PictureError, MemoryError):
         raise
     except Exception as error:  # Pillow's decoders raise anything on damaged files
-        raise PictureError(f"is not a readable image ({_reason(error)}); remove it") from error
+        raise PictureError(
+            f"is not a readable image ({_reason(error)}); save it as PNG, or remove it"
+        ) from error
     finally:
         if file is not None:
             file.close()
@@ -112,7 +115,9 @@ def _checked(file: BinaryIO, most_pixels: int, kinds: Collection[str] | None = N
     except (PictureError, MemoryError):
         raise
     except Exception as error:  # anything, of damaged files
-        raise PictureError(f"is not a readable image ({_reason(error)}); remove it") from error
+        raise PictureError(
+            f"is not a readable image ({_reason(error)}); save it as PNG, or remove it"
+        ) from error
     most = MOST_CLEAR if _may_be_clear(picture) else kind.most_pixels
     check_pixels(*picture.size, min(most_pixels, most, kind.most_pixels))
     if kind.name == "JPEG":
@@ -168,6 +173,8 @@ def _plain(picture: Image.Image) -> Image.Image:
         raise PictureError(NO_COLOURS)
     if picture.mode.startswith("I"):
         return _eight_bit(picture)
+    if picture.mode in _MULTIPLIED:
+        return picture.convert(_MULTIPLIED[picture.mode])
     if "transparency" in picture.info:
         return picture.convert("RGBA")
     if picture.mode in _MIXABLE:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from lora2_pack.lora2_core.data.folder import load_folder
+from lora2_pack.lora2_core.data.photos import DatasetError
 
 
 def png(row: bytes, width: int, bits: int, kind: int, *beside: tuple[bytes, bytes]) -> bytes:
@@ -61,3 +62,81 @@ def test_a_transparent_colour_of_16_bits_is_a_mask(tmp_path: Path) -> None:
     pixels, mask = read(tmp_path, "a.png", data)
     assert mask.tolist() == [[0, 1]]
     assert np.abs(pixels[0, 1] - np.array(colours[3:]) / 257).max() < 1
+
+
+# --- TIFF -------------------------------------------------------------------------------------
+
+
+def tiff(order: str, bits: int, samples: int, data: bytes, **tags: int) -> bytes:
+    """8 × 8 px, a strip a plane. ``order``: < or >; ``tags``: t262=0 for another value of a tag."""
+    planes = samples if tags.get("t284") == 2 else 1
+    values: dict[int, list[int]] = {
+        256: [8], 257: [8], 258: [bits] * samples, 259: [1], 262: [2 if samples > 2 else 1],
+        273: [1000 + n * len(data) // planes for n in range(planes)], 277: [samples], 278: [8],
+        279: [len(data) // planes] * planes,
+    }  # fmt: skip
+    values |= {int(tag[1:]): [value] for tag, value in tags.items()}
+    rows, beside = b"", b""
+    after = 8 + 2 + 12 * len(values) + 4
+    for tag, numbers in sorted(values.items()):
+        packed = struct.pack(f"{order}{len(numbers)}H", *numbers)
+        if len(packed) > 4:
+            packed, beside = struct.pack(order + "L", after + len(beside)), beside + packed
+        rows += struct.pack(order + "HHL", tag, 3, len(numbers)) + packed.ljust(4, b"\0")
+    mark = b"II*\0" if order == "<" else b"MM\0*"
+    head = mark + struct.pack(order + "LH", 8, len(values)) + rows + bytes(4) + beside
+    return head.ljust(1000, b"\0") + data
+
+
+NOISE = np.random.default_rng(0).integers(0, 256, (8, 8, 4)).astype(np.uint16)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("order", "<>")
+def test_colours_in_planes_are_read_or_refused(
+    order: str, bits: int, packed: bool, tmp_path: Path
+) -> None:
+    planes = np.moveaxis(NOISE[..., :3] * (257 if bits == 16 else 1), -1, 0)
+    parts = [plane.astype(f"{order}u{bits // 8}").tobytes() for plane in planes]
+    if packed:
+        parts = [zlib.compress(part) for part in parts]
+        longest = max(map(len, parts))
+        parts = [part.ljust(longest, b"\0") for part in parts]
+    data = tiff(order, bits, 3, b"".join(parts), t284=2, **({"t259": 8} if packed else {}))
+    if bits == 16 and not packed:
+        with pytest.raises(DatasetError, match=r"^a\.tif has a plane of 16 bits .*save it as PNG"):
+            read(tmp_path, "a.tif", data)
+    else:
+        pixels, _ = read(tmp_path, "a.tif", data)
+        assert np.abs(pixels - NOISE[..., :3]).max() < 0.01
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("order", "<>")
+def test_grey_in_which_0_is_white_is_turned_over_or_refused(
+    order: str, bits: int, tmp_path: Path
+) -> None:
+    grey = NOISE[..., 0]
+    stored = ((255 - grey) * (257 if bits == 16 else 1)).astype(f"{order}u{bits // 8}")
+    data = tiff(order, bits, 1, stored.tobytes(), t262=0)
+    if bits == 16:
+        with pytest.raises(DatasetError, match=r"^a\.tif is grey .* 0 is white; save it as PNG"):
+            read(tmp_path, "a.tif", data)
+    else:
+        pixels, _ = read(tmp_path, "a.tif", data)
+        assert np.abs(pixels - grey[..., None]).max() < 0.01
+
+
+def test_grey_times_alpha_is_read(tmp_path: Path) -> None:
+    pair = np.stack([np.full((8, 8), 40), np.full((8, 8), 80)], -1).astype(np.uint8)
+    pixels, mask = read(tmp_path, "a.tif", tiff("<", 8, 2, pair.tobytes(), t338=1))
+    alpha = 80 / 255
+    assert np.abs(mask - alpha).max() < 0.01
+    assert np.abs(pixels - (40 + 255 * (1 - alpha))).max() < 1.5
+
+
+def test_a_tiff_of_a_kind_that_pillow_lacks_is_told_the_way_out(tmp_path: Path) -> None:
+    data = tiff("<", 16, 2, bytes(256), t338=2)
+    with pytest.raises(DatasetError, match=r"^a\.tif is not a readable .*; save it as PNG, or "):
+        read(tmp_path, "a.tif", data)
