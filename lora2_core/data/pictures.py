@@ -38,6 +38,7 @@ _WITH_ALPHA = {"RGBA", "LA", "PA", "La", "RGBa"}
 _MULTIPLIED = {"La": "LA", "RGBa": "RGBA"}  # colours times alpha; Pillow turns them into no else
 _MIXABLE = {"L", "LA", "RGB", "RGBA", "CMYK", "YCbCr"}
 _ORIENTATION = 0x0112  # in EXIF
+_NUMBERS = {3: "H", 4: "L", 6: "b", 8: "h", 9: "l", 11: "f", 13: "L"}  # by their kinds in EXIF
 _IN_XMP = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
 
 
@@ -220,7 +221,8 @@ def _orientation(picture: Image.Image) -> int:
     if picture.format == "HEIF" or (picture.format == "JXL" and not getattr(picture, "jpeg", 0)):
         return 1  # a JPEG within a JPEG XL comes as it lies
     info: dict = picture.info
-    exif, xmp = info.get("exif"), info.get("xmp") or info.get("XML:com.adobe.xmp")
+    exif = info.get("exif", _in_hex(info.get("Raw profile type exif")))
+    xmp = info.get("xmp") or info.get("XML:com.adobe.xmp")
     if picture.format == "AVIF":  # its boxes decide, as Pillow writes them into its EXIF
         xmp = None
     if isinstance(exif, bytes) and (found := _in_exif(exif.removeprefix(b"Exif\0\0"))):
@@ -241,10 +243,22 @@ def _in_exif(data: bytes) -> int:
         return 0
     (count,) = struct.unpack_from(order + "H", data, start)
     for entry in range(start + 2, min(start + 2 + 12 * count, len(data) - 11), 12):
-        tag, kind, _, value = struct.unpack_from(order + "HHLH", data, entry)
-        if tag == _ORIENTATION and kind == 3:  # a 16-bit number
-            return value
+        tag, kind, number = struct.unpack_from(order + "HHL", data, entry)
+        size = struct.calcsize("=" + _NUMBERS.get(kind, "Q"))
+        if tag == _ORIENTATION and 0 < number * size <= 4:  # it stands there itself
+            return struct.unpack_from(order + _NUMBERS[kind], data, entry + 8)[0]
     return 0
+
+
+def _in_hex(text: object) -> bytes | None:
+    """EXIF in a text of a PNG, as older ImageMagick writes it: a name, a length, and lines."""
+    if not isinstance(text, str):
+        return None
+    digits = "".join(text[: 4 * MOST_EXIF].split("\n")[3:])[: 2 * MOST_EXIF]
+    try:
+        return bytes.fromhex(digits)
+    except ValueError:
+        return None
 
 
 def _reason(error: BaseException) -> str:

@@ -12,9 +12,11 @@ from lora2_pack.lora2_core.data.folder import load_folder
 from lora2_pack.lora2_core.data.photos import DatasetError
 
 
-def png(row: bytes, width: int, bits: int, kind: int, *beside: tuple[bytes, bytes]) -> bytes:
-    """One row of pixels; ``kind`` 0 is grey, 2 RGB."""
-    head = struct.pack(">IIBBBBB", width, 1, bits, kind, 0, 0, 0)
+def png(
+    row: bytes, width: int, bits: int, kind: int, *beside: tuple[bytes, bytes], height: int = 1
+) -> bytes:
+    """Rows of pixels with a zero between two; ``kind`` 0 is grey, 2 RGB."""
+    head = struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0)
     parts = ((b"IHDR", head), *beside, (b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -62,6 +64,74 @@ def test_a_transparent_colour_of_16_bits_is_a_mask(tmp_path: Path) -> None:
     pixels, mask = read(tmp_path, "a.png", data)
     assert mask.tolist() == [[0, 1]]
     assert np.abs(pixels[0, 1] - np.array(colours[3:]) / 257).max() < 1
+
+
+# --- the orientation --------------------------------------------------------------------------
+
+# Two rows of shades: those of a picture as it is stored, and as it is shown for every orientation.
+STORED = np.array([[10, 20, 30], [40, 50, 60]], np.uint8)
+SHOWN = {
+    1: STORED, 2: STORED[:, ::-1], 3: STORED[::-1, ::-1], 4: STORED[::-1], 5: STORED.T,
+    6: STORED[::-1].T, 7: STORED[::-1, ::-1].T, 8: STORED[:, ::-1].T, 9: STORED, 2**16 + 6: STORED,
+}  # fmt: skip
+KINDS = {3: "H", 4: "L", 6: "b", 8: "h", 9: "l", 13: "L"}  # of whole numbers in EXIF
+EXIF_OF = [(way, kind) for way in SHOWN for kind in KINDS if way < 2**7 or kind in (4, 9)]
+
+
+def exif(order: str, kind: int, way: int, count: int = 1) -> bytes:
+    mark = b"II*\0" if order == "<" else b"MM\0*"
+    value = struct.pack(order + KINDS.get(kind, "L"), way).ljust(4, b"\0")
+    row = struct.pack(order + "HHL", 0x0112, kind, count) + value
+    return mark + struct.pack(order + "LH", 8, 1) + row + bytes(4)
+
+
+def grey_png(*beside: tuple[bytes, bytes]) -> bytes:
+    return png(b"\0".join(row.tobytes() for row in STORED), 3, 8, 0, *beside, height=2)
+
+
+@pytest.mark.parametrize(("way", "kind"), EXIF_OF)
+@pytest.mark.parametrize("order", "<>")
+def test_every_whole_number_may_be_the_orientation(
+    order: str, way: int, kind: int, tmp_path: Path
+) -> None:
+    pixels, _ = read(tmp_path, "a.png", grey_png((b"eXIf", exif(order, kind, way))))
+    assert pixels[..., 0].round().tolist() == SHOWN[way].tolist()
+
+
+@pytest.mark.parametrize(
+    ("kind", "count", "told"),
+    [(3, 2, True), (3, 0, False), (3, 3, False), (4, 2, False), (2, 1, False), (5, 1, False)],
+)
+def test_what_is_elsewhere_in_exif_is_no_orientation(
+    kind: int, count: int, told: bool, tmp_path: Path
+) -> None:
+    pixels, _ = read(tmp_path, "a.png", grey_png((b"eXIf", exif("<", kind, 6, count))))
+    assert pixels[..., 0].round().tolist() == SHOWN[6 if told else 1].tolist()
+
+
+HEX = (b"Exif\0\0" + exif("<", 3, 6)).hex()
+
+
+@pytest.mark.parametrize("name", [b"tEXt", b"zTXt"])
+@pytest.mark.parametrize(
+    ("text", "way"),
+    [
+        (f"\nexif\n      32\n{HEX[:72]}\n{HEX[72:]}\n", 6),
+        (f"\nexif\n      26\n{HEX[12:]}\n", 6),
+        (f"\nexif\n      32\n{HEX}\n" + "00" * 100_000, 6),
+        (f"\nexif\n      32\n{HEX[:41]}\n", 1),
+        (f"\nexif\n      32\n{HEX[:40]}no\n", 1),
+        ("", 1),
+    ],
+)
+def test_exif_in_a_text_of_a_png_is_read(name: bytes, text: str, way: int, tmp_path: Path) -> None:
+    data = text.encode()
+    data = data if name == b"tEXt" else b"\0" + zlib.compress(data)
+    content = grey_png((name, b"Raw profile type exif\0" + data))
+    assert read(tmp_path, "a.png", content)[0][..., 0].round().tolist() == SHOWN[way].tolist()
+    # The chunk of its own comes before it.
+    both = grey_png((name, b"Raw profile type exif\0" + data), (b"eXIf", exif("<", 3, 2)))
+    assert read(tmp_path, "a.png", both)[0][..., 0].round().tolist() == SHOWN[2].tolist()
 
 
 # --- TIFF -------------------------------------------------------------------------------------
