@@ -131,13 +131,26 @@ def check_webp(file: BinaryIO) -> None:
     check_pixels(*size, MOST_OF_WEBP)
 
 
-def check_bmp(file: BinaryIO) -> None:
-    """Pillow unpacks runs of pixels in Python, a second for every megabyte."""
-    file.seek(30)
+def check_bmp(file: BinaryIO, start: int = 14) -> None:
+    """Pillow unpacks runs of pixels in Python, a second for every megabyte.
+
+    ``start``: where the header of the bitmap begins.
+    """
+    file.seek(start + 16)
     if int.from_bytes(file.read(4), "little") in (1, 2):  # a small header has its pixels there
-        file.seek(14)
+        file.seek(start)
         if int.from_bytes(file.read(4), "little") >= 40:
             raise PictureError("is a BMP with packed rows; save it as PNG")
+
+
+def is_dib(start: bytes) -> bool:
+    """A BMP without the header of a file: the size of the other one, one plane, and its bits."""
+    number = int.from_bytes
+    return (
+        number(start[:4], "little") in (40, 52, 56, 64, 108, 124)
+        and number(start[12:14], "little") == 1
+        and number(start[14:16], "little") in (1, 4, 8, 16, 24, 32)
+    )
 
 
 def check_gif(file: BinaryIO) -> None:
@@ -262,6 +275,10 @@ FORMATS = (
     ),
     Format(
         "BMP", _starts(b"BM"), BmpImagePlugin.BmpImageFile, check_bmp, MOST_PIXELS,
+        lambda *_: False,
+    ),
+    Format(
+        "DIB", is_dib, BmpImagePlugin.DibImageFile, lambda file: check_bmp(file, 0), MOST_PIXELS,
         lambda *_: False,
     ),
     Format(

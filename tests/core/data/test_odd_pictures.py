@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from lora2_pack.lora2_core.data.folder import load_folder
 from lora2_pack.lora2_core.data.photos import DatasetError
+from PIL import Image
 
 
 def png(
@@ -132,6 +133,34 @@ def test_exif_in_a_text_of_a_png_is_read(name: bytes, text: str, way: int, tmp_p
     # The chunk of its own comes before it.
     both = grey_png((name, b"Raw profile type exif\0" + data), (b"eXIf", exif("<", 3, 2)))
     assert read(tmp_path, "a.png", both)[0][..., 0].round().tolist() == SHOWN[2].tolist()
+
+
+# --- BMP without the header of a file ---------------------------------------------------------
+
+
+def dib(size: int, packing: int = 0, bits: int = 24) -> bytes:
+    """3 × 2 px of STORED in grey, the lowest row first; ``size`` of its header."""
+    head = struct.pack("<LllHHLLllLL", size, 3, 2, 1, bits, packing, 0, 0, 0, 0, 0)
+    rows = b"".join(np.repeat(row, 3).tobytes().ljust(12, b"\0") for row in STORED[::-1])
+    return head.ljust(size, b"\0") + rows
+
+
+@pytest.mark.parametrize("size", [40, 108, 124])
+@pytest.mark.parametrize("name", ["a.dib", "a.bmp"])
+def test_a_dib_is_read(name: str, size: int, tmp_path: Path) -> None:
+    pixels, _ = read(tmp_path, name, dib(size))
+    assert pixels.round().tolist() == np.repeat(STORED[..., None], 3, -1).tolist()
+
+
+def test_a_dib_as_pillow_writes_it_is_read(tmp_path: Path) -> None:
+    Image.fromarray(STORED).save(tmp_path / "a.dib")
+    image = load_folder(tmp_path).images[0][0, ..., 0] * 255
+    assert image.numpy().round().tolist() == STORED.tolist()
+
+
+def test_a_dib_with_packed_rows_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match=r"^a\.dib is a BMP with packed rows; save it as PNG"):
+        read(tmp_path, "a.dib", dib(40, packing=1, bits=8))
 
 
 # --- TIFF -------------------------------------------------------------------------------------
