@@ -110,18 +110,22 @@ def _about_choice(photos: Sequence[tuple[Folder, str]], found: _Said) -> list[st
     for part, name in photos:
         said = found[part.inside, name]
         read = next((source for source, caption in said if caption), "")
-        others = tuple(_kind(name, source) for source, _ in said if source != read)
+        others = [source for source, _ in said if source != read]
         if read and others:
-            several.setdefault((_kind(name, read), others), []).append(part.inside + name)
+            kind, *kinds = _kinds(name, [read, *others])
+            several.setdefault((kind, tuple(kinds)), []).append(part.inside + name)
     return [
         f"Captions of {names_of(names)}: {read} is read, not {' or '.join(others)}."
         for (read, others), names in several.items()
     ]
 
 
-def _kind(photo: str, source: str) -> str:
-    """``.txt`` for cat.txt beside cat.png; the name of a file that holds several."""
+def _kinds(photo: str, sources: Sequence[str]) -> list[str]:
+    """``.txt`` for cat.txt beside cat.png, unless they differ in small letters and capitals, and
+    the names of files that hold several."""
     stem = photo.rpartition(".")[0]
-    if source.lower().startswith(stem.lower() + ".") and source.lower().endswith(ENDINGS):
-        return source[len(stem) :]
-    return shown(source)
+    texts = [source for source in sources if source.lower().endswith(ENDINGS)]
+    alike = len({text.lower() for text in texts}) < len(texts)
+    if alike or not all(text.startswith(stem + ".") for text in texts):
+        return [shown(source) for source in sources]
+    return [source[len(stem) :] if source in texts else shown(source) for source in sources]

@@ -76,6 +76,47 @@ def test_the_first_of_several_captions_is_read_and_named(first: int, tmp_path: P
     )
 
 
+@pytest.mark.skipif(os.path.normcase("A") == "a", reason="needs names whose case counts")
+@pytest.mark.parametrize(
+    ("photo", "texts", "said"),
+    [
+        ("cat.png", ("cat.txt", "CAT.TXT"), "cat.txt is read, not CAT.TXT"),
+        ("cat.png", ("cat.txt", "cat.TXT"), "cat.txt is read, not cat.TXT"),
+        ("cat.png", ("cat.txt", "Cat.txt"), "cat.txt is read, not Cat.txt"),
+        ("cat.png", ("Cat.txt", "cat.caption"), "Cat.txt is read, not cat.caption"),
+        ("cat.png", ("cat.TXT", "cat.caption"), ".TXT is read, not .caption"),
+        (
+            "cat.png",
+            ("cat.txt", "CAT.txt", "meta.json"),
+            "cat.txt is read, not CAT.txt or meta.json",
+        ),
+    ],
+)
+def test_captions_that_differ_in_capitals_are_named_in_full(
+    photo: str, texts: tuple[str, ...], said: str, tmp_path: Path
+) -> None:
+    folder(tmp_path, photo)
+    for name in texts:
+        (tmp_path / name).write_text(json.dumps({"cat": "x"}) if name == "meta.json" else name)
+    found = load_folder(tmp_path)
+    assert (found.captions, found.notes) == ([texts[0]], [f"Captions of {photo}: {said}."])
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.png.caption", "metadata.jsonl", "meta.json"])
+@pytest.mark.parametrize("kind", ["pipe", "nowhere", "loop"])
+def test_a_caption_that_is_no_file_is_left_out_by_name(
+    kind: str, name: str, tmp_path: Path
+) -> None:
+    folder(tmp_path, "a.png")
+    if kind == "pipe":
+        os.mkfifo(tmp_path / name)  # whoever opens it waits
+    else:
+        (tmp_path / name).symlink_to("gone" if kind == "nowhere" else name)
+    found = load_folder(tmp_path)
+    assert found.captions == [""]
+    assert found.notes == [f"Left out: {name} (no file: a pipe, or a link that leads nowhere)."]
+
+
 @pytest.mark.parametrize("empty", ["", " \n\t ", "\ufeff"])
 def test_an_empty_caption_is_none(empty: str, tmp_path: Path) -> None:
     assert one(folder(tmp_path, "a.png", a__txt=empty)) == ""
