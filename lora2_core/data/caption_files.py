@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,13 @@ from ..files.raw.regular import NotAFile, open_regular
 ENDINGS = (".txt", ".caption")  # of text files, in the order in which they are read
 LIST = "metadata.jsonl"  # of diffusers and datasets: a line for each picture
 MOST_CAPTION = 100_000  # bytes
+_NUMBERS = 5  # of lines in a note
+_PLURAL = {"line": "lines", "entry": "entries"}
 MOST_OF_ALL = 20_000_000  # bytes of a file that holds those of a folder
 _MARKS = ((b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be"))
-_NO_TEXT = re.compile("[\0\x1b\ud800-\udfff]")  # of UTF-16 without a mark, of ISO-2022; half a sign
+_TEXTS = ("text", "caption", "prompt")  # what a line of a list may call a caption, in this order
+# Signs that steer a device: of UTF-16 without a mark, of ISO-2022; and half a sign.
+_NO_TEXT = re.compile("[\0-\x08\x0b\x0e-\x1f\ud800-\udfff]")
 
 
 class CaptionError(ValueError):
@@ -34,6 +38,9 @@ class Table:
     name: str  # of the file
     captions: Mapping[str, str]
     by_stem: bool  # a name may be without its ending, and with folders before it, as kohya's are
+    # It holds captions, even if they are of other photos; else only those of photos are looked at.
+    certain: bool = True
+    without: str = ""  # which of its lines have no text
 
     def __post_init__(self) -> None:
         if not all(isinstance(text, str) for text in self.captions.values()):
@@ -43,7 +50,8 @@ class Table:
         """Captions by photo, and the names that are of none of ``photos``.
 
         ``photos``: their names below the folder of the file, with "/" between folders. Raises
-        CaptionError where two names of the file mean one photo and say different things.
+        CaptionError where two names of the file mean one photo and say different things, and for
+        what is no caption.
         """
         known: dict[str, list[str]] = {}
         for photo in photos:
@@ -58,6 +66,8 @@ class Table:
             depth = max(
                 (photo.count("/") for photo in meant), default=0
             )  # its folders agree in most
+            if meant and not self.certain:
+                _caption(self.name, text)
             for photo in (p for p in meant if p.count("/") == depth):
                 if found.setdefault(photo, text) != text:
                     raise CaptionError(
@@ -73,6 +83,17 @@ class Table:
         return any(
             name == one or name.endswith("/" + one) for one in (photo, photo.rpartition(".")[0])
         )
+
+
+@dataclass(frozen=True)
+class Unread:
+    """A file of JSON that holds no captions, or in a form of its own."""
+
+    name: str
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise ValueError("name is empty; give that of the file.")
 
 
 def beside(photo: str, names: Mapping[str, Sequence[str]]) -> list[str]:
@@ -100,24 +121,20 @@ def read_text(path: Path) -> str:
         return ""
 
 
-def tables_of(folder: Path, names: Sequence[str]) -> Iterator[Table | CaptionError]:
-    """What the files that hold captions of several pictures say: the list first, then kohya's.
+def tables_of(folder: Path, names: Sequence[str]) -> Iterator[Table | CaptionError | Unread]:
+    """What the files that hold captions of several pictures say: the list first, then JSON.
 
-    ``names``: all files of ``folder``. A file of JSON that holds something else is passed over;
-    one that cannot be read comes as the error.
+    ``names``: all files of ``folder``. One that cannot be read comes as the error.
     """
     lists = [name for name in sorted(names) if name.lower() == LIST]
     trees = [name for name in sorted(names) if name.lower().endswith(".json")]
     for name in [*lists, *trees]:
         try:
-            table = (_list if name in lists else _tree)(folder / name)
+            yield (_lines if name in lists else _tree)(folder / name) or Unread(name)
         except NotAFile:
             continue
         except CaptionError as error:
             yield error
-            continue
-        if table is not None:
-            yield table
 
 
 def _text(path: Path, most: int, why: str) -> str:
@@ -146,50 +163,78 @@ def _text(path: Path, most: int, why: str) -> str:
     return text
 
 
-def _list(path: Path) -> Table:
+def _lines(path: Path) -> Table:
     """``{"file_name": "cat.png", "text": "a cat"}`` in every line."""
-    name, found = one_line(path.name), dict[str, str]()
     text = _text(path, MOST_OF_ALL, "more than is read; split the folder")
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON holds such signs
-        if not line.strip():
-            continue
-        entry = _parsed(line)
+    lines = enumerate(text.split("\n"), 1)  # not splitlines: JSON holds such signs
+    entries = ((number, _parsed(line)) for number, line in lines if line.strip())
+    return _list(one_line(path.name), "line", entries)
+
+
+def _list(name: str, what: str, entries: Iterable[tuple[int, Any]]) -> Table:
+    """``what`` is numbered: a line, or an entry."""
+    found, without = dict[str, str](), list[int]()
+    for number, entry in entries:
         picture = entry.get("file_name") if isinstance(entry, dict) else None
-        caption = (entry.get("text") or "") if isinstance(entry, dict) else None
-        if not isinstance(picture, str) or not isinstance(caption, str) or not entry.keys() - {
-            "file_name"
-        }:  # fmt: skip
+        texts = [entry[key] for key in _TEXTS if entry.get(key) is not None] if picture else []
+        if not isinstance(picture, str) or not all(isinstance(text, str) for text in texts):
             raise CaptionError(
-                f'{name}, line {number} is not of the form {{"file_name": "cat.png", "text": "a '
-                'cat"}; correct it, or remove the line.'
+                f'{name}, {what} {number} is not of the form {{"file_name": "cat.png", "text": "a '
+                f'cat"}}; correct it, or remove the {what}.'
             )
-        if found.setdefault(picture, _caption(name, caption)) != caption.strip():
+        if not texts:
+            without.append(number)
+            continue
+        caption = _caption(name, next((text for text in texts if text.strip()), ""))
+        if found.setdefault(picture, caption) != caption:
             raise CaptionError(
-                f"{name}, line {number} gives {one_line(picture)} another caption than a line "
+                f"{name}, {what} {number} gives {one_line(picture)} another caption than a {what} "
                 "before; keep one of them."
             )
-    return Table(name, found, by_stem=False)
+    return Table(name, found, by_stem=False, without=_numbered(what, without))
+
+
+def _numbered(what: str, numbers: Sequence[int]) -> str:
+    """``lines 2, 3 and 4 more``; nothing for none."""
+    told = ", ".join(map(str, numbers[:_NUMBERS]))
+    more = f" and {len(numbers) - _NUMBERS} more" if len(numbers) > _NUMBERS else ""
+    return f"{what if len(numbers) == 1 else _PLURAL[what]} {told}{more}" if numbers else ""
 
 
 def _tree(path: Path) -> Table | None:
-    """``{"cat": {"caption": "a cat", "tags": "sitting"}}``; None for JSON of another kind."""
+    """JSON in one of three forms; None for another kind.
+
+    kohya's ``{"cat": {"caption": "a cat", "tags": "sitting"}}``, a plain ``{"cat": "a cat"}``, and
+    a list of what lines of the list are.
+    """
     name = one_line(path.name)
     tree = _parsed(_text(path, MOST_OF_ALL, "more than is read; move it out of the folder"))
     if tree is None:
         raise CaptionError(f"{name} is no JSON; correct it, or move it out of the folder.")
+    if isinstance(tree, list) and any(isinstance(e, dict) and "file_name" in e for e in tree):
+        return _list(name, "entry", enumerate(tree, 1))
     entries = tree if isinstance(tree, dict) else {}
-    said = {
-        key: [value.get(part) for part in ("caption", "tags")]
-        for key, value in entries.items()
-        if isinstance(value, dict)
-    }
-    if not any(isinstance(part, str) for parts in said.values() for part in parts):
+    said = {key: _said(value) for key, value in entries.items()}
+    if not any(parts is not None for parts in said.values()):
         return None
+    certain = any(said[key] and isinstance(value, dict) for key, value in entries.items())
     texts = {
-        key: ", ".join(part.strip() for part in parts if isinstance(part, str) and part.strip())
-        for key, parts in said.items()
+        key: ", ".join(filter(None, map(str.strip, parts or ()))) for key, parts in said.items()
     }
-    return Table(name, {key: _caption(name, text) for key, text in texts.items()}, by_stem=True)
+    if certain:
+        texts = {key: _caption(name, text) for key, text in texts.items()}
+    return Table(name, texts, by_stem=True, certain=certain)
+
+
+def _said(entry: Any) -> list[str] | None:
+    """Caption and tags of an entry of kohya's, or a text alone; None where there is neither."""
+    if isinstance(entry, str):
+        return [entry]
+    parts = [entry.get(part) for part in ("caption", "tags")] if isinstance(entry, dict) else []
+    if parts and isinstance(parts[1], list) and all(isinstance(tag, str) for tag in parts[1]):
+        parts[1:] = parts[1]
+    texts = [part for part in parts if isinstance(part, str)]
+    return texts or None
 
 
 def _parsed(text: str) -> Any:

@@ -57,15 +57,14 @@ def load_folder(folder: Path) -> FolderPhotos:
     A mask is how opaque an image is; transparent parts of it are white. A photo of more than 32
     megapixels comes out at so many. A caption is the first of these that is there and not empty:
     ``cat.txt``, ``cat.png.txt``, ``cat.caption``, ``cat.png.caption``, a line of
-    ``metadata.jsonl``, kohya's JSON. Raises DatasetError for a folder without images, for a file
-    that is no image, wholly transparent, or beyond the limits of :mod:`.limits`, and for captions
-    that cannot be read.
+    ``metadata.jsonl``, JSON of kohya's or of names and texts. Raises DatasetError for a folder
+    without images, for a file that is no image, wholly transparent, or beyond the limits of
+    :mod:`.limits`, and for captions that cannot be read.
     """
     folders = list_folders(folder)
     read = [one for part in folders for one in _read_photos(part)]
-    reasons = _reasons(folders)
     if not read:
-        kinds = ", ".join(suffix.lstrip(".") for suffix in COMMON_ENDINGS)
+        kinds, reasons = ", ".join(e.lstrip(".") for e in COMMON_ENDINGS), _reasons(folders)
         why = f" Left out: {'; '.join(reasons)}." if reasons else ""
         raise DatasetError(
             f"folder {shown(folder.name)!r} holds no image; put {kinds} files into it.{why}"
@@ -76,7 +75,7 @@ def load_folder(folder: Path) -> FolderPhotos:
     except CaptionError as error:
         raise DatasetError(str(error)) from error
     divisor = math.gcd(*(one.folder.repeats for one in read))
-    notes = [f"Left out: {reason}." for reason in reasons]
+    notes = [f"Left out: {reason}." for reason in _reasons(folders)]
     if longer := [one.folder.inside + one.name for one in read if one.goes_on]:
         notes.append(f"Of {names_of(longer)} the first picture alone is read.")
     return FolderPhotos(

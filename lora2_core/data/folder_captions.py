@@ -6,17 +6,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..files.header import one_line
-from .caption_files import ENDINGS, CaptionError, beside, read_text, tables_of
+from .caption_files import ENDINGS, CaptionError, Unread, beside, read_text, tables_of
 from .listing import Folder, names_of, shown
 
 _Photo = tuple[str, str]  # "5_cat/" or nothing, and its name
+_NO_CAPTIONS = "JSON without captions as names and texts; those of one photo are read from a .txt"
 _Said = dict[_Photo, list[tuple[str, str]]]  # of each photo, (source, caption) in order
 
 
 def captions_of(
     folders: Sequence[Folder], photos: Sequence[tuple[Folder, str]]
 ) -> tuple[list[str], list[str]]:
-    """A caption for each photo, and what is to be said of them."""
+    """A caption for each photo, and what is to be said of them.
+
+    Files of JSON that hold no captions are left out of their folders, with the reason.
+    """
     found, used = _from_texts(folders, [(part.inside, name) for part, name in photos])
     notes, strange = _from_tables(folders, found, not all(map(_first, found.values())))
     texts = [name for part in folders for name in (part.inside + n for n in part.names)]
@@ -57,7 +61,7 @@ def _from_texts(folders: Sequence[Folder], read: Sequence[_Photo]) -> tuple[_Sai
 def _from_tables(
     folders: Sequence[Folder], found: _Said, needed: bool
 ) -> tuple[list[str], list[str]]:
-    """Add to ``found`` what files of several captions say; what is left out, and names of none."""
+    """Add to ``found`` what files of several captions say; notes on errors, and on the rest."""
     notes: list[str] = []
     strange: list[str] = []
     # Those of a photo's own folder come before those of the folder around it.
@@ -68,6 +72,9 @@ def _from_tables(
             if inside.startswith(part.inside)
         }
         for table in tables_of(part.path, part.names):
+            if isinstance(table, Unread):
+                part.leave(table.name, _NO_CAPTIONS)
+                continue
             try:
                 if isinstance(table, CaptionError):
                     raise table
@@ -77,13 +84,19 @@ def _from_tables(
                     raise CaptionError(f"{one_line(part.inside)}{error}") from error
                 notes.append(f"Left out: {one_line(part.inside)}{error}")
                 continue
+            if not captions and not table.certain:
+                part.leave(table.name, _NO_CAPTIONS)
+                continue
             for photo, caption in captions.items():
                 found[within[photo]].append((table.name, caption))
-            if none:
+            where = f"{one_line(part.inside)}{table.name}"
+            if table.without:
                 strange.append(
-                    f"{one_line(part.inside)}{table.name} names pictures that are not here: "
-                    f"{names_of(none)}."
+                    f'{where} has no text in {table.without}; give it as "text", "caption" or '
+                    '"prompt".'
                 )
+            if none:
+                strange.append(f"{where} names pictures that are not here: {names_of(none)}.")
     return notes, strange
 
 
@@ -97,18 +110,22 @@ def _about_choice(photos: Sequence[tuple[Folder, str]], found: _Said) -> list[st
     for part, name in photos:
         said = found[part.inside, name]
         read = next((source for source, caption in said if caption), "")
-        others = tuple(_kind(name, source) for source, _ in said if source != read)
+        others = [source for source, _ in said if source != read]
         if read and others:
-            several.setdefault((_kind(name, read), others), []).append(part.inside + name)
+            kind, *kinds = _kinds(name, [read, *others])
+            several.setdefault((kind, tuple(kinds)), []).append(part.inside + name)
     return [
         f"Captions of {names_of(names)}: {read} is read, not {' or '.join(others)}."
         for (read, others), names in several.items()
     ]
 
 
-def _kind(photo: str, source: str) -> str:
-    """``.txt`` for cat.txt beside cat.png; the name of a file that holds several."""
+def _kinds(photo: str, sources: Sequence[str]) -> list[str]:
+    """``.txt`` for cat.txt beside cat.png, unless they differ in small letters and capitals, and
+    the names of files that hold several."""
     stem = photo.rpartition(".")[0]
-    if source.lower().startswith(stem.lower() + ".") and source.lower().endswith(ENDINGS):
-        return source[len(stem) :]
-    return shown(source)
+    texts = [source for source in sources if source.lower().endswith(ENDINGS)]
+    alike = len({text.lower() for text in texts}) < len(texts)
+    if alike or not all(text.startswith(stem + ".") for text in texts):
+        return [shown(source) for source in sources]
+    return [source[len(stem) :] if source in texts else shown(source) for source in sources]

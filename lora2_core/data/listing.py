@@ -95,6 +95,15 @@ def _listed(part: Folder) -> list[str]:
     folders: list[str] = []
     try:
         paths = sorted(part.path.iterdir())
+    except FileNotFoundError as error:
+        raise DatasetError(
+            f"folder {shown(part.path.name)!r} is not there; check how it is spelt, or choose "
+            "another."
+        ) from error
+    except NotADirectoryError as error:
+        raise DatasetError(
+            f"{shown(part.path.name)!r} is no folder; choose the folder that holds the photos."
+        ) from error
     except OSError as error:
         raise DatasetError(
             f"folder {shown(part.path.name)!r} cannot be read ({error.strerror or error}); check "
@@ -106,6 +115,10 @@ def _listed(part: Folder) -> list[str]:
             continue
         if path.is_dir():
             folders.append(name)
+            continue
+        if ending not in READ_ENDINGS and not path.is_file():
+            if path.is_symlink() or ending in (*ENDINGS, ".jsonl", ".json"):
+                part.leave(name, "no file: a pipe, or a link that leads nowhere")
             continue
         part.names.append(name)
         if ending in READ_ENDINGS:

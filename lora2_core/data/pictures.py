@@ -35,8 +35,10 @@ _CHUNK = 1 << 20  # bytes read at once
 _STRIP = 256  # rows that are worked on at once
 _DRAFTS = (8, 4, 2)  # a JPEG is decoded at 1/8, 1/4 or 1/2 of its sides at no cost
 _WITH_ALPHA = {"RGBA", "LA", "PA", "La", "RGBa"}
+_MULTIPLIED = {"La": "LA", "RGBa": "RGBA"}  # colours times alpha; Pillow turns them into no else
 _MIXABLE = {"L", "LA", "RGB", "RGBA", "CMYK", "YCbCr"}
 _ORIENTATION = 0x0112  # in EXIF
+_NUMBERS = {3: "H", 4: "L", 6: "b", 8: "h", 9: "l", 11: "f", 13: "L"}  # by their kinds in EXIF
 _IN_XMP = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
 
 
@@ -78,7 +80,9 @@ def decode(picture: Image.Image, most_pixels: int = KEPT_PIXELS) -> Image.Image:
     except (PictureError, MemoryError):
         raise
     except Exception as error:  # Pillow's decoders raise anything on damaged files
-        raise PictureError(f"is not a readable image ({_reason(error)}); remove it") from error
+        raise PictureError(
+            f"is not a readable image ({_reason(error)}); save it as PNG, or remove it"
+        ) from error
     finally:
         if file is not None:
             file.close()
@@ -112,7 +116,9 @@ def _checked(file: BinaryIO, most_pixels: int, kinds: Collection[str] | None = N
     except (PictureError, MemoryError):
         raise
     except Exception as error:  # anything, of damaged files
-        raise PictureError(f"is not a readable image ({_reason(error)}); remove it") from error
+        raise PictureError(
+            f"is not a readable image ({_reason(error)}); save it as PNG, or remove it"
+        ) from error
     most = MOST_CLEAR if _may_be_clear(picture) else kind.most_pixels
     check_pixels(*picture.size, min(most_pixels, most, kind.most_pixels))
     if kind.name == "JPEG":
@@ -168,6 +174,8 @@ def _plain(picture: Image.Image) -> Image.Image:
         raise PictureError(NO_COLOURS)
     if picture.mode.startswith("I"):
         return _eight_bit(picture)
+    if picture.mode in _MULTIPLIED:
+        return picture.convert(_MULTIPLIED[picture.mode])
     if "transparency" in picture.info:
         return picture.convert("RGBA")
     if picture.mode in _MIXABLE:
@@ -188,12 +196,17 @@ def _smaller(image: Image.Image, most_pixels: int) -> Image.Image:
 
 
 def _eight_bit(picture: Image.Image) -> Image.Image:
-    """16-bit grey scaled to 8 bits; Pillow's own conversion clips it to white."""
-    image = Image.new("L", picture.size)
+    """16-bit grey scaled to 8 bits; Pillow's own conversion clips it to white, and keeps no part
+    of it transparent."""
+    clear = picture.info.get("transparency")  # the one value that is, of a PNG
+    image = Image.new("L" if clear is None else "LA", picture.size)
     for top in range(0, picture.height, _STRIP):
         box = (0, top, picture.width, min(top + _STRIP, picture.height))
         rows = np.asarray(picture.crop(box)).astype(np.uint32)
-        image.paste(Image.fromarray(((rows * 255 + 32767) // 65535).astype(np.uint8)), box)
+        grey = ((rows * 255 + 32767) // 65535).astype(np.uint8)
+        if clear is not None:
+            grey = np.dstack([grey, np.where(rows == clear, 0, 255).astype(np.uint8)])
+        image.paste(Image.fromarray(grey), box)
     return image
 
 
@@ -208,7 +221,8 @@ def _orientation(picture: Image.Image) -> int:
     if picture.format == "HEIF" or (picture.format == "JXL" and not getattr(picture, "jpeg", 0)):
         return 1  # a JPEG within a JPEG XL comes as it lies
     info: dict = picture.info
-    exif, xmp = info.get("exif"), info.get("xmp") or info.get("XML:com.adobe.xmp")
+    exif = info.get("exif", _in_hex(info.get("Raw profile type exif")))
+    xmp = info.get("xmp") or info.get("XML:com.adobe.xmp")
     if picture.format == "AVIF":  # its boxes decide, as Pillow writes them into its EXIF
         xmp = None
     if isinstance(exif, bytes) and (found := _in_exif(exif.removeprefix(b"Exif\0\0"))):
@@ -229,10 +243,22 @@ def _in_exif(data: bytes) -> int:
         return 0
     (count,) = struct.unpack_from(order + "H", data, start)
     for entry in range(start + 2, min(start + 2 + 12 * count, len(data) - 11), 12):
-        tag, kind, _, value = struct.unpack_from(order + "HHLH", data, entry)
-        if tag == _ORIENTATION and kind == 3:  # a 16-bit number
-            return value
+        tag, kind, number = struct.unpack_from(order + "HHL", data, entry)
+        size = struct.calcsize("=" + _NUMBERS.get(kind, "Q"))
+        if tag == _ORIENTATION and 0 < number * size <= 4:  # it stands there itself
+            return struct.unpack_from(order + _NUMBERS[kind], data, entry + 8)[0]
     return 0
+
+
+def _in_hex(text: object) -> bytes | None:
+    """EXIF in a text of a PNG, as older ImageMagick writes it: a name, a length, and lines."""
+    if not isinstance(text, str):
+        return None
+    digits = "".join(text[: 4 * MOST_EXIF].split("\n")[3:])[: 2 * MOST_EXIF]
+    try:
+        return bytes.fromhex(digits)
+    except ValueError:
+        return None
 
 
 def _reason(error: BaseException) -> str:

@@ -131,13 +131,26 @@ def check_webp(file: BinaryIO) -> None:
     check_pixels(*size, MOST_OF_WEBP)
 
 
-def check_bmp(file: BinaryIO) -> None:
-    """Pillow unpacks runs of pixels in Python, a second for every megabyte."""
-    file.seek(30)
+def check_bmp(file: BinaryIO, start: int = 14) -> None:
+    """Pillow unpacks runs of pixels in Python, a second for every megabyte.
+
+    ``start``: where the header of the bitmap begins.
+    """
+    file.seek(start + 16)
     if int.from_bytes(file.read(4), "little") in (1, 2):  # a small header has its pixels there
-        file.seek(14)
+        file.seek(start)
         if int.from_bytes(file.read(4), "little") >= 40:
             raise PictureError("is a BMP with packed rows; save it as PNG")
+
+
+def is_dib(start: bytes) -> bool:
+    """A BMP without the header of a file: the size of the other one, one plane, and its bits."""
+    number = int.from_bytes
+    return (
+        number(start[:4], "little") in (40, 52, 56, 64, 108, 124)
+        and number(start[12:14], "little") == 1
+        and number(start[14:16], "little") in (1, 4, 8, 16, 24, 32)
+    )
 
 
 def check_gif(file: BinaryIO) -> None:
@@ -197,6 +210,22 @@ def _counted(_: BinaryIO, picture: Image.Image) -> bool:
     return getattr(picture, "n_frames", 1) > 1
 
 
+def _png(file: BinaryIO) -> Image.Image:
+    """With the transparent colour of its tRNS at the scale at which Pillow gives the pixels."""
+    picture = PngImagePlugin.PngImageFile(file)
+    place = file.tell()
+    file.seek(24)
+    bits = file.read(1)[0]
+    file.seek(place)
+    clear = picture.info.get("transparency")
+    if isinstance(clear, int) and bits in (2, 4):
+        most = (1 << bits) - 1
+        picture.info["transparency"] = (clear & most) * 255 // most
+    elif isinstance(clear, tuple) and bits == 16:  # of the pixels the upper bytes alone are kept
+        picture.info["transparency"] = tuple(value >> 8 for value in clear)
+    return picture
+
+
 def _avif(file: BinaryIO) -> Image.Image:
     plugin: Any = None
     for name in ("PIL.AvifImagePlugin", "pillow_avif.AvifImagePlugin"):
@@ -238,8 +267,7 @@ FORMATS = (
         lambda *_: False,  # what some cameras put behind is a map of depth, or a preview
     ),
     Format(
-        "PNG", _starts(b"\x89PNG\r\n\x1a\n"), PngImagePlugin.PngImageFile, check_png, MOST_PIXELS,
-        _counted,
+        "PNG", _starts(b"\x89PNG\r\n\x1a\n"), _png, check_png, MOST_PIXELS, _counted,
     ),
     Format(
         "WebP", lambda start: start[:4] == b"RIFF" and start[8:12] == b"WEBP",
@@ -247,6 +275,10 @@ FORMATS = (
     ),
     Format(
         "BMP", _starts(b"BM"), BmpImagePlugin.BmpImageFile, check_bmp, MOST_PIXELS,
+        lambda *_: False,
+    ),
+    Format(
+        "DIB", is_dib, BmpImagePlugin.DibImageFile, lambda file: check_bmp(file, 0), MOST_PIXELS,
         lambda *_: False,
     ),
     Format(

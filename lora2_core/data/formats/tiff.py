@@ -23,7 +23,7 @@ from .limits import (
 
 MARKS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two with 64-bit places
 _WIDTH, _HEIGHT, _BITS, _SAMPLES, _TILE_WIDTH, _TILE_HEIGHT = 256, 257, 258, 277, 322, 323
-_SAMPLE_FORMAT = 339
+_COMPRESSION, _PHOTOMETRIC, _PLANAR, _SAMPLE_FORMAT = 259, 262, 284, 339
 _INNER = {34665, 34853, 40965}  # directories that Pillow reads, too: EXIF, GPS and what they share
 _SIZES = (1, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 1, 1, 8, 8, 8)  # bytes of a value, by its kind
 _NUMBERS = {1: "B", 3: "H", 4: "L", 13: "L", 16: "Q", 18: "Q"}
@@ -64,6 +64,11 @@ def _check_claims(found: dict[int, list[int]]) -> None:
     if bits > 16 or number(_SAMPLE_FORMAT, 1) not in (1, 4) or bits not in (1, 2, 4, 8, 16):
         raise PictureError(NO_COLOURS)
     samples = max(number(_SAMPLES, 1), len(found.get(_BITS) or [1]))
+    # Pillow takes the bytes of the one for those of 8 bits, and does not turn the other over.
+    if bits == 16 and samples > 1 and number(_PLANAR, 1) == 2 and number(_COMPRESSION, 1) == 1:
+        raise PictureError("has a plane of 16 bits for each colour; save it as PNG")
+    if bits == 16 and number(_PHOTOMETRIC, 0) == 0:
+        raise PictureError("is grey of 16 bits in which 0 is white; save it as PNG")
     most = min(MOST_PIXELS, 8 * MOST_DECODED // (bits * samples))
     check_pixels(width, height, most)
     check_pixels(number(_TILE_WIDTH, 0), number(_TILE_HEIGHT, 0), most)

@@ -165,7 +165,18 @@ def test_a_link_does_not_lead_out_of_the_folder(tmp_path: Path) -> None:
     (tmp_path / "in" / "8_same").symlink_to("3_here")
     found = load_folder(tmp_path / "in")
     assert list(found.repeats) == [1, 3, 8]
-    assert found.notes[0] == "Left out: 5_cat, 7_up (a link that leads out of the folder)."
+    assert found.notes[:2] == [
+        "Left out: 6_loop (no file: a pipe, or a link that leads nowhere).",
+        "Left out: 5_cat, 7_up (a link that leads out of the folder).",
+    ]
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    put(tmp_path, "a.png")
+    with pytest.raises(DatasetError, match=r"^folder 'none' is not there; check how it is spelt"):
+        load_folder(tmp_path / "none")
+    with pytest.raises(DatasetError, match=r"^'a\.png' is no folder; choose the folder that holds"):
+        load_folder(tmp_path / "a.png")
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read everything")

@@ -263,6 +263,7 @@ def _sound() -> list[bytes]:
         saved(picture(), "WEBP", save_all=True, append_images=more),
         saved(picture(), "BMP"), saved(picture().convert("P"), "BMP"),
         saved(picture().convert("1"), "BMP"), saved(clear, "BMP"),
+        saved(picture(), "DIB"), saved(picture().convert("P"), "DIB"),
         saved(picture(), "GIF", save_all=True, append_images=more, comment=b"cat"),
         saved(clear.quantize(9), "GIF", transparency=3),
         saved(picture(), "TIFF", exif=exif), saved(grey, "TIFF", compression="tiff_lzw"),
