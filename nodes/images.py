@@ -1,11 +1,13 @@
 """Load images from a folder, with captions."""
 
+import logging
 from pathlib import Path
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..lora2_core import comfy_host
-from ..lora2_core.data.photos import load_folder
+from ..lora2_core.data.folder import load_folder, watched_files
+from ..lora2_core.files.header import one_line
 from .common import CATEGORY, advanced, also_called
 
 _PHOTOS = Path(__file__).parent.parent / "photos"
@@ -32,8 +34,10 @@ class LoRA2ImageFolder(io.ComfyNode):
             display_name="Load images from a folder",
             category=CATEGORY,
             description=(
-                "All images of a folder, each at its own size, and their captions: the text "
-                "file of the image's name (cat.png, cat.txt), empty where there is none."
+                "All images of a folder, each at its own size, and their captions: the text file "
+                "of the image's name (cat.png, cat.txt), metadata.jsonl or kohya's JSON, empty "
+                "where there is none. Folders in it called like 5_cat are kohya's repeats. "
+                "The node tells what it leaves out."
             ),
             inputs=[
                 _folder(),
@@ -54,7 +58,10 @@ class LoRA2ImageFolder(io.ComfyNode):
                 io.Image.Output(
                     display_name="images",
                     is_output_list=True,
-                    tooltip="One image per file, in the order of the file names.",
+                    tooltip=(
+                        "One image per file, in the order of the file names; those with repeats so "
+                        "many times."
+                    ),
                 ),
                 io.String.Output(
                     display_name="captions",
@@ -73,14 +80,20 @@ class LoRA2ImageFolder(io.ComfyNode):
     def fingerprint_inputs(cls, folder: str, path: str = "") -> str:
         """Changes when a file of the folder does, so that ComfyUI reads it again."""
         try:
-            files = sorted(_resolve(folder, path).iterdir())
-            return repr([(file.name, _changed(file)) for file in files])
+            root = _resolve(folder, path)
+            files = watched_files(root)
+            return repr([(str(file.relative_to(root)), _changed(file)) for file in files])
         except (OSError, ValueError):
             return ""  # execute says what is wrong
 
     @classmethod
     def execute(cls, folder: str, path: str = "") -> io.NodeOutput:
-        return io.NodeOutput(*load_folder(_resolve(folder, path)))
+        found = load_folder(_resolve(folder, path))
+        for note in found.notes:
+            logging.warning("LoRA²: %s", one_line(note))
+        # With what comes out, so that it is in the history, too, and an empty one takes away what
+        # the node said before.
+        return io.NodeOutput(*found.lists(), ui=ui.PreviewText("\n".join(found.notes)))
 
 
 def _changed(file: Path) -> int:

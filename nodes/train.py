@@ -1,5 +1,6 @@
 """Train LoRA² on images."""
 
+import dataclasses
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from comfy_api.latest import io, ui
 from ..lora2_core import comfy_host, lora_file
 from ..lora2_core.config.presets import AS_SET, build_config, replaced, with_stand_in
 from ..lora2_core.config.train import TrainConfig, doubts_about_rates
+from ..lora2_core.data.captions import BRACKETS, Brackets, as_prompt
 from ..lora2_core.data.photos import Photo, check_photos
 from ..lora2_core.files.header import LoRAFileError
 from ..lora2_core.jobs.job import TrainingJob
@@ -45,6 +47,7 @@ _OF_THE_NODE = (
     "options",
     "run",
     "yield_to_prompts",
+    "caption_brackets",
 )
 
 
@@ -67,6 +70,7 @@ class LoRA2Train(io.ComfyNode):
                 *train_widgets.settings(),
                 *map(advanced, train_widgets.advanced_settings()),
                 *train_widgets.when(),
+                advanced(train_widgets.brackets()),
             ],
             outputs=[
                 io.Model.Output(display_name="MODEL", tooltip="The model with the LoRA applied."),
@@ -97,7 +101,8 @@ class LoRA2Train(io.ComfyNode):
         class_images = lists.pop("class_images", None)
         one = {name: values[0] for name, values in lists.items()}
         notes = Notes(cls.hidden.unique_id)
-        config = _config(one, notes)
+        brackets = one.get("caption_brackets", BRACKETS[0])
+        config = _read_as(brackets, _config(one, notes))
         for doubt in doubts_about_rates(config):
             notes.say(doubt)
         photos = check_photos(
@@ -106,6 +111,7 @@ class LoRA2Train(io.ComfyNode):
             one["instance_prompt"],
             pictures["masks"],
             config.data.trigger,
+            brackets,
         )
         queue = job_queue()
         path = comfy_host.new_lora_path(one["file_name"], queue.paths())
@@ -186,6 +192,12 @@ def _origin(hidden: Any, path: Path) -> Origin:
     return Origin(path.stem, node_id, needed_by(prompt, node_id), base_of(prompt, node_id))
 
 
+def _read_as(brackets: Brackets, config: TrainConfig) -> TrainConfig:
+    """``config`` with the prompt of class images as they are trained and painted."""
+    prompt = as_prompt(config.data.class_prompt, brackets)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, class_prompt=prompt))
+
+
 def _class_photos(images: list[torch.Tensor] | None, config: TrainConfig) -> Sequence[Photo]:
     if not images:
         return ()
@@ -194,7 +206,7 @@ def _class_photos(images: list[torch.Tensor] | None, config: TrainConfig) -> Seq
             "class_images is connected, but class_prompt is empty; write what those images show in "
             "a LoRA² data options node, or disconnect them."
         )
-    return check_photos(images, None, config.data.class_prompt)
+    return check_photos(images, None, config.data.class_prompt, brackets="weights")
 
 
 def _about_memory(plan: "comfy_host.TrainingPlan") -> Iterator[str]:

@@ -136,6 +136,29 @@ def build_sdxl(
     """MODEL and CLIP of SDXL's real classes in any size; ``fill`` sets the weights of U-Net and
     text towers."""
     surface.need(surface.Part.DEMO)
+
+    def again(**options: bool) -> list[ModelPatcher]:
+        made = _sdxl(unet_config, text_configs, fill, **options)
+        return [made[0], made[1].patcher]
+
+    model, clip = _sdxl(unet_config, text_configs, fill)
+    _register(model, again, 0)
+    _register(clip.patcher, again, 1)
+    return model, clip
+
+
+def _register(patcher: Any, again: Callable[..., Any], *which: int) -> None:
+    """Say how the model is made anew, as ComfyUI's loaders do: its trainer, compiling, hooks and
+    several cards want one of their own (0.16 and newer)."""
+    patcher.cached_patcher_init = (again, (), *which)
+
+
+def _sdxl(
+    unet_config: dict[str, Any],
+    text_configs: dict[str, Any],
+    fill: Callable[[nn.Module, nn.Module], None],
+    **options_of_clip: bool,
+) -> tuple[ModelPatcher, Any]:
     config = comfy.supported_models.SDXL(unet_config)
     config.set_inference_dtype(torch.float32, None)
     config.custom_operations = plain()
@@ -144,7 +167,7 @@ def build_sdxl(
     base = config.get_model({}, "", offload)
     target = config.clip_target()
     options = {**text_configs, "dtype": torch.float32, "custom_operations": casting()}
-    clip = comfy.sd.CLIP(target, model_options=options)
+    clip = comfy.sd.CLIP(target, model_options=options, **options_of_clip)
     fill(base.diffusion_model, clip.cond_stage_model)
     patcher = comfy.model_patcher.ModelPatcher
     return patcher(base, load_device=device, offload_device=offload), clip
@@ -152,10 +175,17 @@ def build_sdxl(
 
 def build_autoencoder(weights: Mapping[str, Tensor]) -> Any:
     """A VAE of the TAESD architecture; ``weights`` are those of its encoder and decoder."""
-    # Its latents are trained to be as SDXL's are after scaling.
-    scale = torch.tensor(comfy.latent_formats.SDXL().scale_factor)
-    own = {"vae_scale": scale, "vae_shift": torch.zeros(())}
-    return comfy.sd.VAE(sd={name: value.float() for name, value in {**weights, **own}.items()})
+
+    def build() -> Any:
+        # Its latents are trained to be as SDXL's are after scaling.
+        scale = torch.tensor(comfy.latent_formats.SDXL().scale_factor)
+        own = {"vae_scale": scale, "vae_shift": torch.zeros(())}
+        state = {**weights, **own}
+        return comfy.sd.VAE(sd={n: v.to(torch.float32, copy=True) for n, v in state.items()})
+
+    vae = build()
+    _register(vae.patcher, lambda **_: build().patcher)
+    return vae
 
 
 def _sampling_of(model: ModelPatcher, say: bool = False) -> Any:

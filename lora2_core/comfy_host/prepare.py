@@ -117,7 +117,8 @@ def _samples(
     for photo, found in cuts:
         raise_if_cancelled()
         texts = variants(photo.caption, config.data, config.seed)
-        samples.append(encoder.sample(found, texts))
+        sample = encoder.sample(found, texts)
+        samples.append(dataclasses.replace(sample, repeats=photo.repeats))
     return samples
 
 
@@ -146,6 +147,8 @@ def _data_hash(photos: Sequence[Photo], classes: Sequence[Photo]) -> str:
     parts: list[str | int | Tensor] = [len(photos)]  # where the class images begin
     for photo in [*photos, *classes]:
         parts += [photo.pixels, photo.caption, "" if photo.mask is None else photo.mask]
+        if photo.repeats != 1:  # else a run from before there were any could not go on
+            parts += ["repeats", photo.repeats]
     return content_key(*parts)
 
 
@@ -160,6 +163,7 @@ def _data_parts(photos: Sequence[Photo], classes: Sequence[Photo]) -> dict[str, 
     return {
         "photos": digest(photo.pixels for photo in photos),
         "masks": digest(photo.mask for photo in photos),
+        "repeats": content_key(*(photo.repeats for photo in photos)),
         "class images": digest(photo.pixels for photo in classes),
     }
 

@@ -1,4 +1,4 @@
-"""Captions: the trigger word in front, and tags in changing order."""
+"""Captions: brackets, the trigger word in front, and tags in changing order."""
 
 from __future__ import annotations
 
@@ -7,8 +7,25 @@ import math
 import random
 import re
 from collections import Counter
+from typing import Literal
 
+from ..config import checks
 from ..config.train import DataConfig
+
+Brackets = Literal["text", "weights"]
+BRACKETS: tuple[Brackets, ...] = ("text", "weights")
+_BARE = re.compile(r"(?<!\\)[()]")  # no backslash before it; two are ComfyUI's one and a letter
+
+
+def as_prompt(text: str, brackets: Brackets = "text") -> str:
+    """The prompt by which ComfyUI's tokenizer reads a text of a data set as it is meant.
+
+    ``brackets``: with "text" they are letters, as kohya's trainer reads them; those that bear a
+    backslash out of habit stay as they are and mean the same. With "weights" the text is a prompt
+    already. Raises ConfigError for another word.
+    """
+    checks.choice("brackets", brackets, BRACKETS)
+    return _BARE.sub(lambda found: "\\" + found[0], text) if brackets == "text" else text
 
 
 def with_trigger(caption: str, trigger: str) -> str:
@@ -58,4 +75,6 @@ def _tags(caption: str) -> list[str]:
         # A lone closing bracket is a smiley, not an end.
         depth = max(0, depth + (letter == "(") - (letter == ")"))
         parts[-1] += letter
+    if depth:  # as is a lone opening one, which would hold all tags behind it
+        parts = [*parts[:-1], *parts[-1].split(",")]
     return [part.strip() for part in parts if part.strip()]

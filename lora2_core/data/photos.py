@@ -1,26 +1,21 @@
-"""From photos to training samples: checks, cropping, captions, and the order of draws."""
+"""Photos with their captions and masks, checked."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from ..files.header import one_line
-from ..files.raw.regular import NotAFile, open_regular
-from .captions import with_trigger
-from .pictures import PictureError, decode, open_picture
+from ..config import checks
+from .captions import Brackets, as_prompt, with_trigger
 
 SMALLEST_SIDE = 64  # px; below that a photo holds nothing to learn from
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-_STRIP = 256  # rows that are worked on at once
-MOST_CAPTION = 100_000  # bytes
+MOST_REPEATS = 1_000_000  # of a photo, in all that is given
 ASPECT_TOLERANCE = 0.02  # between a mask and its image; rounding of sides stays far below
 
 
@@ -35,8 +30,10 @@ class Photo:
     pixels: Tensor  # (height, width, 3), fp32, 0 to 1
     caption: str
     mask: Tensor | None = None  # (height, width), fp32, 0 to 1: 1 is learnt from, 0 is not
+    repeats: int = 1  # how many times as often it is drawn as one that is there once
 
     def __post_init__(self) -> None:
+        checks.whole("repeats", self.repeats, 1, MOST_REPEATS, "use 1")
         if self.mask is not None and self.mask.shape != self.pixels.shape[:2]:
             raise DatasetError(
                 f"mask has shape {tuple(self.mask.shape)} beside pixels of "
@@ -50,53 +47,56 @@ def check_photos(
     prompt: str,
     masks: Sequence[Tensor] | None = None,
     trigger: str = "",
+    brackets: Brackets = "text",
 ) -> list[Photo]:
     """Photos ready for training from ComfyUI image batches, (batch, height, width, 3 or 4) each.
 
     ``captions``: one per image in order, or None to give ``prompt`` to all. A single caption
-    also serves all. ``trigger`` is put before every text that does not hold it. ``masks``: ComfyUI
-    masks, (batch, height, width) or (height, width), 1 where there is something to learn; one per
-    image in order, one for all, or None: then the alpha channel of an image that has one. A mask
-    of ones is dropped. Raises DatasetError for no image, a wrong shape, values that are not finite,
+    also serves all. ``trigger`` is put before every text that does not hold it. ``brackets``: how
+    texts are read, see :func:`.captions.as_prompt`. ``masks``: ComfyUI masks, (batch, height,
+    width) or (height, width), 1 where there is something to learn; one per image in order, one for
+    all, or None: then the alpha channel of an image that has one. A mask of ones is dropped. What
+    comes more than once, the same tensor with the same caption and mask, is one photo with
+    ``repeats``. Raises DatasetError for no image, a wrong shape, values that are not finite,
     an image below 64 px, captions or masks that do not match in number, a mask of another aspect
     ratio than its image's, or one that is zero everywhere.
     """
     frames = [frame for batch in images for frame in _frames(batch)]
     if not frames:
         raise DatasetError("images is empty; connect at least one photo of the subject.")
+    seen = set[object]()
     for number, frame in enumerate(frames, 1):
-        _check_frame(frame, number)
-    texts = _matched_texts(captions, prompt, trigger, len(frames))
+        if (place := _place(frame)) not in seen:
+            _check_frame(frame, number)
+            seen.add(place)
+    texts = _matched_texts(captions, prompt, trigger, len(frames), brackets)
     found = _matched_masks(masks, frames)
-    return [
-        Photo(_clamped(frame[..., :3]), text, mask)
-        for frame, text, mask in zip(frames, texts, found, strict=True)
-    ]
+    places: dict[object, list[int]] = {}
+    for number, (frame, text, mask) in enumerate(zip(frames, texts, found, strict=True)):
+        places.setdefault((_place(frame), text, _place(mask)), []).append(number)
+    return [_photo(numbers, frames, texts, found) for numbers in places.values()]
 
 
-def load_folder(folder: Path) -> tuple[list[Tensor], list[str], list[Tensor]]:
-    """Images of a folder in the order of their names, their kohya-style captions, and masks.
+def _photo(
+    numbers: list[int], frames: list[Tensor], texts: list[str], masks: list[Tensor | None]
+) -> Photo:
+    """The one of which there are so many."""
+    first = numbers[0]
+    frame, mask = frames[first], masks[first]
+    if mask is not None:
+        mask = _fitted_mask(mask, frame, first + 1)
+    return Photo(_clamped(frame[..., :3]), texts[first], mask, len(numbers))
 
-    A caption is the text file of the image's name beside it (``cat.png``, ``cat.txt``), empty
-    where there is none. A mask is how opaque the image is; transparent parts of it are white.
-    A photo of more than 32 megapixels comes out at so many. Returns images (1, height, width, 3),
-    as many captions, and masks (1, height, width). Raises DatasetError for a folder without images,
-    and for a file that is no image, wholly transparent, or beyond the limits of :mod:`.pictures`.
-    """
-    every = (p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-    paths = sorted(p for p in every if not p.is_dir())
-    if not paths:
-        kinds = ", ".join(suffix.lstrip(".") for suffix in IMAGE_SUFFIXES)
-        raise DatasetError(
-            f"folder {one_line(folder.name)!r} holds no image; put {kinds} files into it."
-        )
-    read = [_read_image(path) for path in paths]
-    captions = [_read_caption(path) for path in paths]
-    return [pixels[None] for pixels, _ in read], captions, [mask[None] for _, mask in read]
+
+def _place(tensor: Tensor | None) -> object:
+    """Equal for tensors that are the same memory, read in the same way."""
+    if tensor is None:
+        return None
+    return tensor.data_ptr(), tensor.device, tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 
 def _matched_texts(
-    captions: Sequence[str] | None, prompt: str, trigger: str, count: int
+    captions: Sequence[str] | None, prompt: str, trigger: str, count: int, brackets: Brackets
 ) -> list[str]:
     texts = [(text or "").strip() for text in captions or []]
     if len(texts) in (0, 1):
@@ -111,11 +111,12 @@ def _matched_texts(
             "instance_prompt is empty and not every image has a caption; write what the photos "
             "show, for example 'a photo of sks cat'."
         )
-    return [with_trigger(text or prompt, trigger) for text in texts]
+    prompt, trigger = (as_prompt(text, brackets) for text in (prompt, trigger))
+    return [with_trigger(as_prompt(text, brackets) or prompt, trigger) for text in texts]
 
 
 def _matched_masks(masks: Sequence[Tensor] | None, frames: Sequence[Tensor]) -> list[Tensor | None]:
-    """A mask (height, width) for each of ``frames``, None where all of it is learnt from."""
+    """A mask (height, width) for each of ``frames``, as it is given; None where there is none."""
     given = [mask for batch in masks or [] for mask in _mask_frames(batch)]
     found: list[Tensor | None]
     if not given:
@@ -127,11 +128,7 @@ def _matched_masks(masks: Sequence[Tensor] | None, frames: Sequence[Tensor]) -> 
             f"masks has {len(given)} entries for {len(frames)} images; give one mask per image in "
             "the same order, one for all, or none."
         )
-    pairs = zip(found, frames, strict=True)
-    return [
-        None if mask is None else _fitted_mask(mask, frame, number)
-        for number, (mask, frame) in enumerate(pairs, 1)
-    ]
+    return found
 
 
 def _mask_frames(batch: Tensor) -> list[Tensor]:
@@ -233,46 +230,6 @@ def _clamped(values: Tensor) -> Tensor:
         return values
     low, high = torch.aminmax(values)
     return values if low >= 0 and high <= 1 else values.clamp(0, 1)
-
-
-def _read_image(path: Path) -> tuple[Tensor, Tensor]:
-    """Pixels (height, width, 3) on white, and how opaque they are (height, width)."""
-    try:
-        image = decode(open_picture(path))
-    except PictureError as error:
-        raise DatasetError(f"{one_line(path.name)} {error}.") from error
-    width, height = image.size
-    pixels, mask = torch.empty(height, width, 3), torch.ones(height, width)
-    # In strips, so that nothing of a photo's size is in memory beside it and what comes out.
-    for top in range(0, height, _STRIP):
-        bottom = min(top + _STRIP, height)
-        strip = image.crop((0, top, width, bottom))
-        if strip.mode == "RGBA":
-            mask[top:bottom] = to_tensor(strip.getchannel("A"))
-            strip = Image.alpha_composite(Image.new("RGBA", strip.size, "white"), strip)
-        pixels[top:bottom] = to_tensor(strip.convert("RGB"))
-    if not mask.any():
-        raise DatasetError(f"{one_line(path.name)} is transparent everywhere; remove it.")
-    return pixels, mask
-
-
-def _read_caption(path: Path) -> str:
-    sidecar = path.with_suffix(".txt")
-    try:
-        with open_regular(sidecar) as file:
-            text = file.read(MOST_CAPTION + 1)
-        if len(text) > MOST_CAPTION:
-            raise DatasetError(
-                f"{one_line(sidecar.name)} has more than {MOST_CAPTION:,} bytes, which no caption "
-                "has; shorten it."
-            )
-        return text.decode("utf-8-sig").strip()
-    except NotAFile:
-        return ""
-    except (OSError, UnicodeDecodeError) as error:
-        raise DatasetError(
-            f"{one_line(sidecar.name)} is not readable UTF-8 text ({error})."
-        ) from error
 
 
 def to_tensor(image: Image.Image) -> Tensor:

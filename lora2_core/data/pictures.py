@@ -1,70 +1,59 @@
 """Pictures from strangers: what is decoded, and how much memory and time that may take.
 
-A file's first bytes choose the decoder, among four. All that decides what it will take is read
-before it starts: the pixels, the scans of a JPEG, and what a camera or a program noted beside them.
-Source of the limits: ours; what the cameras of today write is well within them.
+A file's first bytes choose the decoder, among those of :mod:`.formats.kinds`, where all that
+decides what it will take is looked at before. Here are the scans of a JPEG, and what comes out.
 """
 
 from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Collection
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import BmpImagePlugin, Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+from PIL import Image
 
 from ..files.raw.regular import NotAFile, open_regular
+from .formats.kinds import READ, SCAN, format_of
+from .formats.limits import (
+    MOST_BYTES,
+    MOST_CLEAR,
+    MOST_EXIF,
+    MOST_PIXELS,
+    MOST_STREAMED,
+    NO_COLOURS,
+    PictureError,
+    check_pixels,
+)
 
-MOST_PIXELS = 80_000_000  # of a picture that has to be decoded whole
-MOST_CLEAR = 50_000_000  # px of one that may be transparent; two more copies are made of those
-MOST_OF_WEBP = 40_000_000  # px; its decoder holds four copies
-MOST_STREAMED = 250_000_000  # px of a JPEG with one scan, which can be decoded at half its sides
 KEPT_PIXELS = 32_000_000  # above it a photo comes out smaller: nothing is trained at so many
-MOST_BYTES = 300_000_000  # of a file
 _FEW_SCANS = 20  # of a JPEG; programs write ten at most
 _MOST_WORK = 100_000_000  # px × scans, where there are more of them
-_MOST_PARTS = 100_000  # of a PNG or of what comes before the pixels of a JPEG
-_MOST_NOTES = 20_000_000  # bytes beside the pixels: profiles, texts, previews
-_MOST_EXIF = 70_000  # bytes; Pillow may copy all of them for each of their entries
-_LONGEST_SIDE = 65_535  # px, as in a JPEG; Pillow cannot make a far longer one smaller
 _CHUNK = 1 << 20  # bytes read at once
 _STRIP = 256  # rows that are worked on at once
 _DRAFTS = (8, 4, 2)  # a JPEG is decoded at 1/8, 1/4 or 1/2 of its sides at no cost
-_SCAN = b"\xff\xda"
-_BARE = {0xC8, *range(0xD0, 0xDA), *range(0xF0, 0xFE)}  # marks of a JPEG that no length follows
 _WITH_ALPHA = {"RGBA", "LA", "PA", "La", "RGBa"}
 _MIXABLE = {"L", "LA", "RGB", "RGBA", "CMYK", "YCbCr"}
 _ORIENTATION = 0x0112  # in EXIF
 _IN_XMP = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
 
 
-class PictureError(ValueError):
-    """A picture cannot be used; the message stands behind its name, and says why and what to do."""
+def open_picture(
+    source: Path | BinaryIO,
+    most_pixels: int = MOST_STREAMED,
+    kinds: Collection[str] | None = None,
+) -> Image.Image:
+    """A picture whose header was read and checked; nothing is decoded (but for JPEG XL).
 
-
-@dataclass(frozen=True)
-class _Format:
-    """One of those that are read."""
-
-    mark: bytes  # first bytes of a file
-    open: Callable[[BinaryIO], Image.Image]  # reads the header alone
-    check: Callable[[BinaryIO], None]  # before that
-    most_pixels: int
-
-
-def open_picture(source: Path | BinaryIO, most_pixels: int = MOST_STREAMED) -> Image.Image:
-    """A PNG, JPEG, WebP or BMP picture whose header was read and checked; nothing is decoded.
-
-    Close it when done. ``most_pixels``: a limit below those above. Raises PictureError for what is
-    none of these, is larger than it may be, or would take too long.
+    Close it when done. ``most_pixels``: a limit below those of its kind. ``kinds``: names of the
+    formats that may be read; None for all. Raises PictureError for what is none of these, is larger
+    than it may be, or would take too long, and NoDecoderError where Pillow lacks a plug-in.
     """
     file = _opened(source) if isinstance(source, Path) else source
     try:
-        return _checked(file, most_pixels)
+        return _checked(file, most_pixels, kinds)
     except BaseException:
         file.close()
         raise
@@ -74,18 +63,19 @@ def decode(picture: Image.Image, most_pixels: int = KEPT_PIXELS) -> Image.Image:
     """The pixels of an opened picture, RGB, or RGBA where parts of it are transparent.
 
     Upright, whatever the camera noted, and of at most about ``most_pixels`` px. Never more than two
-    copies of it are in memory. Raises PictureError for damaged data.
+    copies of it are in memory. Raises PictureError for damaged data, and for pixels that are
+    fractions.
     """
     file = getattr(picture, "fp", None)
     try:
         _draft(picture, most_pixels)
         picture.load()
-        turn = _TURNS.get(_orientation(picture.info))
+        turn = _TURNS.get(_orientation(picture))
         image = _smaller(_plain(picture), most_pixels)
         wanted = "RGBA" if image.mode in _WITH_ALPHA else "RGB"
         image = image if image.mode == wanted else image.convert(wanted)
         return image if turn is None else image.transpose(turn)
-    except MemoryError:
+    except (PictureError, MemoryError):
         raise
     except Exception as error:  # Pillow's decoders raise anything on damaged files
         raise PictureError(f"is not a readable image ({_reason(error)}); remove it") from error
@@ -105,19 +95,16 @@ def _opened(path: Path) -> BinaryIO:
         ) from error
 
 
-def _checked(file: BinaryIO, most_pixels: int) -> Image.Image:
+def _checked(file: BinaryIO, most_pixels: int, kinds: Collection[str] | None = None) -> Image.Image:
     size = file.seek(0, 2)
     if size > MOST_BYTES:
         raise PictureError(
             f"has {size / 1e6:.0f} MB; at most {MOST_BYTES / 1e6:.0f} MB are read: make it smaller"
         )
     file.seek(0)
-    start = file.read(32)
-    kind = next((one for one in _FORMATS if start.startswith(one.mark)), None)
-    if kind is None or (kind.mark == b"RIFF" and start[8:12] != b"WEBP"):
-        raise PictureError(
-            "is not a readable image (no PNG, JPEG, WebP or BMP); save it as PNG, or remove it"
-        )
+    kind = format_of(file.read(32))
+    if kind is None or not (kinds is None or kind.name in kinds):
+        raise PictureError(f"is not a readable image (no {READ}); save it as PNG, or remove it")
     try:
         kind.check(file)
         file.seek(0)
@@ -127,20 +114,30 @@ def _checked(file: BinaryIO, most_pixels: int) -> Image.Image:
     except Exception as error:  # anything, of damaged files
         raise PictureError(f"is not a readable image ({_reason(error)}); remove it") from error
     most = MOST_CLEAR if _may_be_clear(picture) else kind.most_pixels
-    _check_pixels(*picture.size, min(most_pixels, most, kind.most_pixels))
-    if kind.mark == _JPEG:
+    check_pixels(*picture.size, min(most_pixels, most, kind.most_pixels))
+    if kind.name == "JPEG":
         _check_scans(file, picture)
     return picture
 
 
-def _check_pixels(width: int, height: int, most: int) -> None:
-    if width * height > most:
-        raise PictureError(
-            f"has {width}×{height} px ({width * height / 1e6:.1f} MP); at most {most / 1e6:.0f} MP "
-            "are read: make it smaller"
-        )
-    if max(width, height) > _LONGEST_SIDE:
-        raise PictureError(f"has {width}×{height} px; no side may be over {_LONGEST_SIDE} px")
+def kind_of(path: Path) -> str | None:
+    """The kind of picture that a file is by its first bytes; None for all else."""
+    try:
+        with open_regular(path) as file:
+            kind = format_of(file.read(32))
+    except OSError:
+        return None
+    return kind and kind.name
+
+
+def goes_on(path: Path, picture: Image.Image) -> bool:
+    """Whether the file of an opened picture holds further frames or pages."""
+    try:
+        with open_regular(path) as file:
+            kind = format_of(file.read(32))
+            return kind is not None and kind.goes_on(file, picture)
+    except (OSError, PictureError):
+        return False
 
 
 def _check_scans(file: BinaryIO, picture: Image.Image) -> None:
@@ -148,83 +145,18 @@ def _check_scans(file: BinaryIO, picture: Image.Image) -> None:
     place = file.tell()  # where the first begins
     scans, last = 1, b""
     while data := file.read(_CHUNK):
-        scans += (last + data).count(_SCAN)
+        scans += (last + data).count(SCAN)
         last = data[-1:]
     file.seek(place)
     if scans > 1 or picture.info.get("progressive"):
-        _check_pixels(*picture.size, MOST_PIXELS)
+        check_pixels(*picture.size, MOST_PIXELS)
     if scans > _FEW_SCANS and scans * picture.width * picture.height > _MOST_WORK:
         raise PictureError(f"has {scans} scans, which would take too long; save it anew")
 
 
-def _check_jpeg(file: BinaryIO) -> None:
-    """What comes before the first scan: Pillow goes through it byte by byte, and keeps it all."""
-    place, exif = 2, 0
-    for _ in range(_MOST_PARTS):
-        file.seek(place)
-        head = file.read(10)
-        if len(head) < 4 or head[:2] == _SCAN:
-            break
-        if head[0] != 0xFF or head[1] in (0, 0xFF):  # filled up
-            place += 1
-            continue
-        if head[1] in _BARE:
-            place += 2
-            continue
-        length = int.from_bytes(head[2:4], "big")
-        exif += length if head[1] == 0xE1 and head[4:8] == b"Exif" else 0
-        place += 2 + length
-    else:
-        raise PictureError("is cut into too many parts; save it anew")
-    if place > _MOST_NOTES or exif > _MOST_EXIF:
-        raise PictureError("holds too much beside its pixels; save it anew without it")
-
-
-def _check_png(file: BinaryIO) -> None:
-    """Pillow goes through all parts of a file, one after the other, and keeps what it finds."""
-    place, notes, size = 8, 0, file.seek(0, 2)
-    for _ in range(_MOST_PARTS):
-        file.seek(place)
-        head = file.read(8)
-        if len(head) < 8 or head[4:] == b"IEND":
-            break
-        length = int.from_bytes(head[:4], "big")
-        if head[4:] not in (b"IDAT", b"fdAT"):
-            notes += min(length, size - place)  # a length may be damaged
-        place += 12 + length
-    else:
-        raise PictureError("is cut into too many parts; save it anew")
-    if notes > _MOST_NOTES:
-        raise PictureError("holds too much beside its pixels; save it anew without it")
-
-
-def _check_webp(file: BinaryIO) -> None:
-    """Its decoder takes memory for every pixel as soon as it is opened."""
-    file.seek(0)
-    s = file.read(30).ljust(30, b"\0")
-    number = int.from_bytes
-    if s[12:16] == b"VP8X":
-        size = number(s[24:27], "little") + 1, number(s[27:30], "little") + 1
-    elif s[12:16] == b"VP8L":
-        bits = number(s[21:25], "little")
-        size = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
-    else:
-        size = number(s[26:28], "little") & 0x3FFF, number(s[28:30], "little") & 0x3FFF
-    _check_pixels(*size, MOST_OF_WEBP)
-
-
-def _check_bmp(file: BinaryIO) -> None:
-    """Pillow unpacks runs of pixels in Python, a second for every megabyte."""
-    file.seek(30)
-    if int.from_bytes(file.read(4), "little") in (1, 2):  # a small header has its pixels there
-        file.seek(14)
-        if int.from_bytes(file.read(4), "little") >= 40:
-            raise PictureError("is a BMP with packed rows; save it as PNG")
-
-
 def _draft(picture: Image.Image, most_pixels: int) -> None:
     """Let a JPEG be decoded at a fraction of its sides that still has ``most_pixels``."""
-    pixels = picture.width * picture.height
+    pixels = picture.width * picture.height if picture.format in ("JPEG", "MPO") else 0
     part = next((n for n in _DRAFTS if pixels >= most_pixels * n * n), 1)
     if part > 1:
         picture.draft(None, (picture.width // part, picture.height // part))
@@ -232,6 +164,8 @@ def _draft(picture: Image.Image, most_pixels: int) -> None:
 
 def _plain(picture: Image.Image) -> Image.Image:
     """One that can be made smaller, in as few bytes as that takes."""
+    if picture.mode == "F":  # of JPEG XL, say: Pillow would take 1 for nearly black
+        raise PictureError(NO_COLOURS)
     if picture.mode.startswith("I"):
         return _eight_bit(picture)
     if "transparency" in picture.info:
@@ -263,17 +197,25 @@ def _eight_bit(picture: Image.Image) -> Image.Image:
     return image
 
 
-def _orientation(info: dict[str | tuple[int, int], object]) -> int:
-    """How the camera was held, 1 to 8, as its notes tell; 1 where they do not.
+def _orientation(picture: Image.Image) -> int:
+    """How the camera was held, 1 to 8, as the notes of a decoded picture tell; 1 where they do not,
+    or where its decoder has turned it.
 
     By code of ours: Pillow's reads every entry of the notes, each of which may claim all of them.
     """
+    if picture.format == "TIFF":  # newer Pillows turn it, and take the entry away
+        return getattr(picture, "tag_v2", {}).get(_ORIENTATION, 1)
+    if picture.format == "HEIF" or (picture.format == "JXL" and not getattr(picture, "jpeg", 0)):
+        return 1  # a JPEG within a JPEG XL comes as it lies
+    info: dict = picture.info
     exif, xmp = info.get("exif"), info.get("xmp") or info.get("XML:com.adobe.xmp")
+    if picture.format == "AVIF":  # its boxes decide, as Pillow writes them into its EXIF
+        xmp = None
     if isinstance(exif, bytes) and (found := _in_exif(exif.removeprefix(b"Exif\0\0"))):
         return found
     if isinstance(xmp, str):
-        xmp = xmp[:_MOST_EXIF].encode(errors="replace")
-    told = _IN_XMP.search(xmp[:_MOST_EXIF]) if isinstance(xmp, bytes) else None
+        xmp = xmp[:MOST_EXIF].encode(errors="replace")
+    told = _IN_XMP.search(xmp[:MOST_EXIF]) if isinstance(xmp, bytes) else None
     return int(told[1]) if told else 1
 
 
@@ -307,10 +249,3 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_JPEG = b"\xff\xd8\xff"
-_FORMATS = (
-    _Format(_JPEG, JpegImagePlugin.JpegImageFile, _check_jpeg, MOST_STREAMED),
-    _Format(b"\x89PNG\r\n\x1a\n", PngImagePlugin.PngImageFile, _check_png, MOST_PIXELS),
-    _Format(b"RIFF", WebPImagePlugin.WebPImageFile, _check_webp, MOST_OF_WEBP),
-    _Format(b"BM", BmpImagePlugin.BmpImageFile, _check_bmp, MOST_PIXELS),
-)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .photos import DatasetError
+from ..config import checks
+from .photos import MOST_REPEATS, DatasetError
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,10 @@ class Sample:
     sizes: Tensor  # (1536,) SDXL's embedding of original size, offset and trained size
     captions: tuple[str, ...]  # the texts it may be drawn with, all equally often
     mask: Tensor | None = None  # (1, h, w), fp32, 0 to 1, at the size of the latent
+    repeats: int = 1  # how many times as often it is drawn as one that is there once
 
     def __post_init__(self) -> None:
+        checks.whole("repeats", self.repeats, 1, MOST_REPEATS, "use 1")
         if not self.captions:
             raise DatasetError("captions is empty; a sample has at least one, '' if need be.")
         if self.mask is not None and self.mask.shape != (1, *self.latent.shape[1:]):
@@ -56,21 +59,28 @@ class SampleOrder:
 
     ``shapes``: the latent shape of each sample. A deck that holds every sample's shape once says
     of which shape the next batch is, so over as many batches as there are samples each sample
-    comes equally often. With one shape there is no deck: each epoch is shuffled anew.
+    comes equally often. With one shape there is no deck: each epoch is shuffled anew. ``repeats``:
+    how many times each sample is there in all this; once, where it is left out.
     """
 
-    def __init__(self, shapes: Sequence[tuple[int, ...]]):
+    def __init__(self, shapes: Sequence[tuple[int, ...]], repeats: Sequence[int] | None = None):
         if not shapes:
             raise ValueError("there is no sample to draw from; give at least one photo.")
+        if repeats is not None and (len(repeats) != len(shapes) or min(repeats) < 1):
+            raise ValueError(
+                f"repeats is {repeats}; give a number from 1 on for each of the shapes."
+            )
         members: dict[tuple[int, ...], list[int]] = {}
         for index, shape in enumerate(shapes):
-            members.setdefault(tuple(shape), []).append(index)
+            times = 1 if repeats is None else repeats[index]
+            members.setdefault(tuple(shape), []).extend([index] * times)
         self._members = list(members.values())
         self._deck: list[int] = []
         self._left: list[list[int]] = [[] for _ in self._members]
 
     def draw(self, generator: torch.Generator, size: int) -> list[int]:
-        """``size`` indices of one shape; each of a shape comes once before any comes again."""
+        """``size`` indices of one shape; each of a shape comes once, or as often as it repeats,
+        before any comes again."""
         place = self._next_shape(generator)
         members, left = self._members[place], self._left[place]
         while len(left) < size:

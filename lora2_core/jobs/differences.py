@@ -21,6 +21,7 @@ _GROUPS = {
     "photos": "other photos",
     "captions": "other captions",
     "masks": "other masks",
+    "repeats": "other repeats of photos",
     "class images": "other class images",
     "text and VAE": "another CLIP or VAE",
     "sampling": "another sampling of the model",

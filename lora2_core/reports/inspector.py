@@ -40,6 +40,7 @@ _CORNER, _TOP = 64, 24  # px: side of a thumbnail in the rank map, and where it 
 _LINE = 200  # characters of a value that are shown
 _LARGEST_THUMBNAIL = 1_000_000  # characters of its data URI
 _LARGEST_PICTURE = 4096 * 4096  # pixels
+_SHOWN_KINDS = ("PNG", "JPEG", "WebP")  # that every page shows
 _KEPT_PICTURE = 512 * 512  # pixels of one that was decoded
 _REMEMBERED = 8  # pictures of files that were looked at lately
 _THUMBNAIL = re.compile(r"data:image/(?:png|jpeg|webp);base64,([A-Za-z0-9+/=\s]{16,})")
@@ -285,9 +286,7 @@ def decoded(uri: str) -> Thumbnail | None:
         return None
     try:
         data = base64.b64decode("".join(match[1].split()), validate=True)
-        opened = open_picture(io.BytesIO(data), _LARGEST_PICTURE)
-        if opened.format == "BMP":  # no page shows it as one of the three
-            return None
+        opened = open_picture(io.BytesIO(data), _LARGEST_PICTURE, _SHOWN_KINDS)
         width, height = opened.size
         return Thumbnail(width, height, decode(opened, _KEPT_PICTURE).convert("RGB"))
     except (PictureError, binascii.Error):

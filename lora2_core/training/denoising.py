@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -96,7 +96,8 @@ class DenoisingTask:
         self.sigmas: Tensor = model.model_sampling.sigmas.float().cpu()  # (timesteps,) rising
         self.device = next(model.diffusion_model.parameters()).device
         self.samples = [_on(self.device, sample) for sample in samples]
-        self.order = SampleOrder([tuple(sample.latent.shape) for sample in samples])
+        shapes = [tuple(sample.latent.shape) for sample in samples]
+        self.order = SampleOrder(shapes, [sample.repeats for sample in samples])
         self.classes: dict[tuple[int, ...], list[Sample]] = {}
         for sample in class_samples:
             self.classes.setdefault(tuple(sample.latent.shape), []).append(_on(self.device, sample))
@@ -216,4 +217,5 @@ def timestep_range(objective: ObjectiveConfig, count: int) -> tuple[int, int]:
 
 def _on(device: torch.device, sample: Sample) -> Sample:
     mask = None if sample.mask is None else sample.mask.to(device)
-    return Sample(sample.latent.to(device), sample.sizes.to(device), sample.captions, mask)
+    latent, sizes = sample.latent.to(device), sample.sizes.to(device)
+    return replace(sample, latent=latent, sizes=sizes, mask=mask)

@@ -295,7 +295,10 @@ def samples() -> list[io.WidgetInput]:
             "sample_prompts",
             default="",
             multiline=True,
-            tooltip=f"Painted meanwhile: up to {MAX_PROMPTS} prompts, one a line. Empty is off.",
+            tooltip=(
+                f"Painted meanwhile: up to {MAX_PROMPTS} prompts, one a line. They are read as "
+                "everywhere in ComfyUI, (word:1.2) with its weight. Empty is off."
+            ),
         ),
         io.Int.Input(
             "sample_every",

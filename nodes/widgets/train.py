@@ -5,6 +5,7 @@ from comfy_api.latest import io
 from ...lora2_core.adaptive_rank import MODES
 from ...lora2_core.config.presets import AS_SET, PRESETS
 from ...lora2_core.config.train import PRECISIONS, SCHEDULES
+from ...lora2_core.data.captions import BRACKETS
 from .sockets import OptionsSocket
 
 WAIT, BACKGROUND = "wait", "background"
@@ -227,7 +228,7 @@ def _preset() -> io.WidgetInput:
 
 
 def when() -> list[io.WidgetInput]:
-    """The last two, not of the run but of when it happens."""
+    """Not of the run but of when it happens."""
     return [
         io.Combo.Input(
             "run",
@@ -250,3 +251,19 @@ def when() -> list[io.WidgetInput]:
             ),
         ),
     ]
+
+
+def brackets() -> io.WidgetInput:
+    """The last: a saved workflow holds the values of widgets by their places."""
+    return io.Combo.Input(
+        "caption_brackets",
+        options=list(BRACKETS),
+        default=BRACKETS[0],
+        optional=True,  # as above
+        tooltip=(
+            "Brackets in captions, instance_prompt, trigger and class_prompt. text: they are "
+            "letters, as in kohya's trainer: 'robot (fate)' is a name, with or without "
+            "backslashes. weights: as in a prompt, where (word:1.2) counts more. Sample prompts "
+            "are prompts: they have weights either way."
+        ),
+    )

@@ -14,6 +14,7 @@ from lora2_pack.tests.browser.test_panel import PANEL, TRAIN
 from lora2_pack.tests.browser.test_sidebar import JOBS, ROW, _job, _open_tab
 from lora2_pack.tests.browser.test_templates import DIALOG, READY, TOAST, Page
 from lora2_pack.tests.core.toy import thumbnail
+from PIL import Image
 
 IMAGE = "<img src=x onerror=window.__hit=1>"
 LINK = "[[here|javascript:window.__hit=1]]"
@@ -136,6 +137,23 @@ def test_a_note_is_text_for_the_page_that_asked(page: Page, browser: Any, server
     assert other.ask(f"() => {TRAIN}.widgets.filter(w => w.name.includes('text')).length") == 0
     assert other.ask("() => window.__hit ?? null") is None
     other.page.context.close()
+
+
+def test_what_a_folder_leaves_out_is_text_and_goes_when_nothing_is(page: Page, server: Any):
+    folder = server.input / f"left out {page.nodes2}"
+    folder.mkdir()
+    planted = folder / f"{IMAGE.replace('/', '')}.psd"
+    planted.write_bytes(b"8BPS")
+    Image.new("RGB", (64, 64)).save(folder / "a.png")
+    page.open_template("1 Train on the demo model")
+    # Refused right after the folder is read.
+    page.ask(SET, ["LoRA2ImageFolder", {"path": folder.name}])
+    page.ask(SET, ["LoRA2Train", {"targets": "(", "resolution": 64}])
+    page.ask("async () => { await app.queuePrompt(0) }")
+    _shows(page, f"Left out: {planted.name} (not read; save it as PNG).", NOTES)
+    planted.unlink()
+    page.ask("async () => { await app.queuePrompt(0) }")
+    page.page.wait_for_function(f"() => !document.querySelector('{NOTES}')", timeout=SECONDS)
 
 
 @pytest.mark.parametrize("opened", [True], ids=["nodes 2.0"], indirect=True)

@@ -35,7 +35,9 @@ def build(seed: int | None = 0) -> tuple[Any, Any, Any]:
         model, clip = comfy_host.build_sdxl(UNET_CONFIG, text_configs(), fill)
         # As ComfyUI's loaders hold it, which is not always as the demo model's node does.
         held = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
+        again: Any = model.cached_patcher_init
         model = held(model.model, model.load_device, model.offload_device)
+        model.cached_patcher_init = again
         return model, clip, comfy_host.build_autoencoder(autoencoder_weights())
 
 

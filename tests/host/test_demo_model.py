@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -97,3 +98,20 @@ def test_photos_survive_the_autoencoder(trained: Parts):
         back = trained[2].decode(trained[2].encode(pixels))
     error = (back - pixels).square().mean(dim=(1, 2, 3))
     assert (10 * torch.log10(1 / error)).min() > 22
+
+
+def test_it_is_made_anew_for_whoever_wants_one_of_its_own():
+    """ComfyUI's trainer, compiling and hooks ask so, of MODEL and CLIP; several cards of all."""
+    model, clip, vae = demo.build()
+    for patcher in (model, clip.patcher, vae.patcher):
+        if "force_deepcopy" not in inspect.signature(patcher.clone).parameters:
+            pytest.skip("this ComfyUI makes no model anew")
+        other = patcher.clone(force_deepcopy=True)
+        assert other.model is not patcher.model
+        mine, same = patcher.model.state_dict(), other.model.state_dict()
+        assert mine.keys() == same.keys()
+        assert all(torch.equal(mine[name], same[name]) for name in mine)
+        storage = {value.untyped_storage().data_ptr() for value in mine.values() if value.numel()}
+        assert not storage & {v.untyped_storage().data_ptr() for v in same.values() if v.numel()}
+    for patcher in (model, clip.patcher):
+        assert not patcher.clone(disable_dynamic=True).is_dynamic()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from lora2_pack.lora2_core import comfy_host
 from lora2_pack.lora2_core.comfy_host.encoding import Encoder
 from lora2_pack.lora2_core.comfy_host.prepare import _data_hash
 from lora2_pack.lora2_core.config.train import DataConfig, SampleConfig
-from lora2_pack.lora2_core.data.cache import TensorCache
+from lora2_pack.lora2_core.data.cache import TensorCache, content_key
 from lora2_pack.lora2_core.data.cropping import Crop
 from lora2_pack.lora2_core.data.photos import Photo
 from lora2_pack.lora2_core.training.setup import TrainingSetup
@@ -213,11 +214,18 @@ def test_the_data_hash_changes_with_everything_that_is_learnt_from():
         "a class image": ([first, second], [third]),
         "another class image": ([first, second], [Photo(brighter, "sks cat")]),
         "a photo as class image": ([first], [second]),
+        "repeats": ([replace(first, repeats=5), second], []),
+        "repeats of the other": ([first, replace(second, repeats=5)], []),
     }
     hashes = {name: _data_hash(*case) for name, case in cases.items()}
     copies = [Photo(photo.pixels.clone(), photo.caption) for photo in (first, second)]
     assert _data_hash(copies, []) == hashes["plain"]
     assert len(set(hashes.values())) == len(hashes), hashes
+
+
+def test_a_run_from_before_there_were_repeats_goes_on():
+    photo = _photo(64, 64)
+    assert _data_hash([photo], []) == content_key(1, photo.pixels, photo.caption, "")
 
 
 def test_a_run_on_other_data_has_another_hash(parts: Parts, model: Any, tmp_path: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 from collections import Counter
@@ -12,6 +13,7 @@ import folder_paths
 import pytest
 from lora2_pack.lora2_core import comfy_host
 from lora2_pack.tests.core.tries import TRIES, in_time
+from nodes import LoraLoader
 
 PARTS = (
     "cat", "my cats", "Ünïcødé ²", "猫", "💣", "a" * 300, "é" * 150, ".", "..", "...", " ", "", "~",
@@ -127,3 +129,23 @@ def test_names_at_random(folders, use: Callable[[str, Path], None]) -> None:
     assert ends[False] > TRIES // 10
     if use is _new_lora:
         assert ends[True] > TRIES // 20
+
+
+def test_every_loras_folder_is_listed_and_the_first_wins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in ComfyUI's own loader: people keep LoRAs on several disks."""
+    places = [tmp_path / "one", tmp_path / "two"]
+    for number, place in enumerate(places):
+        (place / "sub").mkdir(parents=True)
+        (place / "same.safetensors").write_bytes(bytes([number]))
+        (place / "sub" / f"only {number}.safetensors").write_bytes(b"")
+    found = ([str(place) for place in places], folder_paths.folder_names_and_paths["loras"][1])
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", found)
+    folder_paths.filename_list_cache.pop("loras", None)
+    names = {"same.safetensors", *(f"sub{os.sep}only {n}.safetensors" for n in (0, 1))}
+    stock = LoraLoader.INPUT_TYPES()["required"]["lora_name"][0]
+    assert set(comfy_host.lora_names()) == names == set(stock)
+    assert comfy_host.lora_path("same.safetensors").read_bytes() == b"\0"
+    assert comfy_host.lora_path("sub/only 1.safetensors").is_relative_to(places[1])
+    folder_paths.filename_list_cache.pop("loras", None)

@@ -8,6 +8,7 @@ import { t } from "./text.mjs";
 import { nodeOf } from "./trainings.mjs";
 
 const TEXT_NODES = new Set(["LoRA2InspectRanks"]);
+const NOTED_NODES = new Set(["LoRA2ImageFolder"]); // mostly they have nothing to say
 const WIDGET = "lora2_text";
 const NOTES = "lora2_notes";
 const MIN_HEIGHT = 220;
@@ -47,7 +48,9 @@ function showNote(node, text) {
   if (!notes.has(node)) {
     const content = make("p", "lora2-notes");
     content.dataset.testid = "lora2-notes";
-    notes.set(node, { content, part: addPart(node, NOTES, content) });
+    // A node with little in it stays as narrow as it is, lest it covers its neighbour.
+    const width = NOTED_NODES.has(node.comfyClass) ? 0 : undefined;
+    notes.set(node, { content, part: addPart(node, NOTES, content, width) });
     const removed = node.onRemoved;
     node.onRemoved = function (...args) {
       removed?.apply(this, args);
@@ -62,14 +65,16 @@ function dropNote(node) {
   notes.delete(node);
 }
 
-/** Show the text that a node like Inspect Ranks found out, inside of it. */
+/** Show the text that a node like Inspect Ranks found out, inside of it; or what it left out. */
 export function showResults(node) {
-  if (!TEXT_NODES.has(node.comfyClass)) return;
+  const noted = NOTED_NODES.has(node.comfyClass);
+  if (!noted && !TEXT_NODES.has(node.comfyClass)) return;
   const previous = node.onExecuted;
   node.onExecuted = function (output) {
     previous?.call(this, output);
     const text = output?.text?.join("");
-    if (text) showText(this, text);
+    if (noted) showNote(this, text);
+    else if (text) showText(this, text);
   };
 }
 

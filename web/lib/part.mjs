@@ -6,11 +6,13 @@ const MARGIN = 20; // what the classic canvas leaves around an element, above an
 
 const states = new WeakMap(); // node -> its height without parts, and the height of each part
 
-/** Show `content` in `node` at the height that it has; returns {drop()}, which takes it out. */
-export function addPart(node, name, content) {
+/** Show `content` in `node` at the height that it has, and in a node of at least this width; returns
+ *  {drop()}, which takes it out. */
+export function addPart(node, name, content, leastWidth = LEAST_WIDTH) {
   addStyle();
   const frame = make("div", "lora2-frame", content);
   const state = stateOf(node);
+  state.leastWidth = Math.max(state.leastWidth, leastWidth);
   const spare = () => Math.max(0, node.size[1] - state.before);
   let height = 0;
   state.heights.set(frame, 0);
@@ -42,7 +44,7 @@ export function addPart(node, name, content) {
 
 function stateOf(node) {
   if (!states.has(node)) {
-    states.set(node, { before: node.size[1], heights: new Map() });
+    states.set(node, { before: node.size[1], heights: new Map(), leastWidth: 0 });
     saveNoHeight(node, states.get(node));
   }
   const state = states.get(node);
@@ -53,7 +55,8 @@ function stateOf(node) {
 /** Take `less` from a node's height, and make it as large as what it holds needs. */
 function fit(node, less = 0) {
   const [width, height] = node.computeSize();
-  const size = [Math.max(node.size[0], width, LEAST_WIDTH), Math.max(node.size[1] - less, height)];
+  const least = Math.max(width, states.get(node).leastWidth);
+  const size = [Math.max(node.size[0], least), Math.max(node.size[1] - less, height)];
   if (size[0] !== node.size[0] || size[1] !== node.size[1]) node.setSize(size);
   node.graph?.setDirtyCanvas(true, true);
 }

@@ -8,8 +8,9 @@ from collections import Counter
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lora2_pack.lora2_core.config.checks import ConfigError
 from lora2_pack.lora2_core.config.train import DataConfig
-from lora2_pack.lora2_core.data.captions import variants, with_trigger
+from lora2_pack.lora2_core.data.captions import as_prompt, variants, with_trigger
 
 TAG = st.text("abc xyz", min_size=1, max_size=5).filter(lambda tag: tag == tag.strip())
 TAGS = st.lists(TAG, min_size=1, max_size=7)
@@ -110,6 +111,59 @@ def test_brackets_stay_together_and_smileys_are_no_brackets() -> None:
     assert all("(b, c:1.2)" in text and "a :)" in text for text in found)
 
 
+@pytest.mark.parametrize("caption", [":(, a, b", as_prompt(":(, a, b")])
+def test_a_lone_opening_bracket_holds_nothing_together(caption: str) -> None:
+    assert len(variants(caption, shuffling(0), 0)) == 6
+
+
+def test_a_name_with_brackets_stays_together() -> None:
+    found = variants(as_prompt("robot (fate, stay night), red"), shuffling(0), 0)
+    assert set(found) == {
+        r"robot \(fate, stay night\), red",
+        r"red, robot \(fate, stay night\)",
+    }
+
+
 def test_no_variant_at_all_is_refused() -> None:
     with pytest.raises(ValueError, match="count is 0"):
         variants("a, b", shuffling(), 0, 0)
+
+
+# --- brackets ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "prompt"),
+    [
+        ("", ""),
+        ("a robot (fate)", r"a robot \(fate\)"),
+        (r"a robot \(fate\)", r"a robot \(fate\)"),
+        (r"a robot \(fate)", r"a robot \(fate\)"),
+        ("((very:1.2) red)", r"\(\(very:1.2\) red\)"),
+        (":) (", r":\) \("),
+        ("ends with \\", "ends with \\"),
+        (r"C:\\(x)", r"C:\\(x\)"),
+        ("[red] {blue} embedding:cat", "[red] {blue} embedding:cat"),
+    ],
+)
+def test_brackets_of_a_caption_get_their_backslash_once(text: str, prompt: str) -> None:
+    assert as_prompt(text) == as_prompt(as_prompt(text)) == prompt
+    assert as_prompt(text, "weights") == text
+
+
+@given(text=st.text("a(\\): ", max_size=12))
+def test_a_prompt_is_read_as_the_letters_of_its_text(text: str) -> None:
+    """As ComfyUI's tokenizer reads: escaped brackets first, of which none may be left over."""
+
+    def read(prompt: str) -> tuple[str, str]:
+        hidden = prompt.replace("\\)", "\0\1").replace("\\(", "\0\2")
+        return hidden, hidden.replace("\0\1", ")").replace("\0\2", "(")
+
+    hidden, letters = read(as_prompt(text))
+    assert not {"(", ")"} & set(hidden)
+    assert letters == read(text)[1]
+
+
+def test_another_reading_of_brackets_is_refused() -> None:
+    with pytest.raises(ConfigError, match="brackets is 'both'; choose one of text, weights"):
+        as_prompt("a (b)", "both")  # type: ignore[arg-type]

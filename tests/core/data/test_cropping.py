@@ -324,3 +324,32 @@ def test_the_state_of_other_photos_is_refused(state) -> None:
 def test_no_sample_is_no_order() -> None:
     with pytest.raises(ValueError, match="no sample to draw from"):
         SampleOrder([])
+
+
+@settings(deadline=None, max_examples=60)
+@given(shapes=SHAPES, size=st.integers(1, 5), data=st.data())
+def test_each_sample_is_drawn_as_often_as_it_repeats(shapes, size: int, data) -> None:
+    repeats = data.draw(st.lists(st.integers(1, 6), min_size=len(shapes), max_size=len(shapes)))
+    order, generator = SampleOrder(shapes, repeats), torch.Generator().manual_seed(2)
+    drawn: Counter[int] = Counter()
+    for _ in range(sum(repeats)):
+        drawn.update(order.draw(generator, size))
+    assert drawn == {index: size * times for index, times in enumerate(repeats)}
+    state = json.loads(json.dumps(order.state()))
+    SampleOrder(shapes, repeats).load_state(state)
+
+
+def test_one_of_each_is_drawn_as_ever() -> None:
+    shapes = [(4, 8, 8)] * 3 + [(4, 8, 16)] * 2
+    orders = SampleOrder(shapes), SampleOrder(shapes, [1] * 5)
+    for generator in (torch.Generator().manual_seed(4),):
+        start = generator.get_state()
+        first = [orders[0].draw(generator, 2) for _ in range(12)]
+        generator.set_state(start)
+        assert [orders[1].draw(generator, 2) for _ in range(12)] == first
+
+
+@pytest.mark.parametrize("repeats", [[], [1], [1, 0], [2, 1, 1]])
+def test_repeats_that_do_not_fit_are_refused(repeats: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"repeats is .* for each of the shapes"):
+        SampleOrder([(4, 8, 8)] * 2, repeats)

@@ -106,6 +106,56 @@ def test_a_trigger_is_caption_enough() -> None:
     assert [photo.caption for photo in photos] == ["sks", "sks, a cat"]
 
 
+@pytest.mark.parametrize(
+    ("captions", "prompt", "trigger", "expected"),
+    [
+        (["a robot (fate)"], "x", "", r"a robot \(fate\)"),
+        ([r"a robot \(fate\)"], "x", "", r"a robot \(fate\)"),
+        ([""], "a (red) robot", "", r"a \(red\) robot"),
+        (["a hat"], "x", "robot (fate)", r"robot \(fate\), a hat"),
+        ([r"a robot \(fate\)"], "x", "robot (fate)", r"a robot \(fate\)"),
+        (["a robot (fate)"], "x", r"robot \(fate\)", r"a robot \(fate\)"),
+    ],
+)
+def test_brackets_are_letters(captions, prompt: str, trigger: str, expected: str) -> None:
+    (photo,) = check_photos([images(1)], captions, prompt, trigger=trigger)
+    assert photo.caption == expected
+
+
+def test_brackets_may_be_weights() -> None:
+    (photo,) = check_photos([images(1)], ["(a:1.2) b"], "x", trigger="(c)", brackets="weights")
+    assert photo.caption == "(c), (a:1.2) b"
+
+
+# --- repeats ----------------------------------------------------------------------------------
+
+
+def test_what_is_the_same_memory_is_one_photo() -> None:
+    """As a folder's node gives it: the same tensors again."""
+    first, second, masks = images(1), images(1, 70, 70), mask_of(0.5)
+    batches = [first, first, second, first]
+    found = check_photos(
+        batches, ["a", "a", "b", "a"], PROMPT, [masks] * 2 + [masks[:, :, :64], masks]
+    )
+    assert [(photo.caption, photo.repeats) for photo in found] == [("a", 3), ("b", 1)]
+    assert torch.equal(found[0].pixels, first[0]) and torch.equal(found[0].mask, masks[0])
+
+
+@pytest.mark.parametrize("kind", ["copies", "captions", "masks"])
+def test_what_differs_stays_apart(kind: str) -> None:
+    first = images(1)
+    batches = [first, first.clone() if kind == "copies" else first]
+    captions = ["a", "b"] if kind == "captions" else ["a"]
+    masks = [mask_of(0.5), mask_of(0.5)] if kind == "masks" else None
+    assert [p.repeats for p in check_photos(batches, captions, PROMPT, masks)] == [1, 1]
+
+
+@pytest.mark.parametrize("repeats", [0, -1, 1.5, True, 1_000_001])
+def test_a_photo_repeats_a_whole_number_of_times(repeats) -> None:
+    with pytest.raises(ValueError, match=r"repeats is .* from 1 to 1000000: use 1"):
+        Photo(torch.zeros(64, 64, 3), "", None, repeats)
+
+
 # --- masks ------------------------------------------------------------------------------------
 
 

@@ -16,12 +16,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lora2_pack.lora2_core.data import photos, pictures
+from lora2_pack.lora2_core.data import folder, photos, pictures
 from lora2_pack.lora2_core.data.cropping import crop
-from lora2_pack.lora2_core.data.photos import DatasetError, Photo, check_photos, load_folder
+from lora2_pack.lora2_core.data.folder import load_folder
+from lora2_pack.lora2_core.data.photos import DatasetError, Photo, check_photos
 from lora2_pack.lora2_core.reports import inspector
 from lora2_pack.tests.core.tries import TRIES, in_memory, in_time
-from PIL import Image
+from PIL import Image, features
 
 torch.set_num_threads(1)
 
@@ -88,7 +89,7 @@ BOMBS = {
     "a line": (lambda: empty_png(70_000_000, height=1), "no side may be over 65535 px"),
     "scans": (lambda: many_scans(21_426, 256), r"has 214\d\d scans, which would take too long"),
     "PostScript": (lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no PNG, JPEG"),
-    "another kind": (lambda: saved(picture(), "GIF"), "no PNG, JPEG, WebP or BMP"),
+    "another kind": (lambda: saved(picture(), "PPM"), "no PNG, JPEG, WebP, BMP, GIF, TIFF"),
     "a claim of WebP": (
         lambda: b"RIFF\x64\0\0\0WEBPVP8X\x0a\0\0\0" + bytes(4) + b"\xff\x3f\0" * 2 + bytes(80),
         "has 16384×16384 px",
@@ -116,33 +117,33 @@ def test_bombs_are_refused_before_they_are_decoded(kind: str, tmp_path: Path) ->
     (tmp_path / "a.png").write_bytes(make())
     refused = pytest.raises(DatasetError, match=rf"^a\.png .*{why}")
     with in_memory(100), in_time(), refused as caught:
-        load_folder(tmp_path)
+        load_folder(tmp_path).lists()
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
 
 
 def test_a_name_is_shown_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "a\n\u202eb\x1b[2J.png").write_bytes(b"")
     with pytest.raises(DatasetError, match=r"^a\?\?b\?\[2J\.png is ") as caught:
-        load_folder(tmp_path)
+        load_folder(tmp_path).lists()
     assert str(caught.value).isprintable()
 
 
 def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
     (tmp_path / "b.png").write_bytes(saved(picture(), "PNG"))
     (tmp_path / "album.png").mkdir()
-    assert len(load_folder(tmp_path)[0]) == 1
+    assert len(load_folder(tmp_path).lists()[0]) == 1
     os.mkfifo(tmp_path / "b.txt")
-    assert load_folder(tmp_path)[1] == [""]
+    assert load_folder(tmp_path).lists()[1] == [""]
     os.mkfifo(tmp_path / "a.png")
     with in_time(), pytest.raises(DatasetError, match=r"^a\.png is no file .*; remove it"):
-        load_folder(tmp_path)
+        load_folder(tmp_path).lists()
 
 
 def test_a_caption_of_many_megabytes_is_none(tmp_path: Path) -> None:
     (tmp_path / "b.png").write_bytes(saved(picture(), "PNG"))
     (tmp_path / "b.txt").write_text("x" * 100_001)
     with pytest.raises(DatasetError, match=r"^b\.txt has more than 100,000 bytes"):
-        load_folder(tmp_path)
+        load_folder(tmp_path).lists()
 
 
 @pytest.mark.parametrize("data", [many_scans(21_426, 256), b"", saved(picture(), "BMP")])
@@ -171,10 +172,10 @@ def test_a_photo_beyond_what_is_trained_comes_out_smaller(
 ) -> None:
     smooth = picture((40, 30)).resize((1600, 1200), Image.Resampling.BICUBIC)
     smooth.save(tmp_path / "a.png", kind)
-    ((whole,), _, _) = load_folder(tmp_path)
+    ((whole,), _, _) = load_folder(tmp_path).lists()
     monkeypatch.setattr(pictures, "KEPT_PIXELS", 160_000)
-    monkeypatch.setattr(photos, "decode", lambda opened: pictures.decode(opened, 160_000))
-    ((image,), _, (mask,)) = load_folder(tmp_path)
+    monkeypatch.setattr(folder, "decode", lambda opened: pictures.decode(opened, 160_000))
+    ((image,), _, (mask,)) = load_folder(tmp_path).lists()
     assert image.shape == (1, 346, 461, 3) and mask.shape == (1, 346, 461)
     wanted, found = (crop(Photo(one[0], ""), 128).pixels for one in (whole, image))
     assert float((wanted - found).abs().mean()) < 0.01
@@ -184,7 +185,7 @@ def test_the_photo_of_a_phone_is_decoded_at_half_its_sides(tmp_path: Path) -> No
     """200 megapixels, which Pillow's own limit refuses."""
     Image.new("L", (16_320, 12_240), 128).save(tmp_path / "a.jpg", quality=50)
     with in_memory():
-        ((image,), _, _) = load_folder(tmp_path)
+        ((image,), _, _) = load_folder(tmp_path).lists()
     assert image.shape == (1, 4898, 6531, 3)
     assert float(image.mean()) == pytest.approx(128 / 255, abs=0.01)
 
@@ -192,7 +193,7 @@ def test_the_photo_of_a_phone_is_decoded_at_half_its_sides(tmp_path: Path) -> No
 def test_grey_of_16_bits_takes_no_more_than_it_has_to(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(empty_png(8900, bits=16))
     with in_memory():
-        ((image,), _, _) = load_folder(tmp_path)
+        ((image,), _, _) = load_folder(tmp_path).lists()
     assert image.shape == (1, 5656, 5656, 3)
 
 
@@ -262,6 +263,13 @@ def _sound() -> list[bytes]:
         saved(picture(), "WEBP", save_all=True, append_images=more),
         saved(picture(), "BMP"), saved(picture().convert("P"), "BMP"),
         saved(picture().convert("1"), "BMP"), saved(clear, "BMP"),
+        saved(picture(), "GIF", save_all=True, append_images=more, comment=b"cat"),
+        saved(clear.quantize(9), "GIF", transparency=3),
+        saved(picture(), "TIFF", exif=exif), saved(grey, "TIFF", compression="tiff_lzw"),
+        saved(picture().convert("CMYK"), "TIFF", compression="tiff_deflate"),
+        saved(picture(), "TIFF", compression="jpeg", save_all=True, append_images=more),
+        saved(clear, "TIFF", big_tiff=True), saved(picture().convert("1"), "TIFF"),
+        *(saved(one, "AVIF", exif=exif) for one in (picture(), clear) if features.check("avif")),
     ]  # fmt: skip
 
 
@@ -287,7 +295,18 @@ def _spoilt(sound: list[bytes], chance: random.Random) -> bytes:
                 data[place:place] = b"\xff\xda\0\x08\1\1\0\0\x3f\0" * chance.choice((1, 30, 3000))
             case _:
                 data[place : place + 12] = struct.pack(">I", 9) + chance.choice(
-                    (b"IDAT", b"IHDR", b"tRNS", b"eXIf", b"iCCP", b"acTL", b"fcTL", b"VP8 ")
+                    (
+                        b"IDAT",
+                        b"IHDR",
+                        b"tRNS",
+                        b"eXIf",
+                        b"iCCP",
+                        b"acTL",
+                        b"fcTL",
+                        b"VP8 ",
+                        b"iloc",
+                        b"meta",
+                    )
                 )
         data = data or bytearray(b"\0")
     return bytes(data)
@@ -299,14 +318,14 @@ def test_pictures_spoilt_at_random(tmp_path: Path) -> None:
     path, ends = tmp_path / "x.png", Counter[bool]()
     for data in sound:
         path.write_bytes(data)
-        assert load_folder(tmp_path)[0][0].shape[-1] == 3
+        assert load_folder(tmp_path).lists()[0][0].shape[-1] == 3
     with in_memory():
         for number in range(TRIES):
             data = _spoilt(sound, chance)
             path.write_bytes(data)
             with in_time(number):
                 try:
-                    (image,), _, (mask,) = load_folder(tmp_path)
+                    (image,), _, (mask,) = load_folder(tmp_path).lists()
                 except DatasetError as error:
                     said = str(error)
                     assert said.startswith("x.png ") and "\n" not in said and len(said) < 500

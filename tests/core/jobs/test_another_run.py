@@ -21,10 +21,12 @@ from lora2_pack.tests.core import toy_job
 from lora2_pack.tests.core.toy_job import at_draw, config, finish
 
 NAME = "cat_00001_.safetensors"
-PARTS = {"photos": "p", "masks": "m", "class images": "c", "text and VAE": "t", "sampling": "s"}
+PARTS = {"photos": "p", "masks": "m", "repeats": "r", "class images": "c"}
+PARTS |= {"text and VAE": "t", "sampling": "s"}
 OTHER = {
     "photos": "other photos",
     "masks": "other masks",
+    "repeats": "other repeats of photos",
     "class images": "other class images",
     "text and VAE": "another CLIP or VAE",
     "sampling": "another sampling of the model",
