@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -71,6 +71,8 @@ class LoRAFile:
     state: dict[str, Tensor]
     metadata: dict[str, str]
     known: ParsedKeys | None = None  # what its keys are, if that has been told before
+    name: str = ""  # of the file that it was read from, and the bytes that that takes
+    nbytes: int = 0
 
     @cached_property
     def parsed(self) -> ParsedKeys:
@@ -80,7 +82,7 @@ class LoRAFile:
     def with_state(self, state: dict[str, Tensor]) -> LoRAFile:
         """The same file with other tensors; only other keys have to be parsed again."""
         same = state.keys() == self.state.keys()
-        return LoRAFile(state, self.metadata, self.parsed if same else None)
+        return replace(self, state=state, known=self.parsed if same else None)
 
 
 def inspect(path: str | os.PathLike[str]) -> tuple[list[ComponentInfo], dict[str, str]]:
@@ -140,10 +142,11 @@ def load(path: str | os.PathLike[str]) -> LoRAFile:
     told = alphas_of(header)
     with TensorFile(header) as file:
         state = file.all()
+    about = {"name": header.path.name, "nbytes": header.file_bytes}
     if not told:
-        return LoRAFile(state, header.metadata, header.parsed)
+        return LoRAFile(state, header.metadata, header.parsed, **about)
     state |= {name + ALPHA: torch.tensor(alpha) for name, alpha in told.items()}
-    return LoRAFile(state, header.metadata)
+    return LoRAFile(state, header.metadata, **about)
 
 
 def check_readable(header: Header) -> None:
@@ -173,6 +176,11 @@ def alphas_of(header: Header) -> dict[str, float]:
             f"{header.path} has a lora_adapter_metadata that cannot be read ({error}); save it "
             "anew with diffusers."
         ) from None
+
+
+def learnt_nus(metadata: Mapping[str, str]) -> dict[str, float | None]:
+    """The ν of components by their keys, as our own files tell them."""
+    return {key: entry["nu"] for key, entry in _trained_components(metadata).items()}
 
 
 def component_keys(keys: Mapping[str, Any]) -> list[str]:

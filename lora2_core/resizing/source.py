@@ -11,7 +11,7 @@ from typing import BinaryIO, Protocol
 from torch import Tensor
 
 from ..files.component import Component, sum_of
-from ..files.decode import as_dora_scale, component_of
+from ..files.decode import component_of, stored_magnitudes
 from ..files.header import Header, LoRAFileError, TensorShape, read_header, shown_key
 from ..files.keys import ALPHA, DORA_SCALE, DOWN, FACTORS, UP, Pair, counted
 from ..files.kohya_names import in_one_style, kohya_name
@@ -191,8 +191,7 @@ class LoRASource:
         if name is None:
             return {}
         magnitudes = self.read(name)
-        known = name.endswith(DORA_SCALE)
-        return {DORA_SCALE: (magnitudes if known else as_dora_scale(magnitudes)).float()}
+        return {DORA_SCALE: stored_magnitudes(name, magnitudes)}
 
     def copy_to(self, target: BinaryIO) -> None:
         """Write the whole file to ``target``, as it is."""

@@ -233,3 +233,36 @@ def test_a_name_that_is_taken_while_a_file_is_written_stays(tmp_path: Path, kind
     assert path.name == "new_00002_.safetensors" and lora_file.load(path).state
     assert target.read_bytes() == b"another's"
     assert not list(tmp_path.glob(".*")), "no temporary is left"
+
+
+def _ranks(state: dict[str, Tensor]) -> dict[str, int]:
+    end = ".lora_down.weight"
+    return {key.removesuffix(end): t.shape[0] for key, t in state.items() if key.endswith(end)}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("kind", ["dora", "ours", "kohya"])
+def test_memory_file_and_forecast_have_the_same_numbers(tmp_path: Path, kind: str, order: str):
+    source = tmp_path / "a.safetensors"
+    if kind == "ours":
+        made = [toy.component(f"blocks.{n}.attn1.to_q", 8, (64, 64), seed=n) for n in range(40)]
+        lora_file.save(source, made, {"lora2.mean_rank": "8.000"})
+    else:
+        state: dict[str, Tensor] = {}
+        for n in range(40):
+            state |= pair(f"q_{n}", 8, 64, 100, n)
+        dora_of = {f"{PREFIX}q_{n}.dora_scale": torch.rand(100, 1) for n in range(40)}
+        metadata = {"ss_network_dim": "8", "sshs_model_hash": "a" * 64}
+        safetensors.torch.save_file(state | (dora_of if kind == "dora" else {}), source, metadata)
+    whole = source.stat().st_size
+    for limits in (
+        Limits(megabytes=0.5 * whole / 1e6, order=order),
+        Limits(energy=0.8, order=order),
+        Limits(max_rank=3, energy=0.7, megabytes=0.9, order=order),
+    ):
+        found = resize_file(source, tmp_path / "b.safetensors", limits)
+        assert _ranks(shrink(lora_file.load(source), limits).state) == _ranks(
+            lora_file.load(found.path).state
+        )
+    found = resize_file(source, tmp_path / "c.safetensors", Limits(energy=0.99))
+    assert measure_file(source).cut_bytes == pytest.approx(found.after, rel=0.001)
