@@ -93,9 +93,11 @@ def _of_ours(parts: Any) -> Made:
     return dict(lora_file.to_state(components)), wanted, {}
 
 
-def _named(text: str, state: dict[str, tuple[int, ...]]) -> Maker:
-    """Tensors of a kind that is refused; ``text``: the layer's name."""
-    return lambda _: ({text + end: torch.randn(shape) / 9 for end, shape in state.items()}, {}, {})
+def _named(text: str, ends: dict[str, tuple[int, ...]]) -> Maker:
+    """Tensors of a kind that is refused, of two layers; ``text``: the first one's name, …q."""
+    keys = [(name + end, shape) for name in (text, text.removesuffix("q") + "k")
+            for end, shape in ends.items()]  # fmt: skip
+    return lambda _: ({key: torch.ones(shape) / 9 for key, shape in keys}, {}, {})
 
 
 def _without_alpha(draws: w.Draws, shape: torch.Size) -> w.Written:
