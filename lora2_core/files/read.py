@@ -36,11 +36,11 @@ class ComponentInfo:
     in_features: int
     out_features: int
     nu: float | None  # None in files that LoRA² did not train
-    nbytes: int  # of its factors
+    nbytes: int  # of all that was trained
     # Or "conv", "dora", "adalora", "loha", "lokr", "glora", "oft", "boft", "ia3", "difference",
     # "norm".
     kind: str = "lora"
-    numbers: int | None = None  # that are stored, where it is no two factors
+    numbers: int | None = None  # that were trained; None: those of two factors
 
     @property
     def parameters(self) -> int:
@@ -289,7 +289,8 @@ def _width(value: Any) -> int:
 def _info(header: Header, pair: Pair, trained: Mapping[str, Any] | None) -> ComponentInfo:
     """Of two factors."""
     beside = {pair.alpha, pair.reshape, pair.nu}
-    _check_types(header, [key for key in pair.keys if key not in beside])
+    trained_keys = [key for key in pair.keys if key not in beside]
+    _check_types(header, trained_keys)
     down, up = header[pair.down], header[pair.up]
     mid = header[pair.mid] if pair.mid else None
     if pair.alpha:
@@ -302,8 +303,9 @@ def _info(header: Header, pair: Pair, trained: Mapping[str, Any] | None) -> Comp
         in_features=product.in_features,
         out_features=product.out_features,
         nu=trained["nu"] if trained else None,
-        nbytes=down.nbytes + up.nbytes + (mid.nbytes if mid else 0),
+        nbytes=sum(header[key].nbytes for key in trained_keys),
         kind=_kind(pair, area),
+        numbers=sum(math.prod(header[key].shape) for key in trained_keys),
     )
 
 

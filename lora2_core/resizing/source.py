@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from ..files.component import Component, sum_of
 from ..files.decode import component_of, stored_magnitudes
 from ..files.header import Header, LoRAFileError, TensorShape, read_header, shown_key
 from ..files.keys import ALPHA, DORA_SCALE, DOWN, FACTORS, UP, Pair, counted
-from ..files.kohya_names import in_one_style, kohya_name
+from ..files.kohya_names import changed_twice, in_one_style, kohya_name, sgm_name
 from ..files.raw.tensors import TensorFile
 from ..files.read import (
     alphas_of,
@@ -88,30 +89,48 @@ class LoRASource:
         self.path = path
         self.header = read_header(path)
         infos, self.metadata = inspect_header(self.header)
-        self._nu = {info.key: info.nu for info in infos if info.kind in FACTORS}
         parsed = self.header.parsed
+        self._nu = {info.key: info.nu for info in infos if info.kind in FACTORS}
         if not partly:
             _check_sizes_stay(self.header)
             check_readable(self.header)
             _check_once(self.header)
         pairs = [pair for pair in parsed.pairs if not (pair.reshape or pair.diagonal)]
-        self.left = {kind: len(components) for kind, components in parsed.others.items()}
+        self.left = dict(Counter(info.kind for info in infos if info.kind not in FACTORS))
         adaptive = sum(pair.diagonal is not None for pair in parsed.pairs)
         reshaping = len(parsed.pairs) - len(pairs) - adaptive
         self.left |= {"AdaLoRA": adaptive} if adaptive else {}
         self.left |= {"that change a layer's shape": reshaping} if reshaping else {}
         self.ignored = parsed.strays  # keys that mean nothing beside other factors
-        self._alphas = alphas_of(self.header)
+        if partly:
+            pairs = self._sure(pairs)
+        else:
+            self._alphas = alphas_of(self.header)
         self._pairs = {kohya_name(pair.name): pair for pair in pairs}
         beside = kept_keys(parsed)
         ours = {key + end for key in self._pairs for end in (DOWN, UP, ALPHA, DORA_SCALE)}
-        if len(self._pairs) < len(pairs) or ours & {*beside}:
+        if not partly and (len(self._pairs) < len(pairs) or ours & {*beside}):
             raise LoRAFileError(f"{path} is damaged: it names a component twice.")
         self.beside = {key: shape_of(self.header, key) for key in beside}
         shapes = {key: entry.shape for key, entry in self.header.entries.items()}
         self._aside = 0  # components that are kept as they are
         self._unused = unused_alphas(parsed, shapes)
         self._file = TensorFile(self.header)
+
+    def _sure(self, pairs: Sequence[Pair]) -> list[Pair]:
+        """Those of which a file says only one thing; the others are counted in :attr:`left`."""
+        names = Counter(sgm_name(kohya_name(pair.name)) for pair in pairs)
+        once = [pair for pair in pairs if names[sgm_name(kohya_name(pair.name))] == 1]
+        if len(once) < len(pairs):
+            self.left["that the file names twice"] = len(pairs) - len(once)
+        try:
+            self._alphas = alphas_of(self.header)
+        except LoRAFileError:
+            self._alphas = {}
+            sure = [pair for pair in once if pair.alpha is not None]
+            self.left["whose alpha cannot be read (lora_adapter_metadata)"] = len(once) - len(sure)
+            return sure
+        return once
 
     def __enter__(self) -> LoRASource:
         self._file.__enter__()
@@ -217,15 +236,11 @@ def _check_sizes_stay(header: Header) -> None:
 
 def _check_once(header: Header) -> None:
     """Raises LoRAFileError where a file changes a weight in two ways."""
-    seen: dict[tuple[str, bool], str] = {}
-    for name, of_bias, keys in header.parsed.changes():
-        whole = kohya_name(name.removesuffix(".bias"))
-        other = seen.setdefault((whole, of_bias or name.endswith(".bias")), keys[0])
-        if other != keys[0]:
-            raise LoRAFileError(
-                f"{header.path} is damaged: it names a component twice ({shown_key(other)} and "
-                f"{shown_key(keys[0])})."
-            )
+    if twice := changed_twice(header.parsed):
+        raise LoRAFileError(
+            f"{header.path} is damaged: it names a component twice "
+            f"({' and '.join(map(shown_key, twice))})."
+        )
 
 
 def check_can_be_cut(source: LoRASource) -> None:
