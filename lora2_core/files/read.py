@@ -18,7 +18,7 @@ from .keys import ALPHA, DOWN, FACTORS, Loose, Pair, ParsedKeys, parse_keys
 from .metadata import COMPONENTS, told_alphas, understood_metadata
 from .model_family import other_than_a_lora
 from .raw.tensors import TensorFile
-from .shapes import Empty, Mismatch, product_of_kind, product_of_pair
+from .shapes import Empty, Mismatch, precise_kind, product_of_kind, product_of_pair
 
 _LARGEST_WIDTH = 1 << 31  # of a layer that the metadata may list
 _MOST_LISTED = 20_000  # components; SDXL with its text encoders has 1,000 that can be trained
@@ -38,7 +38,7 @@ class ComponentInfo:
     nu: float | None  # None in files that LoRA² did not train
     nbytes: int  # of all that was trained
     # Or "conv", "dora", "adalora", "loha", "lokr", "glora", "oft", "boft", "ia3", "difference",
-    # "norm".
+    # "set weight", "norm".
     kind: str = "lora"
     numbers: int | None = None  # that were trained; None: those of two factors
 
@@ -229,6 +229,19 @@ def check_finite(state: Mapping[str, Tensor], source: str) -> None:
             )
 
 
+def check_storable(key: str, tensor: Tensor) -> None:
+    """Raises LoRAFileError for what would be written and could not be read again."""
+    if tensor.is_floating_point() and tensor.numel():
+        low, high = torch.aminmax(tensor.float())
+        largest = max(-float(low), float(high))  # not a number where one is not
+        if not largest <= LARGEST_WEIGHT:
+            raise LoRAFileError(
+                f"{shown_key(key)} would hold values that are too large to be stored, so nothing "
+                f"was written ({LARGEST_WEIGHT:.0e} is the most); choose smaller weights, or "
+                "another LoRA."
+            )
+
+
 def _components(header: Header, trained: Mapping[str, Any]) -> list[ComponentInfo]:
     """What is in the file. Raises LoRAFileError where tensors do not fit together."""
     parsed = header.parsed
@@ -320,9 +333,8 @@ def _other(header: Header, kind: str, name: str, keys: Sequence[str]) -> Compone
     _check_alpha(header, name + ALPHA)
     numbers = [key for key in keys if key not in (name + ALPHA, name + ".on_input")]
     _check_types(header, numbers)
-    product = product_of_kind(kind, {key[len(name) :]: header[key].shape for key in numbers})
-    if kind == "oft" and any(len(header[key].shape) == 4 for key in numbers):
-        kind = "boft"
+    shapes = {key[len(name) :]: header[key].shape for key in numbers}
+    product = product_of_kind(kind, shapes)
     return ComponentInfo(
         key=name,
         rank=product.rank,
@@ -330,7 +342,7 @@ def _other(header: Header, kind: str, name: str, keys: Sequence[str]) -> Compone
         out_features=product.out_features,
         nu=None,
         nbytes=sum(header[key].nbytes for key in keys),
-        kind=kind,
+        kind=precise_kind(kind, shapes),
         numbers=sum(math.prod(header[key].shape) for key in numbers),
     )
 

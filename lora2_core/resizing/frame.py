@@ -23,6 +23,7 @@ from ..files.metadata import (
 from .choice import Part, choose_exactly, kept_energy, ranks_for_energy
 
 _RESIZE = "lora2.resize"  # what a smaller file says of the one that it was made of
+_DATE = "modelspec.date"  # of the old file, and nothing is dated here
 _ROOM = 10**6  # bytes that a new header may take above the old one's
 
 
@@ -102,7 +103,8 @@ def frame_of_one(
 
 
 def titled(metadata: Mapping[str, str], title: str | None) -> dict[str, str]:
-    """``metadata`` under the name of the new file, where it has one."""
+    """``metadata`` without its date, and under the name of the new file, where it has one."""
+    metadata = {name: text for name, text in metadata.items() if name != _DATE}
     names = () if title is None else ("ss_output_name", "modelspec.title")
     return without_old_ranks({**metadata, **{n: title or "" for n in names if n in metadata}})
 

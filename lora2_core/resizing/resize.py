@@ -19,11 +19,13 @@ from ..files.component import Component, decompose_quickly, singular_values, wit
 from ..files.decode import factor_tensors
 from ..files.header import LoRAFileError, shown_key
 from ..files.metadata import VERSION, understood_metadata
+from ..files.read import check_storable
 from ..files.write import writing
 from .choice import Outline, Part, kept_energy, part_of, part_of_values
 from .frame import Frame, all_of, frame_of_one, last_byte, titled
-from .source import Addend, LoRASource, Source, Sum, check_can_be_cut
+from .source import LoRASource, Source, check_can_be_cut
 from .stream import Beside, Planned, write_stream
+from .sums import Addend, Sum
 
 
 @dataclass(frozen=True)
@@ -46,16 +48,23 @@ class Resized:
 
     def text(self) -> str:
         """For a person: sizes, mean ranks, what is kept."""
-        before, after = (
-            sum(ranks) / max(len(ranks), 1) for ranks in (self.ranks_before, self.ranks_after)
-        )
+        sizes = f"{self.path.name}: {self.before / 1e6:.2f} → {self.after / 1e6:.2f} MB"
+        beside = "".join(f" {one}" for one in self.beside)
+        return f"{sizes}{self._about_ranks}.{beside}{self._not_written}"
+
+    @property
+    def _about_ranks(self) -> str:
+        if not self.ranks_before:
+            return ""  # differences alone, which have none
+        before, after = (sum(ranks) / len(ranks) for ranks in (self.ranks_before, self.ranks_after))
         left_out = self.ranks_after.count(0)
         gone = f", {left_out} of {len(self.ranks_after)} components left out" if left_out else ""
+        kept = f"{100 * self.kept:.2f} % of the energy is kept"
+        if self.kept < 0:
+            kept = "it is further from the LoRA than no LoRA would be, so choose the order svd"
         return (
-            f"{self.path.name}: {self.before / 1e6:.2f} → {self.after / 1e6:.2f} MB, mean rank "
-            f"{before:.1f} → {after:.1f}{gone}; {100 * self.kept:.2f} % of the energy is kept "
-            f"(relative error {self.error:.4f}).{''.join(f' {one}' for one in self.beside)}"
-            f"{self._not_written}"
+            f", mean rank {before:.1f} → {after:.1f}{gone}; {kept} "
+            f"(relative error {self.error:.4f})"
         )
 
     @property
@@ -127,7 +136,7 @@ class _Work:
             component = source.component(key)
             if source.keeps_whole(key, component):
                 continue
-            self._stored.append(component.rank)
+            self._stored.append(source.rank(key))
             self._parts.append(self._part(within_bounds(component)))
         self._frame = replace(frame, beside=source.beside)  # known by now
         ours = isinstance(source, LoRASource) and VERSION in source.metadata
@@ -182,11 +191,8 @@ class _Work:
         if factors is None or factors[0].shape[0] != planned.rank:
             self._source.check_unchanged()
             raise RuntimeError(f"{planned.outline.key} is not what it was a moment ago")
-        if not all(bool(factor.isfinite().all()) for factor in factors):
-            raise LoRAFileError(
-                f"{shown_key(planned.outline.key)} holds values that are too large to be stored, "
-                "so nothing was written; choose another LoRA."
-            )
+        for factor in factors:
+            check_storable(planned.outline.key, factor)
         return factors
 
 

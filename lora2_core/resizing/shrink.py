@@ -19,7 +19,7 @@ from ..files.keys import DORA_SCALE, Pair, counted
 from ..files.kohya_names import kohya_name
 from ..files.metadata import VERSION
 from ..files.read import LoRAFile, learnt_nus
-from .beside import kept_keys
+from .beside import kept_keys, kinds_of
 from .choice import NoRoom, Outline, Part, part_of, part_of_values
 from .frame import Frame, frame_of_one, last_byte
 
@@ -77,7 +77,8 @@ def left_whole(file: LoRAFile, limits: Limits) -> str:
         "megabytes": limits.megabytes,
     }
     asked = [name for name, value in options.items() if value is not None]
-    kinds = {kind: len(some) for kind, some in file.parsed.others.items() if kind != "ia3"}
+    kinds = kinds_of(file.parsed, {key: tuple(t.shape) for key, t in file.state.items()})
+    kinds.pop("ia3", None)
     if limits.nothing or not kinds:
         return ""
     told = " and ".join(counted(count, kind) for kind, count in kinds.items())
