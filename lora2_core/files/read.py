@@ -173,8 +173,8 @@ def alphas_of(header: Header) -> dict[str, float]:
         return told_alphas(header.metadata, ranks)
     except ValueError as error:
         raise LoRAFileError(
-            f"{header.path} has a lora_adapter_metadata that cannot be read ({error}); save it "
-            "anew with diffusers."
+            f"{header.path} has a lora_adapter_metadata that cannot be read ({error}); choose "
+            "another LoRA, or save it with its alphas as tensors, as kohya's are."
         ) from None
 
 

@@ -20,7 +20,7 @@ from ..data.pictures import PictureError, decode, open_picture
 from ..files.header import Header, LoRAFileError, one_line, read_header, shown_key
 from ..files.keys import counted
 from ..files.kohya_names import changed_twice
-from ..files.metadata import headline, is_ours, newer_version, understood_metadata
+from ..files.metadata import headline, is_ours, newer_version, scales_by_root, understood_metadata
 from ..files.model_family import Family, guess_family
 from ..files.read import (
     Beside,
@@ -95,7 +95,9 @@ class FileReport:
         if is_ours(self.metadata):
             return "1 in every component, so that strength 1 is as trained"
         if self.told_alphas:
-            each = ", ".join(f"{alpha:g}" for alpha in self.told_alphas)
+            each = ", ".join(f"{alpha:.4g}" for alpha in self.told_alphas)
+            if scales_by_root(self.metadata):
+                return f"counts as {each}, by use_rslora over √rank (lora_adapter_metadata)"
             return f"{each} (lora_adapter_metadata)"
         return self.metadata.get("ss_network_alpha", "")
 
