@@ -309,6 +309,7 @@ def _info(header: Header, pair: Pair, trained: Mapping[str, Any] | None) -> Comp
     if pair.alpha:
         _check_alpha(header, pair.alpha)
     product = product_of_pair(down.shape, up.shape, mid.shape if mid else None)
+    count = sum(math.prod(header[key].shape) for key in trained_keys)
     area = math.prod((mid or down).shape[2:])
     return ComponentInfo(
         key=pair.name,
@@ -318,7 +319,7 @@ def _info(header: Header, pair: Pair, trained: Mapping[str, Any] | None) -> Comp
         nu=trained["nu"] if trained else None,
         nbytes=sum(header[key].nbytes for key in trained_keys),
         kind=_kind(pair, area),
-        numbers=sum(math.prod(header[key].shape) for key in trained_keys),
+        numbers=None if len(trained_keys) == 2 else count,
     )
 
 

@@ -13,11 +13,11 @@ from torch import Tensor
 from ..config.load import Limits
 from ..files.component import Component, decompose_quickly, singular_values, within_bounds
 from ..files.decode import component_of, put_component, stored_magnitudes
-from ..files.encode import shapes_of
 from ..files.header import LoRAFileError, TensorShape
 from ..files.keys import DORA_SCALE, Pair, counted
 from ..files.kohya_names import kohya_name
 from ..files.metadata import VERSION
+from ..files.raw.tensors import shape_in_file
 from ..files.read import LoRAFile, learnt_nus
 from .beside import kept_keys, kinds_of
 from .choice import NoRoom, Outline, Part, part_of, part_of_values
@@ -103,7 +103,7 @@ def _chosen(file: LoRAFile, parts: Sequence[Part], frame: Frame) -> list[int]:
 def _beside(file: LoRAFile, whole: Sequence[Pair]) -> dict[str, TensorShape]:
     """What stays as it is, and goes into a smaller file."""
     keys = [*kept_keys(file.parsed), *file.parsed.lonely, *(k for pair in whole for k in pair.keys)]
-    return shapes_of({key: file.state[key] for key in keys})
+    return {key: shape_in_file(file.state[key]) for key in keys}
 
 
 def _magnitudes(state: Mapping[str, Tensor], pair: Pair) -> dict[str, Tensor]:

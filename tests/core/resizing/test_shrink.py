@@ -308,6 +308,13 @@ def test_what_is_said_of_ranks_is_true(tmp_path: Path):
     assert "further from the LoRA than no LoRA would be" in text and "%" not in text
 
 
+def test_what_lies_beside_may_be_of_any_type(tmp_path: Path):
+    other = {"conv_in.bias": torch.ones(3, dtype=torch.uint16)}
+    source = save(tmp_path / "a.safetensors", pair("q", 4) | other)
+    small = shrink(lora_file.load(source), Limits(megabytes=0.003)).state
+    assert torch.equal(small["conv_in.bias"], other["conv_in.bias"])
+
+
 def test_a_new_file_has_no_old_date(tmp_path: Path):
     source = tmp_path / "a.safetensors"
     safetensors.torch.save_file(pair("q", 4), source, {"modelspec.date": "2024-01-01"})
