@@ -315,9 +315,11 @@ def _something_else(path: Path, start: bytes) -> LoRAFileError:
         what = f"a {packed} archive; unpack it, and choose the .safetensors file that is in it"
     elif start.startswith((b"PK\x03\x04", *_PICKLES)):
         return _no_safetensors(path, "it is pickled")
-    elif text.startswith((b"{", b"[")) or _is_text(start):
+    elif text.startswith((b"{", b"[")):
         words = shown_key(plain.decode(errors="replace"))
         what = f"text ({words}), mostly an error in place of a download; download it again"
+    elif _is_text(start):  # a link may lead to anybody's: not a word of it is shown
+        what = "plain text; download it again, or choose another"
     elif start.startswith(b"GGUF"):
         what = "a GGUF model; load it with the nodes of its pack"
     else:

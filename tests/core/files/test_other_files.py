@@ -33,8 +33,8 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:9cb970\nsize 
         (b"\x1f\x8b\x08\0\0\0", "but a gzip archive; unpack"),
         (b"7z\xbc\xaf\x27\x1c\0\4", "but a 7z archive"),
         (b"Rar!\x1a\x07\x01\0", "but a RAR archive"),
-        (b"Not Found", r"but text \(Not Found\)"),
-        ("zu groß für heute: ä".encode() * 20, r"but text \(zu groß für"),
+        (b"Not Found", "but plain text; download it again, or choose another"),
+        ("zu groß für heute: ä".encode() * 20, "but plain text"),
         (
             b'\x68\0\0\0\0\0\0\0{"w":{"dtype":"F8_E4M3FNUZ","shape":[1],"data_offsets":[0,1]}}'.ljust(
                 112
