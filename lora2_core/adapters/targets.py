@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..config.load import B_LORA
+from ..config.patterns import MOST_CHARACTERS, Pattern, PatternError
 from .layers import layer_shape
-from .patterns import MOST_CHARACTERS, Pattern, PatternError
 
 # The paper adapts q, k, v and out of every self- and cross-attention (560 in SDXL).
 _ATTENTION = r"\.attn{}\.(to_q|to_k|to_v|to_out\.0)$"

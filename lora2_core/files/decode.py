@@ -23,7 +23,7 @@ from torch import Tensor
 from .. import adaptive_rank
 from .component import Component, component_from_tensors, within_bounds
 from .encode import STORED_ALPHA, fits_half, fold, norms_and_half_errors
-from .keys import ALPHA, Pair
+from .keys import ALPHA, DORA_SCALE, Pair
 from .read import LoRAFile
 
 
@@ -68,9 +68,20 @@ def as_dora_scale(magnitudes: Tensor) -> Tensor:
     return magnitudes.reshape(-1, *(1 for _ in range(max(1, magnitudes.dim() - 1))))
 
 
-def put_component(out: dict[str, Tensor], pair: Pair, component: Component) -> None:
-    """Put ``component`` where ``pair`` was in a state; nothing of it where it holds nothing."""
-    factors = factor_tensors(component)
+def stored_magnitudes(key: str, magnitudes: Tensor) -> Tensor:
+    """A DoRA's magnitudes as our files hold them; ``key``: what they were called."""
+    known = key.endswith(DORA_SCALE)
+    return (magnitudes if known else as_dora_scale(magnitudes)).float()
+
+
+def put_component(
+    out: dict[str, Tensor], pair: Pair, component: Component, half: bool | None = None
+) -> None:
+    """Put ``component`` where ``pair`` was in a state; nothing of it where it holds nothing.
+
+    ``half``: as :func:`factor_tensors` has it.
+    """
+    factors = factor_tensors(component, half)
     if factors is None:
         for key in pair.keys:
             out.pop(key, None)

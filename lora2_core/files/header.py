@@ -29,8 +29,14 @@ ITEM_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
 }  # fmt: skip
+# Of no LoRA; some have no whole number of bytes.
+_UNREAD = ("F8_E4M3FNUZ", "F8_E5M2FNUZ", "F6_E2M3", "F6_E3M2", "F4", "C64")
 _LARGEST_NUMBER = 1 << 62
 _SNIFFED = 200  # bytes at the start of what is no safetensors file
+# What archives begin with, and pickles of all protocols.
+_PACKED = {"gzip": b"\x1f\x8b", "7z": b"7z\xbc\xaf\x27\x1c", "RAR": b"Rar!\x1a\x07",
+           "xz": b"\xfd7zXZ\0", "bzip2": b"BZh", "zstd": b"\x28\xb5\x2f\xfd"}  # fmt: skip
+_PICKLES = (*(bytes((0x80, protocol)) for protocol in range(1, 6)), b"(dp", b"(lp", b"ccollections")
 _MOST_DIMENSIONS = 16
 _MOST_PARTS = 300_000  # brackets and commas, or quotes; 30,000 tensors have as many
 _FIELDS = {"dtype", "shape", "data_offsets"}
@@ -51,6 +57,10 @@ class LoRAFileError(ValueError):
 
 class _Flaw(ValueError):
     """What is wrong in a header, without the file's name."""
+
+
+class _Unread(ValueError):
+    """What the format knows and this pack does not read."""
 
 
 @dataclass(frozen=True)
@@ -182,6 +192,10 @@ def _read(path: Path, file: BinaryIO, stamp: Stamp, largest: int) -> Header:
         entries, metadata = _parse(file.read(length))
     except _Flaw as flaw:
         raise _no_safetensors(path, str(flaw)) from None
+    except _Unread as unread:
+        raise LoRAFileError(
+            f"{path} is a safetensors file, but {unread}; save it in F16, BF16 or F32."
+        ) from None
     there, announced = size - 8 - length, max((e.end for e in entries.values()), default=0)
     if there < announced:
         raise LoRAFileError(
@@ -200,7 +214,7 @@ def _parse(text: bytes) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     try:
         # bytes.decode is strict, and a number that is too long for int() raises ValueError
         header = json.loads(text.decode(), object_pairs_hook=_unique, parse_constant=_constant)
-    except _Flaw:
+    except (_Flaw, _Unread):
         raise
     except (ValueError, RecursionError):
         raise _Flaw("its header is no JSON") from None
@@ -253,6 +267,8 @@ def _entry(key: str, value: Any) -> TensorEntry:
     dtype, shape, places = value["dtype"], value["shape"], value["data_offsets"]
     item = ITEM_BYTES.get(dtype) if isinstance(dtype, str) else None
     if item is None:
+        if dtype in _UNREAD:
+            raise _Unread(f"{shown_key(key)} is of the type {dtype}, which is not read here")
         name = dtype if isinstance(dtype, str) else type(dtype).__name__
         raise _Flaw(f"{shown_key(key)} is of the unknown type {shown_key(name)}")
     if not _whole(shape) or not _whole(places) or len(places) != 2:
@@ -293,16 +309,33 @@ def _something_else(path: Path, start: bytes) -> LoRAFileError:
         what = "a Git LFS pointer in place of the file; use git lfs pull, or download the file"
     elif text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<script")):
         what = "a web page, mostly one that asks for a log-in; log in and download the file again"
+    elif start.startswith((b"PK\x03\x04", b"PK\x05\x06")) and b".pkl" not in start:
+        what = "a zip archive; unpack it, and choose the .safetensors file that is in it"
+    elif packed := next((n for n, mark in _PACKED.items() if start.startswith(mark)), None):
+        what = f"a {packed} archive; unpack it, and choose the .safetensors file that is in it"
+    elif start.startswith((b"PK\x03\x04", *_PICKLES)):
+        return _no_safetensors(path, "it is pickled")
     elif text.startswith((b"{", b"[")):
         words = shown_key(plain.decode(errors="replace"))
         what = f"text ({words}), mostly an error in place of a download; download it again"
-    elif start.startswith(b"PK\x03\x04") or start[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04"):
-        return _no_safetensors(path, "it is pickled")
+    elif _is_text(start):  # a link may lead to anybody's: not a word of it is shown
+        what = "plain text; download it again, or choose another"
     elif start.startswith(b"GGUF"):
         what = "a GGUF model; load it with the nodes of its pack"
     else:
         return _no_safetensors(path, "it has no header")
     return LoRAFileError(f"{path} is not a safetensors file but {what}.")
+
+
+def _is_text(start: bytes) -> bool:
+    """Whether it is nothing but readable characters; its last may be cut in two."""
+    try:
+        words = start.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        if error.start < len(start) - 3:
+            return False
+        words = start[: error.start].decode("utf-8-sig")
+    return words.strip() != "" and all(c.isprintable() or c in "\r\n\t" for c in words)
 
 
 def _no_safetensors(path: Path, reason: str) -> LoRAFileError:

@@ -51,6 +51,7 @@ _CALLED = {
     "loha": ("LoHa", "LoHa"), "lokr": ("LoKr", "LoKr"), "glora": ("GLoRA", "GLoRA"),
     "oft": ("OFT", "OFT"), "boft": ("BOFT", "BOFT"), "ia3": ("IA³", "IA³"),
     "difference": ("difference", "differences"), "norm": ("norm", "norms"),
+    "set weight": ("set weight", "set weights"),
     "tensor": ("tensor", "tensors"), "embedding": ("embedding", "embeddings"),
     "module": ("whole module", "whole modules"), "unknown": ("unknown tensor", "unknown tensors"),
 }  # fmt: skip

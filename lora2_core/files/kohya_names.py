@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from .keys import plain_name
+from .keys import ParsedKeys, plain_name
 
 _PREFIXES = (  # of dotted names, the longer first
     ("text_encoder_2.", "lora_te2_"),
@@ -74,6 +74,17 @@ def kohya_name(name: str) -> str:
             rest = re.sub(r"\.to_out$", ".to_out.0", rest)
             return _of_text(key + rest.replace(".", "_"))
     return name
+
+
+def changed_twice(parsed: ParsedKeys) -> tuple[str, str] | None:
+    """Keys of two changes of one weight, by whatever names; None where there is none."""
+    seen: dict[tuple[str, bool], str] = {}
+    for name, of_bias, keys in parsed.changes():
+        whole = sgm_name(kohya_name(name.removesuffix(".bias")))
+        other = seen.setdefault((whole, of_bias or name.endswith(".bias")), keys[0])
+        if other != keys[0]:
+            return other, keys[0]
+    return None
 
 
 def _of_text(key: str) -> str:

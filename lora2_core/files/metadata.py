@@ -14,10 +14,11 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+from ..config.patterns import Pattern, PatternError
 from ..config.train import OptimizerConfig, TrainConfig
 from .component import Component
 from .encode import STORED_ALPHA, kohya_key
-from .header import shown_key
+from .header import one_line, shown_key
 from .keys import plain_name
 
 FORMAT_VERSION = "1"  # of LoRA files
@@ -31,6 +32,7 @@ _RANKS = {
 }  # fmt: skip
 _TOLD_ALPHA = "lora_alpha"
 _LARGEST_ALPHA = 1e6
+_MOST_PATTERNS = 20  # that are more than names
 _MODULE_NAME = re.compile(r"[\w.-]{1,300}")
 _SHOWN = 200  # characters of a value in a headline
 _MODULE = "lora2_core.network"
@@ -135,7 +137,7 @@ def told_alphas(metadata: Mapping[str, str], ranks: Mapping[str, int]) -> dict[s
 
     ``ranks``: by name as in the file. As PEFT scales: alpha / rank, or alpha / √rank where it says
     ``use_rslora``; what is returned is to be divided by the rank. Raises ValueError for what is no
-    such metadata, and for an ``alpha_pattern`` that is no name of a module.
+    such metadata, and for an ``alpha_pattern`` that needs more than :mod:`..config.patterns` reads.
     """
     if not metadata.get(ADAPTER):
         return {}
@@ -146,15 +148,26 @@ def told_alphas(metadata: Mapping[str, str], ranks: Mapping[str, int]) -> dict[s
     if not isinstance(told, dict):
         raise ValueError("it is no list of settings")
     roots = {key.removesuffix(_TOLD_ALPHA) for key in told if key.endswith(_TOLD_ALPHA)}
+    patterns = {root: _Patterns(told.get(f"{root}alpha_pattern")) for root in roots}
     found = {}
     for name, rank in ranks.items():
         root, module = _under_root(plain_name(name), roots)
         if root is None or not rank:
             continue
-        alpha = _pattern_value(told.get(f"{root}alpha_pattern"), module)
+        alpha = patterns[root].value(module)
         alpha = _checked_alpha(told[root + _TOLD_ALPHA] if alpha is None else alpha)
         found[name] = alpha * rank**0.5 if told.get(f"{root}use_rslora") is True else alpha
     return found
+
+
+def scales_by_root(metadata: Mapping[str, str]) -> bool:
+    """Whether PEFT's ``use_rslora`` is among what diffusers told, and alpha counts over √rank."""
+    try:
+        told = json.loads(metadata.get(ADAPTER, "{}"))
+    except (ValueError, RecursionError):
+        return False
+    ours = told.items() if isinstance(told, dict) else ()
+    return any(key.endswith("use_rslora") and value is True for key, value in ours)
 
 
 def _under_root(name: str, roots: Collection[str]) -> tuple[str | None, str]:
@@ -166,19 +179,45 @@ def _under_root(name: str, roots: Collection[str]) -> tuple[str | None, str]:
     return alone, name
 
 
-def _pattern_value(patterns: Any, module: str) -> Any:
-    """Of the first pattern that is the module's name or the end of it; None where none is."""
-    if not patterns:
+class _Patterns:
+    """PEFT's ``alpha_pattern``: a value for each module that a pattern matches, as PEFT matches it,
+    ``(.*\\.)?(pattern)$`` from the beginning of the module's name. Raises ValueError for what
+    cannot be read."""
+
+    def __init__(self, told: Any):
+        if told and not isinstance(told, dict):
+            raise ValueError("its alpha_pattern is no table")
+        self._each = [(text, self._read(text), value) for text, value in (told or {}).items()]
+        if sum(pattern is not None for _, pattern, _ in self._each) > _MOST_PATTERNS:
+            raise ValueError(f"its alpha_pattern has more than {_MOST_PATTERNS} patterns")
+
+    def value(self, module: str) -> Any:
+        """Of the first that matches; None where none does."""
+        for text, pattern, value in self._each:
+            plain = text.removeprefix("^")
+            if pattern is not None:
+                try:
+                    found = pattern.search(module)
+                except PatternError as error:
+                    raise self._refusal(text, error) from None
+            else:
+                found = module == plain or (text == plain and module.endswith(f".{plain}"))
+            if found:
+                return value
         return None
-    if not isinstance(patterns, dict):
-        raise ValueError("its alpha_pattern is no table")
-    for pattern, value in patterns.items():
-        plain = pattern.removeprefix("^")
-        if not _MODULE_NAME.fullmatch(plain):
-            raise ValueError(f"its alpha_pattern has {shown_key(pattern)}, which is no name")
-        if module == plain or (pattern == plain and module.endswith(f".{plain}")):
-            return value
-    return None
+
+    def _read(self, text: str) -> Pattern | None:
+        """None for what is no more than a name."""
+        if _MODULE_NAME.fullmatch(text.removeprefix("^")):
+            return None
+        try:
+            return Pattern(rf"^(.*\.)?({text})$")
+        except PatternError as error:
+            raise self._refusal(text, error) from None
+
+    @staticmethod
+    def _refusal(text: str, error: PatternError) -> ValueError:
+        return ValueError(f"its alpha_pattern {shown_key(text)} {one_line(str(error))[:200]}")
 
 
 def _checked_alpha(value: Any) -> float:

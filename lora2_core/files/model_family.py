@@ -72,6 +72,8 @@ _NO_LORAS = tuple(
         (r"^lora_controlnet$", "a Control-LoRA; load it with Load ControlNet Model"),
         (r"^(control_model|controlnet_\w+|zero_convs|input_hint_block|controlnet_cond_embedding)\.",
          "a ControlNet; load it with Load ControlNet Model"),
+        (r"(^|\.)motion_modules?\.", "a motion module (AnimateDiff); load it with the nodes of its "
+         "pack"),
         (r"^(ip_adapter|image_proj)\.", "an IP-Adapter; load it with the nodes of its pack"),
         (r"^(emb_params|clip_[lg]|string_to_param(\..*)?|\*|<[^>]*>)$",
          "a textual inversion (embedding); put it into models/embeddings and write embedding:name "
@@ -88,6 +90,9 @@ _NO_LORAS = tuple(
         (r"^(input_blocks\.\d|down_blocks\.\d|double_blocks\.\d|joint_blocks\.\d|blocks\.\d"
          r"|transformer_blocks\.\d|diffusion_model\.)",
          "a diffusion model; load it with Load Diffusion Model"),
+        (r"^bundle_emb\.",
+         "embeddings alone, as they are bundled with a LoRA; put it into models/embeddings and "
+         "write embedding:name in the prompt"),
         (r"^(encoder|decoder)\.(conv_in|down|up|mid)", "a VAE; load it with Load VAE"),
         (r"^(text_model|transformer\.text_model|encoder\.block|model\.layers|shared)\b",
          "a text encoder; load it with Load CLIP"),

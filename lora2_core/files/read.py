@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,7 +18,7 @@ from .keys import ALPHA, DOWN, FACTORS, Loose, Pair, ParsedKeys, parse_keys
 from .metadata import COMPONENTS, told_alphas, understood_metadata
 from .model_family import other_than_a_lora
 from .raw.tensors import TensorFile
-from .shapes import Empty, Mismatch, product_of_kind, product_of_pair
+from .shapes import Empty, Mismatch, precise_kind, product_of_kind, product_of_pair
 
 _LARGEST_WIDTH = 1 << 31  # of a layer that the metadata may list
 _MOST_LISTED = 20_000  # components; SDXL with its text encoders has 1,000 that can be trained
@@ -36,11 +36,11 @@ class ComponentInfo:
     in_features: int
     out_features: int
     nu: float | None  # None in files that LoRA² did not train
-    nbytes: int  # of its factors
+    nbytes: int  # of all that was trained
     # Or "conv", "dora", "adalora", "loha", "lokr", "glora", "oft", "boft", "ia3", "difference",
-    # "norm".
+    # "set weight", "norm".
     kind: str = "lora"
-    numbers: int | None = None  # that are stored, where it is no two factors
+    numbers: int | None = None  # that were trained; None: those of two factors
 
     @property
     def parameters(self) -> int:
@@ -71,6 +71,8 @@ class LoRAFile:
     state: dict[str, Tensor]
     metadata: dict[str, str]
     known: ParsedKeys | None = None  # what its keys are, if that has been told before
+    name: str = ""  # of the file that it was read from, and the bytes that that takes
+    nbytes: int = 0
 
     @cached_property
     def parsed(self) -> ParsedKeys:
@@ -80,7 +82,7 @@ class LoRAFile:
     def with_state(self, state: dict[str, Tensor]) -> LoRAFile:
         """The same file with other tensors; only other keys have to be parsed again."""
         same = state.keys() == self.state.keys()
-        return LoRAFile(state, self.metadata, self.parsed if same else None)
+        return replace(self, state=state, known=self.parsed if same else None)
 
 
 def inspect(path: str | os.PathLike[str]) -> tuple[list[ComponentInfo], dict[str, str]]:
@@ -140,10 +142,11 @@ def load(path: str | os.PathLike[str]) -> LoRAFile:
     told = alphas_of(header)
     with TensorFile(header) as file:
         state = file.all()
+    about = {"name": header.path.name, "nbytes": header.file_bytes}
     if not told:
-        return LoRAFile(state, header.metadata, header.parsed)
+        return LoRAFile(state, header.metadata, header.parsed, **about)
     state |= {name + ALPHA: torch.tensor(alpha) for name, alpha in told.items()}
-    return LoRAFile(state, header.metadata)
+    return LoRAFile(state, header.metadata, **about)
 
 
 def check_readable(header: Header) -> None:
@@ -170,9 +173,14 @@ def alphas_of(header: Header) -> dict[str, float]:
         return told_alphas(header.metadata, ranks)
     except ValueError as error:
         raise LoRAFileError(
-            f"{header.path} has a lora_adapter_metadata that cannot be read ({error}); save it "
-            "anew with diffusers."
+            f"{header.path} has a lora_adapter_metadata that cannot be read ({error}); choose "
+            "another LoRA, or save it with its alphas as tensors, as kohya's are."
         ) from None
+
+
+def learnt_nus(metadata: Mapping[str, str]) -> dict[str, float | None]:
+    """The ν of components by their keys, as our own files tell them."""
+    return {key: entry["nu"] for key, entry in _trained_components(metadata).items()}
 
 
 def component_keys(keys: Mapping[str, Any]) -> list[str]:
@@ -218,6 +226,19 @@ def check_finite(state: Mapping[str, Tensor], source: str) -> None:
                 f"{source} is damaged: {shown_key(key)} holds weights up to "
                 f"{float(max(-low, high)):.0e}, which ruin every model. Copy or download it again, "
                 "or train again with a lower learning_rate."
+            )
+
+
+def check_storable(key: str, tensor: Tensor) -> None:
+    """Raises LoRAFileError for what would be written and could not be read again."""
+    if tensor.is_floating_point() and tensor.numel():
+        low, high = torch.aminmax(tensor.float())
+        largest = max(-float(low), float(high))  # not a number where one is not
+        if not largest <= LARGEST_WEIGHT:
+            raise LoRAFileError(
+                f"{shown_key(key)} would hold values that are too large to be stored, so nothing "
+                f"was written ({LARGEST_WEIGHT:.0e} is the most); choose smaller weights, or "
+                "another LoRA."
             )
 
 
@@ -281,12 +302,14 @@ def _width(value: Any) -> int:
 def _info(header: Header, pair: Pair, trained: Mapping[str, Any] | None) -> ComponentInfo:
     """Of two factors."""
     beside = {pair.alpha, pair.reshape, pair.nu}
-    _check_types(header, [key for key in pair.keys if key not in beside])
+    trained_keys = [key for key in pair.keys if key not in beside]
+    _check_types(header, trained_keys)
     down, up = header[pair.down], header[pair.up]
     mid = header[pair.mid] if pair.mid else None
     if pair.alpha:
         _check_alpha(header, pair.alpha)
     product = product_of_pair(down.shape, up.shape, mid.shape if mid else None)
+    count = sum(math.prod(header[key].shape) for key in trained_keys)
     area = math.prod((mid or down).shape[2:])
     return ComponentInfo(
         key=pair.name,
@@ -294,8 +317,9 @@ def _info(header: Header, pair: Pair, trained: Mapping[str, Any] | None) -> Comp
         in_features=product.in_features,
         out_features=product.out_features,
         nu=trained["nu"] if trained else None,
-        nbytes=down.nbytes + up.nbytes + (mid.nbytes if mid else 0),
+        nbytes=sum(header[key].nbytes for key in trained_keys),
         kind=_kind(pair, area),
+        numbers=None if len(trained_keys) == 2 else count,
     )
 
 
@@ -310,9 +334,8 @@ def _other(header: Header, kind: str, name: str, keys: Sequence[str]) -> Compone
     _check_alpha(header, name + ALPHA)
     numbers = [key for key in keys if key not in (name + ALPHA, name + ".on_input")]
     _check_types(header, numbers)
-    product = product_of_kind(kind, {key[len(name) :]: header[key].shape for key in numbers})
-    if kind == "oft" and any(len(header[key].shape) == 4 for key in numbers):
-        kind = "boft"
+    shapes = {key[len(name) :]: header[key].shape for key in numbers}
+    product = product_of_kind(kind, shapes)
     return ComponentInfo(
         key=name,
         rank=product.rank,
@@ -320,7 +343,7 @@ def _other(header: Header, kind: str, name: str, keys: Sequence[str]) -> Compone
         out_features=product.out_features,
         nu=None,
         nbytes=sum(header[key].nbytes for key in keys),
-        kind=kind,
+        kind=precise_kind(kind, shapes),
         numbers=sum(math.prod(header[key].shape) for key in numbers),
     )
 

@@ -73,6 +73,16 @@ def product_of_kind(kind: str, shapes: Mapping[str, Shape]) -> Product:
     return product
 
 
+def precise_kind(kind: str, shapes: Mapping[str, Shape]) -> str:
+    """Of a kind of :data:`.keys.OTHER_ENDINGS` what its tensors make of it: a BOFT's steps, and a
+    weight that is set, are told by no ending alone. ``shapes`` by the ending of the key."""
+    if kind == "oft" and any(len(shape) == 4 for shape in shapes.values()):
+        return "boft"
+    if kind == "difference" and ".set_weight" in shapes and not {".diff", ".diff_b"} & {*shapes}:
+        return "set weight"
+    return kind
+
+
 def _product_of_kind(kind: str, shapes: Mapping[str, Shape]) -> Product:
     match kind:
         case "loha":

@@ -17,9 +17,10 @@ from typing import Any
 from PIL import Image
 
 from ..data.pictures import PictureError, decode, open_picture
-from ..files.header import Header, LoRAFileError, read_header, shown_key
+from ..files.header import Header, LoRAFileError, one_line, read_header, shown_key
 from ..files.keys import counted
-from ..files.metadata import headline, is_ours, newer_version, understood_metadata
+from ..files.kohya_names import changed_twice
+from ..files.metadata import headline, is_ours, newer_version, scales_by_root, understood_metadata
 from ..files.model_family import Family, guess_family
 from ..files.read import (
     Beside,
@@ -67,6 +68,7 @@ class FileReport:
     measured: Measured | None = None
     told_alphas: tuple[float, ...] = ()  # the different ones that stand in the metadata alone
     beside: tuple[Beside, ...] = ()  # what no component has a place for
+    damage: str = ""  # why no loader should take it, though it can be shown
 
     @property
     def trigger(self) -> str:
@@ -93,7 +95,9 @@ class FileReport:
         if is_ours(self.metadata):
             return "1 in every component, so that strength 1 is as trained"
         if self.told_alphas:
-            each = ", ".join(f"{alpha:g}" for alpha in self.told_alphas)
+            each = ", ".join(f"{alpha:.4g}" for alpha in self.told_alphas)
+            if scales_by_root(self.metadata):
+                return f"counts as {each}, by use_rslora over √rank (lora_adapter_metadata)"
             return f"{each} (lora_adapter_metadata)"
         return self.metadata.get("ss_network_alpha", "")
 
@@ -132,6 +136,7 @@ class FileReport:
             "tags": self.tags,
             "kinds": self.kinds,
             "beside": [asdict(one) for one in self.beside],
+            "damage": self.damage,
             "alpha": self.alpha,
             "hashes": self.hashes,
             "summary": asdict(summarize(self.components)),
@@ -150,6 +155,7 @@ class FileReport:
         newer = newer_version(self.metadata)
         told = f"LoRA² {newer}, newer than this pack knows; read as a plain LoRA"
         return [
+            ("Damaged", self.damage),
             ("Format", told if newer else ""),
             ("File", f"{self.nbytes / 1e6:,.2f} MB, {kinds}"),
             *(("Beside", text) for text in self._beside_lines()),
@@ -245,13 +251,26 @@ def inspect(path: Path, with_tensors: bool = False, name: str = "") -> FileRepor
         measure_file(path) if with_tensors else None,
         _told_alphas(header),
         beside_components(header),
+        _damage(header),
     )
+
+
+def _damage(header: Header) -> str:
+    """What the header says against itself, for a person."""
+    found = []
+    if twice := changed_twice(header.parsed):
+        found.append(f"it changes a layer twice ({' and '.join(map(shown_key, twice))})")
+    try:
+        alphas_of(header)
+    except LoRAFileError as error:
+        found.append(str(error).removeprefix(one_line(f"{header.path} ")).rstrip("."))
+    return "; ".join(found)
 
 
 def _told_alphas(header: Header) -> tuple[float, ...]:
     try:
         return tuple(sorted(set(alphas_of(header).values())))
-    except LoRAFileError:  # whoever loads it is told
+    except LoRAFileError:  # as :func:`_damage` says
         return ()
 
 

@@ -30,6 +30,7 @@ _HEADING = 46
 # wide and high each is.
 _ROW_HEIGHTS = ((12, 28), (40, 22), (math.inf, LOW_ROW))
 _STRIP_CELLS = ((800, 31, 22), (4000, 16, 16), (math.inf, 8, 8))
+_SHORT = {"difference": "diff", "set weight": "set"}
 _FEW = 200  # cells that half the width is enough for
 
 Blocks = dict[Block, dict[int, ComponentInfo]]
@@ -77,7 +78,7 @@ def mean_text(components: Sequence[ComponentInfo]) -> str:
 
 def short_kind(component: ComponentInfo) -> str:
     """Of a component without a rank, in at most five characters."""
-    return "diff" if component.kind == "difference" else component.kind[:5]
+    return _SHORT.get(component.kind, component.kind[:5])
 
 
 def short(value: float, unit: str = "") -> str:

@@ -3,6 +3,7 @@ are. A smaller file keeps it, a sum adds what can be added."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from ..files.keys import (
     counted,
 )
 from ..files.kohya_names import kohya_name
+from ..files.read import check_storable
+from ..files.shapes import precise_kind
 
 # What a tensor is of a layer: a difference of its weight or bias, or its weight itself.
 _WEIGHT, _BIAS, _SET = "weight", "bias", "set"
@@ -67,10 +70,20 @@ def shape_of(header: Header, key: str) -> TensorShape:
     return header[key].dtype, header[key].shape
 
 
-def told(parsed: ParsedKeys) -> list[str]:
+def told(header: Header) -> list[str]:
     """Of one file, for a person: ``258 differences``, ``1 embedding (sks cat)``."""
-    found = [counted(len(components), kind) for kind, components in parsed.others.items()]
-    return found + told_loose(parsed.loose)
+    shapes = {key: entry.shape for key, entry in header.entries.items()}
+    kinds = kinds_of(header.parsed, shapes)
+    return [counted(count, kind) for kind, count in kinds.items()] + told_loose(header.parsed.loose)
+
+
+def kinds_of(parsed: ParsedKeys, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """How many components there are of each kind that is no two factors; ``shapes``: by key."""
+    found = Counter[str]()
+    for kind, components in parsed.others.items():
+        for name, keys in components.items():
+            found[precise_kind(kind, {key[len(name) :]: shapes[key] for key in keys})] += 1
+    return dict(found)
 
 
 def told_loose(every: Iterable[Loose]) -> list[str]:
@@ -159,7 +172,9 @@ class SumBeside:
         if self._untouched(key):
             return terms[0].file.read(terms[0].key)
         parts = [term.file.read(term.key).double() * term.weight for term in terms]
-        return torch.stack(parts).sum(0).float()
+        found = torch.stack(parts).sum(0).float()
+        check_storable(key, found)
+        return found
 
     def changes(self) -> bool:
         """Whether any of it changes a weight."""
@@ -171,7 +186,7 @@ class SumBeside:
         layers = "1 layer" if self._layers == 1 else f"{self._layers} layers"
         said = [f"Added too: the differences of {layers}."] if self._layers else []
         whole = told_loose(self._whole)
-        whole += [f"{self._set} set weights"] if self._set else []
+        whole += [counted(self._set, "set weight")] if self._set else []
         if whole:
             words = "as they are, whatever the weights" if self._scaled else "as they are"
             said.append(f"Kept {words}: {', '.join(whole)}.")

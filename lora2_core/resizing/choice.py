@@ -203,7 +203,7 @@ def choose_exactly(
 
     ``metadata_at``: the metadata of a file of given ranks; ``limit``: what a person asked for, and
     ``option`` what that is called; ``beside``: tensors that the file holds whatever the ranks.
-    Raises LoRAFileError when not even one rank of one component fits.
+    Raises NoRoom when not even one rank of one component fits.
     """
     others = dict(beside or {})
 
@@ -230,22 +230,26 @@ def choose_exactly(
     if best is None or not any(best[1]):
         least = min((p.costs[1] for p in parts if p.rank), default=0) + frame
         least += limit - allowed
-        raise _no_room(limit, least, frame, sum(map(tensor_bytes, others.values())), option)
+        raise NoRoom(limit, least, frame, sum(map(tensor_bytes, others.values())), option)
     return best[1]
 
 
-def _no_room(limit: int, least: int, frame: int, held: int, option: str) -> LoRAFileError:
-    """All in bytes; ``frame``: of all but the components, of which ``held`` are tensors."""
-    alone = f"whose metadata alone takes {frame / 1e6:.4g} MB"
-    if held:
-        alone = (
-            f"since what has no ranks to cut takes {held / 1e6:.4g} MB and the metadata "
-            f"{(frame - held) / 1e6:.4g} MB"
+class NoRoom(LoRAFileError):
+    """Not even one rank of one component fits. All in bytes, but ``least``, the megabytes that
+    would do; ``frame``: of all but the components, of which ``held`` are tensors."""
+
+    def __init__(self, limit: int, least: int, frame: int, held: int, option: str):
+        self.limit, self.held, self.least = limit, held, _rounded_up(least)
+        alone = f"whose metadata alone takes {frame / 1e6:.4g} MB"
+        if held:
+            alone = (
+                f"since what has no ranks to cut takes {held / 1e6:.4g} MB and the metadata "
+                f"{(frame - held) / 1e6:.4g} MB"
+            )
+        super().__init__(
+            f"Nothing was written: a file of {limit / 1e6:.4g} MB has no room for a single "
+            f"component, {alone}. Choose {option} of at least {self.least:.4g}."
         )
-    return LoRAFileError(
-        f"Nothing was written: a file of {limit / 1e6:.4g} MB has no room for a single component, "
-        f"{alone}. Choose {option} of at least {_rounded_up(least):.4g}."
-    )
 
 
 def _rounded_up(nbytes: int) -> float:

@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..files.component import decompose
-from ..files.encode import encoded_bytes
+from ..config.load import Limits
+from ..files.component import singular_values, within_bounds
 from ..files.header import LoRAFileError
 from ..files.keys import counted
-from .choice import Part, kept_energy, part_of, ranks_for_energy
+from ..files.metadata import VERSION
+from .choice import Outline, Part, kept_energy, part_of_values
+from .frame import all_of, frame_of_one, last_byte
 from .source import LoRASource
 
 _MOST = 0.9  # of a component's energy: its effective rank
@@ -75,20 +77,20 @@ def measure_file(path: Path) -> Measured:
                 left[_DAMAGED] = left.get(_DAMAGED, 0) + 1
                 continue
             stored.append(component.rank)
-            whole = decompose(component)
-            beside = source.extra(key)  # a DoRA's magnitudes stay as they are
-            parts.append(part_of(whole, source.nbytes, decomposed=True, beside=beside))
+            outline = Outline.of(component, source.extra(key))  # a DoRA's magnitudes stay
+            values = singular_values(within_bounds(component))
+            parts.append(part_of_values(outline, values, last_byte(source.nbytes)))
         source.check_unchanged()
-        metadata, beside = source.metadata, source.beside
+        own = source.nbytes if VERSION in source.metadata else None
+        limits = Limits(energy=_ALMOST_ALL)
+        frame = frame_of_one(source.metadata, path.name, limits, source.beside)
     total = sum(sum(part.energies) for part in parts)
-    ranks = ranks_for_energy(parts, _ALMOST_ALL) if total else [0] * len(parts)
-    shapes = dict(beside)  # what has no ranks stays
-    for part, rank in zip(parts, ranks, strict=True):
-        shapes |= part.shapes(rank)
+    ranks = frame.choose(parts) if total else [0] * len(parts)
+    stays = own is not None and all_of(parts, ranks)
     return Measured(
         tuple(_strength(part, rank, total) for part, rank in zip(parts, stored, strict=True)),
         math.sqrt(total),
-        encoded_bytes(shapes, metadata),
+        own if own is not None and stays else frame.nbytes(parts, ranks),
         sum(ranks) / max(len(ranks), 1),
         tuple(left.items()),
     )

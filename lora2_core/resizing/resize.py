@@ -6,9 +6,8 @@ column holds, then all ranks are chosen together, and the second writes what is 
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,20 +17,15 @@ from torch import Tensor
 from ..config.load import Limits
 from ..files.component import Component, decompose_quickly, singular_values, within_bounds
 from ..files.decode import factor_tensors
-from ..files.encode import STORED_ALPHA, encoded_bytes
 from ..files.header import LoRAFileError, shown_key
-from ..files.metadata import (
-    VERSION,
-    listing_entry,
-    understood_metadata,
-    with_listing,
-    without_old_ranks,
-)
+from ..files.metadata import VERSION, understood_metadata
+from ..files.read import check_storable
 from ..files.write import writing
-from .choice import Outline, Part, choose_exactly, kept_energy, part_of, part_of_values
-from .shrink import ranks_within
-from .source import Addend, LoRASource, Source, Sum, check_can_be_cut
+from .choice import Outline, Part, kept_energy, part_of, part_of_values
+from .frame import Frame, all_of, frame_of_one, last_byte, titled
+from .source import LoRASource, Source, check_can_be_cut
 from .stream import Beside, Planned, write_stream
+from .sums import Addend, Sum
 
 
 @dataclass(frozen=True)
@@ -54,16 +48,23 @@ class Resized:
 
     def text(self) -> str:
         """For a person: sizes, mean ranks, what is kept."""
-        before, after = (
-            sum(ranks) / max(len(ranks), 1) for ranks in (self.ranks_before, self.ranks_after)
-        )
+        sizes = f"{self.path.name}: {self.before / 1e6:.2f} → {self.after / 1e6:.2f} MB"
+        beside = "".join(f" {one}" for one in self.beside)
+        return f"{sizes}{self._about_ranks}.{beside}{self._not_written}"
+
+    @property
+    def _about_ranks(self) -> str:
+        if not self.ranks_before:
+            return ""  # differences alone, which have none
+        before, after = (sum(ranks) / len(ranks) for ranks in (self.ranks_before, self.ranks_after))
         left_out = self.ranks_after.count(0)
         gone = f", {left_out} of {len(self.ranks_after)} components left out" if left_out else ""
+        kept = f"{100 * self.kept:.2f} % of the energy is kept"
+        if self.kept < 0:
+            kept = "it is further from the LoRA than no LoRA would be, so choose the order svd"
         return (
-            f"{self.path.name}: {self.before / 1e6:.2f} → {self.after / 1e6:.2f} MB, mean rank "
-            f"{before:.1f} → {after:.1f}{gone}; {100 * self.kept:.2f} % of the energy is kept "
-            f"(relative error {self.error:.4f}).{''.join(f' {one}' for one in self.beside)}"
-            f"{self._not_written}"
+            f", mean rank {before:.1f} → {after:.1f}{gone}; {kept} "
+            f"(relative error {self.error:.4f})"
         )
 
     @property
@@ -84,10 +85,8 @@ def resize_file(source: Path, target: Path, limits: Limits, new: bool = False) -
     """
     with LoRASource(source) as opened:
         check_can_be_cut(opened)
-        about = {"from": source.name, "hash": opened.metadata.get("sshs_model_hash", "")}
-        known = _titled(understood_metadata(opened.metadata), target)
-        work = _Work(opened, limits, known, "lora2.resize", about)
-        if work.copies(work.ranks):
+        work = _Work(opened, frame_of_one(opened.metadata, source.name, limits, {}, target.stem))
+        if work.copies:
             _copy(opened, target, new)
             return work.result(target, opened.nbytes, opened.nbytes)
         after = work.write(target, new)
@@ -116,7 +115,8 @@ def merge_files(
             ]
         }
         whole = Sum([a for a in addends if a.weight])
-        work = _Work(whole, limits, _titled(_joined(opened), target), "lora2.merge", about)
+        said = titled(_joined(opened), target.stem)
+        work = _Work(whole, Frame(said, "lora2.merge", about, limits))
         before = sum(source.nbytes for source in opened)
         ignored = [key for source in opened for key in source.ignored] + whole.ignored
         return work.result(target, before, work.write(target, new), ignored)
@@ -125,16 +125,8 @@ def merge_files(
 class _Work:
     """The first pass, the choice, and the second pass."""
 
-    def __init__(
-        self,
-        source: Source,
-        limits: Limits,
-        metadata: Mapping[str, str],
-        name: str,
-        about: Mapping[str, object],
-    ):
-        self._source, self._limits = source, limits
-        self._metadata, self._name, self._about = metadata, name, about
+    def __init__(self, source: Source, frame: Frame):
+        self._source, limits = source, frame.limits
         # Taken apart only where something may be cut: what stays whole keeps its own numbers.
         self._svd = limits.order == "svd" and not limits.nothing
         self._exact = limits.nothing and isinstance(source, Sum)
@@ -144,19 +136,17 @@ class _Work:
             component = source.component(key)
             if source.keeps_whole(key, component):
                 continue
-            self._stored.append(component.rank)
+            self._stored.append(source.rank(key))
             self._parts.append(self._part(within_bounds(component)))
-        self.ranks = self._choose()
-
-    def copies(self, ranks: Sequence[int]) -> bool:
-        """Whether the file is ours, is within the limits, and loses no column that holds anything:
-        then it stays as it is."""
-        source, megabytes = self._source, self._limits.megabytes
-        if not isinstance(source, LoRASource) or VERSION not in source.metadata:
-            return False
-        if megabytes is not None and source.nbytes > int(megabytes * 1e6):
-            return False
-        return all(part.rank == rank for part, rank in zip(self._parts, ranks, strict=True))
+        self._frame = replace(frame, beside=source.beside)  # known by now
+        ours = isinstance(source, LoRASource) and VERSION in source.metadata
+        own = source.nbytes if ours else None
+        self.ranks = self._frame.choose(self._parts, own)
+        megabytes = limits.megabytes
+        fits = own is not None and (megabytes is None or own <= int(megabytes * 1e6))
+        # Whether the file is ours, is within the limits, and loses no column that holds anything:
+        # then it stays as it is.
+        self.copies = fits and all_of(self._parts, self.ranks)
 
     def result(self, target: Path, before: int, after: int, ignored: Sequence[str] = ()) -> Resized:
         kept, ranks = kept_energy(self._parts, self.ranks), tuple(self.ranks)
@@ -180,39 +170,18 @@ class _Work:
             for part, rank in zip(self._parts, self.ranks, strict=True)
             if rank
         ]
-        metadata = self._metadata_at(self.ranks)
+        metadata = self._frame.metadata_at(self._parts, self.ranks)
         unchanged = self._source.check_unchanged
         beside = Beside(self._source.beside, self._source.tensor)
         return write_stream(target, planned, metadata, self._tensors, new, unchanged, beside)
 
     def _part(self, component: Component) -> Part:
-        file_end, beside = self._source.nbytes + 10**6, self._source.extra(component.name)
+        file_end, beside = last_byte(self._source.nbytes), self._source.extra(component.name)
         if self._svd:
             values = singular_values(component)
             return part_of_values(Outline.of(component, beside), values, file_end)
         part = part_of(component, file_end, beside=beside)
         return replace(part, half=(False,) * part.rank) if self._exact else part
-
-    def _choose(self) -> list[int]:
-        ranks = ranks_within(self._parts, self._limits)
-        ranks = [
-            rank if any(part.energies[:rank]) else 0
-            for part, rank in zip(self._parts, ranks, strict=True)
-        ]
-        if self._limits.megabytes is None:
-            return ranks
-        limit = int(self._limits.megabytes * 1e6)
-        if self.copies(ranks) or self._bytes(ranks) <= limit:
-            return ranks
-        kept = [part.first(rank) for part, rank in zip(self._parts, ranks, strict=True)]
-        beside = self._source.beside
-        return choose_exactly(kept, self._metadata_at, limit, limit, 1, "megabytes", beside)
-
-    def _bytes(self, ranks: Sequence[int]) -> int:
-        shapes = dict(self._source.beside)
-        for part, rank in zip(self._parts, ranks, strict=True):
-            shapes |= part.shapes(rank)
-        return encoded_bytes(shapes, self._metadata_at(ranks))
 
     def _tensors(self, planned: Planned) -> tuple[Tensor, Tensor]:
         component = within_bounds(self._source.component(planned.outline.key))
@@ -222,46 +191,14 @@ class _Work:
         if factors is None or factors[0].shape[0] != planned.rank:
             self._source.check_unchanged()
             raise RuntimeError(f"{planned.outline.key} is not what it was a moment ago")
-        if not all(bool(factor.isfinite().all()) for factor in factors):
-            raise LoRAFileError(
-                f"{shown_key(planned.outline.key)} holds values that are too large to be stored, "
-                "so nothing was written; choose another LoRA."
-            )
+        for factor in factors:
+            check_storable(planned.outline.key, factor)
         return factors
-
-    def _metadata_at(self, ranks: Sequence[int]) -> dict[str, str]:
-        """The metadata of a file of these ranks; its length does not depend on what is kept."""
-        limits = self._limits
-        about = dict(self._about)
-        if not limits.nothing:
-            about |= {
-                "order": limits.order,
-                "max_rank": limits.max_rank,
-                "energy": limits.energy,
-                "megabytes": limits.megabytes,
-                "kept_energy": f"{kept_energy(self._parts, ranks):.6f}",
-            }
-        changed = {self._name: json.dumps(about)}
-        if "lora2.mean_rank" in self._metadata:
-            changed["lora2.mean_rank"] = f"{sum(ranks) / max(len(ranks), 1):.3f}"
-        changed |= {"ss_network_dim": "Dynamic", "ss_network_alpha": str(STORED_ALPHA)}
-        entries = {
-            o.key: listing_entry(o.nu, rank, o.in_features, o.out_features)
-            for o, rank in zip((part.outline for part in self._parts), ranks, strict=True)
-        }
-        return with_listing({**self._metadata, **changed}, entries)
 
 
 def _copy(source: LoRASource, target: Path, new: bool) -> None:
     with writing(target, source.nbytes, new) as file:
         source.copy_to(file)
-
-
-def _titled(metadata: Mapping[str, str], target: Path) -> dict[str, str]:
-    """``metadata`` under the name of the new file, where it has one."""
-    names = {"ss_output_name": target.stem, "modelspec.title": target.stem}
-    titled = {**metadata, **{name: text for name, text in names.items() if name in metadata}}
-    return without_old_ranks(titled)
 
 
 def _joined(sources: Sequence[LoRASource]) -> dict[str, str]:

@@ -5,51 +5,67 @@ What :mod:`.resize` writes to a file, :func:`shrink` does to tensors that are to
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
 from ..config.load import Limits
-from ..files.component import decompose_quickly, within_bounds
-from ..files.decode import component_of, put_component
-from ..files.header import LoRAFileError
-from ..files.keys import Pair, counted
-from ..files.read import LoRAFile
-from .choice import Part, choose_ranks, part_of, ranks_for_energy
+from ..files.component import Component, decompose_quickly, singular_values, within_bounds
+from ..files.decode import component_of, put_component, stored_magnitudes
+from ..files.header import LoRAFileError, TensorShape
+from ..files.keys import DORA_SCALE, Pair, counted
+from ..files.kohya_names import kohya_name
+from ..files.metadata import VERSION
+from ..files.raw.tensors import shape_in_file
+from ..files.read import LoRAFile, learnt_nus
+from .beside import kept_keys, kinds_of
+from .choice import NoRoom, Outline, Part, part_of, part_of_values
+from .frame import Frame, frame_of_one, last_byte
 
 
 def shrink(file: LoRAFile, limits: Limits) -> LoRAFile:
     """``file`` within ``limits``, under the same keys.
 
     Of LoRAs of two factors a component, by any trainer; what else the file holds stays as it is.
-    A component may go altogether. Sizes are those of all tensors and their entries in a header.
+    A component may go altogether. Ranks are those of the file that :func:`.resize.resize_file`
+    would write, whose whole size is what is limited.
     Raises LoRAFileError where the size has no room for anything.
     """
     if limits.nothing:
         return file
     state, pairs = file.state, file.parsed.pairs
-    components = [within_bounds(component_of(state, pair)) for pair in pairs]
-    svd = limits.order == "svd"
-    if svd:
-        components = [decompose_quickly(component) for component in components]
-    file_end = sum(tensor.nbytes for tensor in state.values())
-    parts = [part_of(component, file_end, decomposed=svd) for component in components]
-    ranks = ranks_within(parts, limits)
-    kept = [part.first(rank) for part, rank in zip(parts, ranks, strict=True)]
-    if limits.megabytes is not None:
-        ranks = _within_bytes(kept, limits.megabytes, _bytes_beside(state, pairs))
+    cut = [pair for pair in pairs if not _stays(state, pair)]
+    svd, nu = limits.order == "svd", learnt_nus(file.metadata)
+    end = last_byte(file.nbytes or sum(tensor.nbytes for tensor in state.values()))
+    parts: list[Part] = []
+    for pair in cut:
+        component = _component(state, pair, nu.get(pair.name))
+        beside = _magnitudes(state, pair)
+        if svd:
+            values = singular_values(component)
+            parts.append(part_of_values(Outline.of(component, beside), values, end))
+        else:
+            parts.append(part_of(component, end, beside=beside))
+    whole = [pair for pair in pairs if pair not in cut]
+    frame = frame_of_one(file.metadata, file.name, limits, _beside(file, whole))
+    ranks = _chosen(file, parts, frame) if parts else []
     out = dict(state)
-    for pair, component, rank in zip(pairs, components, ranks, strict=True):
-        if pair.dora_scale and not state[pair.up].any():
-            continue  # its magnitudes change the weight all the same
+    for pair, part, rank in zip(cut, parts, ranks, strict=True):
         if rank < state[pair.down].shape[0] or svd or limits.megabytes is not None:
-            put_component(out, pair, component.first(rank))
+            component = _component(state, pair)
+            component = decompose_quickly(component) if svd else component
+            put_component(out, pair, component.first(rank), not rank or part.half[rank - 1])
     if pairs and not file.parsed.others and not any(pair.down in out for pair in pairs):
         one = pairs[0]  # of rank 0: whoever loads it knows why there is nothing to patch
         out |= {one.down: state[one.down][:0], one.up: state[one.up][:, :0]}
     return file.with_state(out)
+
+
+def _component(state: Mapping[str, Tensor], pair: Pair, nu: float | None = None) -> Component:
+    """As it is cut; its name is that of a file of ours."""
+    component = component_of(state, pair, kohya_name(pair.name))
+    return within_bounds(replace(component, nu=nu))
 
 
 def left_whole(file: LoRAFile, limits: Limits) -> str:
@@ -61,7 +77,8 @@ def left_whole(file: LoRAFile, limits: Limits) -> str:
         "megabytes": limits.megabytes,
     }
     asked = [name for name, value in options.items() if value is not None]
-    kinds = {kind: len(some) for kind, some in file.parsed.others.items() if kind != "ia3"}
+    kinds = kinds_of(file.parsed, {key: tuple(t.shape) for key, t in file.state.items()})
+    kinds.pop("ia3", None)
     if limits.nothing or not kinds:
         return ""
     told = " and ".join(counted(count, kind) for kind, count in kinds.items())
@@ -70,47 +87,33 @@ def left_whole(file: LoRAFile, limits: Limits) -> str:
     return f"{told} {verb} loaded whole: {' and '.join(asked)} {cut} pairs of factors alone."
 
 
-def ranks_within(parts: Sequence[Part], limits: Limits) -> list[int]:
-    """Ranks within all limits but the size, which depends on what the file says of itself."""
-    top = limits.max_rank or max((part.rank for part in parts), default=0)
-    capped = [part.first(min(top, part.rank)) for part in parts]
-    if limits.energy is None or limits.energy == 1:
-        return [part.rank for part in capped]
-    # Of the whole energy, not of what the cap leaves: where that is less, all of it stays.
-    total = sum(sum(part.energies) for part in parts)
-    left = sum(sum(part.energies) for part in capped)
-    share = min(1.0, limits.energy * total / left) if left else 1.0
-    return ranks_for_energy(capped, share)
-
-
-def _within_bytes(parts: Sequence[Part], megabytes: float, beside: int) -> list[int]:
-    """The ranks of ``parts``, or fewer where they and the bytes beside them take more."""
-    available = int(megabytes * 1e6) - beside
-    whole = [part.rank for part in parts]
-    if not any(whole) or sum(part.costs[-1] for part in parts) <= available:
-        return whole
-    ranks = choose_ranks(parts, available)
-    if not any(ranks):
-        least = beside + min(part.costs[1] for part in parts if part.rank)
-        uncut = f" beside the {beside / 1e6:.4g} MB that have no ranks to cut" if beside else ""
+def _chosen(file: LoRAFile, parts: Sequence[Part], frame: Frame) -> list[int]:
+    """The ranks of the file that :mod:`.resize` would write. Raises LoRAFileError."""
+    own = file.nbytes if file.nbytes and VERSION in file.metadata else None
+    try:
+        return frame.choose(parts, own)
+    except NoRoom as lack:
+        uncut = f" beside the {lack.held / 1e6:.4g} MB that have no ranks to cut"
         raise LoRAFileError(
-            f"megabytes is {megabytes:g}, which has no room for a single component of this LoRA"
-            f"{uncut}; choose at least {math.ceil(least / 1e2) / 1e4:g}."
-        )
-    return ranks
+            f"megabytes is {lack.limit / 1e6:g}, which has no room for a single component of this "
+            f"LoRA{uncut if lack.held else ''} and its metadata; choose at least {lack.least:.4g}."
+        ) from None
 
 
-def _bytes_beside(state: Mapping[str, Tensor], pairs: Sequence[Pair]) -> int:
-    """Of all that stays as it is, with its entries in a header."""
-    factors_of = {key for p in pairs for key in (p.down, p.up, p.mid, p.alpha)}
-    file_end = sum(tensor.nbytes for tensor in state.values())
-    return sum(
-        tensor.nbytes + len(json.dumps({key: _entry(tensor, file_end)}))
-        for key, tensor in state.items()
-        if key not in factors_of
-    )
+def _beside(file: LoRAFile, whole: Sequence[Pair]) -> dict[str, TensorShape]:
+    """What stays as it is, and goes into a smaller file."""
+    keys = [*kept_keys(file.parsed), *file.parsed.lonely, *(k for pair in whole for k in pair.keys)]
+    return {key: shape_in_file(file.state[key]) for key in keys}
 
 
-def _entry(tensor: Tensor, file_end: int) -> dict[str, object]:
-    """Of a header, as long as it can get."""
-    return {"dtype": "F8_E4M3", "shape": list(tensor.shape), "data_offsets": [file_end, file_end]}
+def _magnitudes(state: Mapping[str, Tensor], pair: Pair) -> dict[str, Tensor]:
+    """What goes with the factors of a DoRA."""
+    key = pair.dora_scale
+    return {} if key is None else {DORA_SCALE: stored_magnitudes(key, state[key])}
+
+
+def _stays(state: Mapping[str, Tensor], pair: Pair) -> bool:
+    """Whether its magnitudes change the weight though its factors are 0."""
+    if pair.dora_scale is None or not state[pair.down].shape[0]:
+        return False
+    return not (state[pair.down].any() and state[pair.up].any())

@@ -73,10 +73,14 @@ def _same(model: Any, got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None
 
 
 PATTERN = {NAMES[1]: 4, "attn2.to_k": 24}
+REGULAR = {r".*attn1\.to_q": 4, r"attn\d\.to_(k|v)": 24, "attn2[.]to_q|none": 2}
 
 
 @pytest.mark.parametrize("root", ["unet.", "", "base_model.model."])
-@pytest.mark.parametrize("more", [{}, {"alpha_pattern": PATTERN}, {"use_rslora": True}])
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"alpha_pattern": PATTERN}, {"alpha_pattern": REGULAR}, {"use_rslora": True}],
+)
 def test_alpha_in_the_metadata(model: Any, tmp_path: Path, root: str, more: dict[str, Any]):
     config = peft.LoraConfig(
         r=4, lora_alpha=16, target_modules=NAMES, init_lora_weights=False, **more
@@ -98,7 +102,13 @@ def test_alpha_in_the_metadata(model: Any, tmp_path: Path, root: str, more: dict
     )
     _same(model, _painted_by(model, path), wanted)
     _same(model, _painted_by(model, path, max_rank=4), wanted)
-    assert "16" in inspector.inspect(path).alpha or "use_rslora" in more
+    told = inspector.inspect(path).alpha
+    if "use_rslora" in more:
+        assert told == "counts as 32, by use_rslora over √rank (lora_adapter_metadata)"
+    else:
+        alphas = {*more.get("alpha_pattern", {}).values()}
+        alphas |= set() if alphas == {*REGULAR.values()} else {16}
+        assert told == f"{', '.join(map(str, sorted(alphas)))} (lora_adapter_metadata)"
     again, sum_ = tmp_path / "again.safetensors", tmp_path / "sum.safetensors"
     resize_file(path, again, Limits())
     merge_files([(path, 1.0)], sum_, Limits())
@@ -112,7 +122,7 @@ def test_alpha_in_the_metadata(model: Any, tmp_path: Path, root: str, more: dict
     [
         "[1]", "{", '{"unet.lora_alpha": "x"}', '{"unet.lora_alpha": 1e999}',
         '{"unet.lora_alpha": true}', '{"unet.lora_alpha": 1, "unet.alpha_pattern": 3}',
-        '{"unet.lora_alpha": 1, "unet.alpha_pattern": {"(a+)+$": 2}}',
+        '{"unet.lora_alpha": 1, "unet.alpha_pattern": {"(?=a)b": 2}}',
         '{"unet.lora_alpha": 1, "unet.alpha_pattern": {"to_q": [2]}}', "[" * 100_000,
         '{"unet.lora_alpha": ' + "9" * 5000 + "}",
     ],

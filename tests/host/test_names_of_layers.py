@@ -44,6 +44,7 @@ NAMINGS = {
     "ComfyUI, kohya's endings": (f"diffusion_model.{SGM}", KOHYA),
     "a checkpoint's": (f"model.diffusion_model.{SGM}", KOHYA),
     "dotted": (f"lora_unet.{DIFFUSERS}", KOHYA),
+    "kohya, its OFT": ("oft_unet_" + SGM.replace(".", "_"), KOHYA),
     "LyCORIS": ("lycoris_" + SGM.replace(".", "_"), KOHYA),
     "LyCORIS, diffusers' blocks": ("lycoris_" + DIFFUSERS.replace(".", "_"), KOHYA),
     "LyCORIS, with the network": ("lycoris_unet_" + SGM.replace(".", "_"), KOHYA),

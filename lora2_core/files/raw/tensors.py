@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..encode import DTYPE_NAMES
-from ..header import Header, LoRAFileError, shown_key
+from ..header import Header, LoRAFileError, TensorShape, shown_key
 from .memory import free_ram
 from .regular import open_regular, stamp_of
 
@@ -26,6 +26,12 @@ _DTYPES: dict[str, torch.dtype] = {name: dtype for dtype, name in DTYPE_NAMES.it
     )
     if hasattr(torch, attribute)
 }  # fmt: skip
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+def shape_in_file(tensor: Tensor) -> TensorShape:
+    """Type and shape of a tensor of a file, whatever its type, as a header names them."""
+    return _NAMES[tensor.dtype], tuple(tensor.shape)
 
 
 class TensorFile:

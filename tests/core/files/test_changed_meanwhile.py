@@ -16,6 +16,7 @@ from lora2_pack.lora2_core.files import header
 from lora2_pack.lora2_core.files.header import LoRAFileError, read_header
 from lora2_pack.lora2_core.files.raw.tensors import TensorFile
 from lora2_pack.lora2_core.resizing import resize
+from lora2_pack.lora2_core.resizing.frame import Frame
 from lora2_pack.lora2_core.resizing.resize import merge_files, resize_file
 from lora2_pack.lora2_core.resizing.source import LoRASource
 from lora2_pack.tests.conftest import ROOT
@@ -90,14 +91,14 @@ def test_nothing_is_written_of_a_file_that_changes(path: Path, monkeypatch, way:
     if way == "copy":
         resize_file(other, path, Limits())  # of our format: it will be copied as it is
         os.utime(path, (path.stat().st_mtime - 60,) * 2)
-    choose = resize._Work._choose
+    choose = Frame.choose
 
-    def choose_and_change(work) -> list[int]:
-        found = choose(work)
+    def choose_and_change(*given) -> list[int]:
+        found = choose(*given)
         change(path)
         return found
 
-    monkeypatch.setattr(resize._Work, "_choose", choose_and_change)
+    monkeypatch.setattr(Frame, "choose", choose_and_change)
     with pytest.raises(LoRAFileError, match="was changed while it was read"):
         if way == "merge":
             merge_files([(path, 1.0), (other, 0.5)], target, Limits())

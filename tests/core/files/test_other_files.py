@@ -26,6 +26,22 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:9cb970\nsize 
         (b'[{"error": "\xff\n\x1b[2J"}]', r'but text \(\[\{"error": ".\?\?\[2J"'),
         (b"GGUF\x03\0\0\0\0\0\0\0", "but a GGUF model"),
         (b"PK\x03\x04archive/data.pkl", "it is pickled"),
+        (b"(dp0\nS'a'\np1\n", "it is pickled"),
+        (b"\x80\x05\x95\0\0\0\0", "it is pickled"),
+        (b"PK\x03\x04\x14\0cat.safetensors", "but a zip archive; unpack it, and choose"),
+        (b"PK\x05\x06" + bytes(18), "but a zip archive"),
+        (b"\x1f\x8b\x08\0\0\0", "but a gzip archive; unpack"),
+        (b"7z\xbc\xaf\x27\x1c\0\4", "but a 7z archive"),
+        (b"Rar!\x1a\x07\x01\0", "but a RAR archive"),
+        (b"Not Found", "but plain text; download it again, or choose another"),
+        ("zu groß für heute: ä".encode() * 20, "but plain text"),
+        (
+            b'\x68\0\0\0\0\0\0\0{"w":{"dtype":"F8_E4M3FNUZ","shape":[1],"data_offsets":[0,1]}}'.ljust(
+                112
+            )
+            + b"\0",
+            r"is a safetensors file, but w is of the type F8_E4M3FNUZ, which",
+        ),
         (b"\x80\x02}q\x00X\x05", "it is pickled"),
         (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "it has no header"),
         (b"", "it is empty"),
@@ -56,6 +72,12 @@ def test_what_is_no_safetensors_file(tmp_path: Path, content: bytes, said: str):
         (("diffusion_model.out.2.weight",), "a diffusion model"),
         (("decoder.conv_in.weight", "encoder.conv_in.weight"), "a VAE"),
         (("text_model.encoder.layers.0.mlp.fc1.weight",), "a text encoder"),
+        (
+            ("down_blocks.0.motion_modules.0.temporal_transformer.proj_in.weight",),
+            "a motion module",
+        ),
+        (("bundle_emb.cat.string_to_param.*",), "embeddings alone"),
+        (("bundle_emb.cat.clip_g", "bundle_emb.cat.clip_l"), "embeddings alone"),
         (("base_model.model.a.oft_R.weight",), "an OFT as PEFT and OneTrainer"),
         (("lora_unet_a.oft_R.weight", "lora_unet_a.alpha"), "an OFT as PEFT and OneTrainer"),
         (("base_model.model.a.boft_R", "base_model.model.a.boft_s"), "an OFT as PEFT"),
@@ -70,7 +92,7 @@ def test_files_of_another_kind(tmp_path: Path, keys: tuple[str, ...], said: str)
 
 
 def test_what_nobody_knows_is_named_nothing():
-    assert other_than_a_lora(["something.else", "bundle_emb.cat"]) == ""
+    assert other_than_a_lora(["something.else", "bundle.cat"]) == ""
     assert other_than_a_lora(["x" * 10**6] * 10) == ""
 
 

@@ -42,7 +42,7 @@ KEPT: dict[str, tuple[dict[str, Tensor], str]] = {
         "1 difference",
     ),
     "a whole difference": ({f"{LINEAR}.diff": _some(80, 64)}, "1 difference"),
-    "a weight that is set": ({"lora_unet_scale.set_weight": _some(8)}, "1 difference"),
+    "a weight that is set": ({"lora_unet_scale.set_weight": _some(8)}, "1 set weight"),
     "kohya's embedding": (
         {"bundle_emb.sks cat.clip_l": _some(2, 64), "bundle_emb.sks cat.clip_g": _some(2, 128)},
         "1 embedding (sks cat)",
@@ -334,3 +334,17 @@ def test_flux_tools_that_make_a_layer_larger_are_only_loaded(tmp_path: Path):
     path = save(tmp_path / "a.safetensors", state)
     with pytest.raises(LoRAFileError, match="changes the shape of img_in"):
         resize_file(path, tmp_path / "b.safetensors", Limits())
+
+
+def test_a_weight_that_is_set_is_called_so(tmp_path: Path):
+    a, b = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    save(a, pair("q", 4) | {"lora_unet_scale.set_weight": _some(8)})
+    text = merge_files([(a, 1.0)], b, Limits()).text()
+    assert "1 set weight." in text and "1 set weight" in resize_file(a, b, Limits()).text()
+    assert inspector.inspect(a).kinds == {"lora": 1, "set weight": 1}
+
+
+def test_a_boft_is_called_so(tmp_path: Path):
+    a = save(tmp_path / "a.safetensors", pair("q", 4) | {"x.oft_blocks": torch.zeros(2, 4, 8, 8)})
+    assert "1 BOFT" in resize_file(a, tmp_path / "b.safetensors", Limits()).text()
+    assert measure_file(a).not_measured == "Not measured: 1 BOFT."

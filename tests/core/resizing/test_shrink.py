@@ -8,6 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 from lora2_pack.lora2_core import lora_file
+from lora2_pack.lora2_core.config.checks import ConfigError
 from lora2_pack.lora2_core.config.load import ORDERS, Limits
 from lora2_pack.lora2_core.files.write import write_beside_others
 from lora2_pack.lora2_core.lora_file import LoRAFile, LoRAFileError
@@ -233,3 +234,92 @@ def test_a_name_that_is_taken_while_a_file_is_written_stays(tmp_path: Path, kind
     assert path.name == "new_00002_.safetensors" and lora_file.load(path).state
     assert target.read_bytes() == b"another's"
     assert not list(tmp_path.glob(".*")), "no temporary is left"
+
+
+def _ranks(state: dict[str, Tensor]) -> dict[str, int]:
+    end = ".lora_down.weight"
+    return {key.removesuffix(end): t.shape[0] for key, t in state.items() if key.endswith(end)}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("kind", ["dora", "ours", "kohya"])
+def test_memory_file_and_forecast_have_the_same_numbers(tmp_path: Path, kind: str, order: str):
+    source = tmp_path / "a.safetensors"
+    if kind == "ours":
+        made = [toy.component(f"blocks.{n}.attn1.to_q", 8, (64, 64), seed=n) for n in range(40)]
+        lora_file.save(source, made, {"lora2.mean_rank": "8.000"})
+    else:
+        state: dict[str, Tensor] = {}
+        for n in range(40):
+            state |= pair(f"q_{n}", 8, 64, 100, n)
+        dora_of = {f"{PREFIX}q_{n}.dora_scale": torch.rand(100, 1) for n in range(40)}
+        metadata = {"ss_network_dim": "8", "sshs_model_hash": "a" * 64}
+        safetensors.torch.save_file(state | (dora_of if kind == "dora" else {}), source, metadata)
+    whole = source.stat().st_size
+    for limits in (
+        Limits(megabytes=0.5 * whole / 1e6, order=order),
+        Limits(energy=0.8, order=order),
+        Limits(max_rank=3, energy=0.7, megabytes=0.9, order=order),
+    ):
+        found = resize_file(source, tmp_path / "b.safetensors", limits)
+        assert _ranks(shrink(lora_file.load(source), limits).state) == _ranks(
+            lora_file.load(found.path).state
+        )
+    found = resize_file(source, tmp_path / "c.safetensors", Limits(energy=0.99))
+    assert measure_file(source).cut_bytes == pytest.approx(found.after, rel=0.001)
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf")])
+def test_a_weight_is_a_number(tmp_path: Path, weight: float):
+    source = save(tmp_path / "a.safetensors", pair("q", 4))
+    with pytest.raises(ConfigError, match=r"weight of a\.safetensors is (nan|inf), which is no"):
+        merge_files([(source, weight)], tmp_path / "b.safetensors", Limits())
+
+
+@pytest.mark.parametrize("limits", [Limits(), Limits(max_rank=2)])
+@pytest.mark.parametrize("weight", [1e32, 1e35, 1e37, 1e300])
+def test_nothing_is_written_that_would_be_called_damaged(tmp_path: Path, weight: float, limits):
+    target = tmp_path / "b.safetensors"
+    factors = save(tmp_path / "a.safetensors", pair("q", 4))
+    differences = save(tmp_path / "d.safetensors", {f"{PREFIX}q.diff": torch.ones(8, 8)})
+    for source in (factors, differences):
+        with pytest.raises(LoRAFileError, match="too large to be stored, so nothing was written"):
+            merge_files([(source, weight)], target, limits)
+        assert not target.exists()
+
+
+def test_what_is_said_of_ranks_is_true(tmp_path: Path):
+    target = tmp_path / "b.safetensors"
+    wide = save(tmp_path / "a.safetensors", pair("q", 100, 64, 64))
+    assert "mean rank 100.0 → 64.0" in merge_files([(wide, 1.0)], target, Limits()).text()
+    assert "mean rank 100.0 → 64.0" in resize_file(wide, target, Limits()).text()
+    alone = save(tmp_path / "d.safetensors", {f"{PREFIX}q.diff": torch.ones(8, 8)})
+    text = merge_files([(alone, 1.0)], target, Limits()).text()
+    assert "rank" not in text and "%" not in text and "differences of 1 layer" in text
+    against = pair("q", 2, 64, 64)  # the second column takes nearly all of the first away
+    for end, sign in ((".lora_down.weight", 1.0), (".lora_up.weight", -0.99)):
+        one = against[PREFIX + "q" + end]
+        if sign > 0:
+            one[1] = one[0]
+        else:
+            one[:, 1] = sign * one[:, 0]
+    bad = save(tmp_path / "w.safetensors", against)
+    text = resize_file(bad, target, Limits(max_rank=1, order="learnt")).text()
+    assert "further from the LoRA than no LoRA would be" in text and "%" not in text
+
+
+def test_what_lies_beside_may_be_of_any_type(tmp_path: Path):
+    other = {"conv_in.bias": torch.ones(3, dtype=torch.uint16)}
+    source = save(tmp_path / "a.safetensors", pair("q", 4) | other)
+    small = shrink(lora_file.load(source), Limits(megabytes=0.003)).state
+    assert torch.equal(small["conv_in.bias"], other["conv_in.bias"])
+
+
+def test_a_new_file_has_no_old_date(tmp_path: Path):
+    source = tmp_path / "a.safetensors"
+    safetensors.torch.save_file(pair("q", 4), source, {"modelspec.date": "2024-01-01"})
+    resize_file(source, tmp_path / "b.safetensors", Limits())
+    merge_files([(source, 1.0)], tmp_path / "c.safetensors", Limits())
+    for name in "bc":
+        written = lora_file.load(tmp_path / f"{name}.safetensors").metadata
+        assert "modelspec.date" not in written

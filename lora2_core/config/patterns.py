@@ -1,9 +1,9 @@
 """Regular expressions of strangers, searched in bounded time.
 
-A workflow may hold any pattern, and Python's own engine needs longer than anybody waits for some of
-a few characters. Here a pattern becomes a finite automaton (Thompson 1968), which is in all of its
-states at once and so reads a name from left to right, once. What no such automaton can do (to look
-ahead, to refer back) is refused.
+A workflow or a file may hold any pattern, and Python's own engine needs longer than anybody waits
+for some of a few characters. Here a pattern becomes a finite automaton (Thompson 1968), which is in
+all of its states at once and so reads a name from left to right, once. What no such automaton can
+do (to look ahead, to refer back) is refused.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ import warnings
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lora2_pack.lora2_core.adapters.patterns import MOST_CHARACTERS, Pattern, PatternError
 from lora2_pack.lora2_core.adapters.targets import PRESETS, find_targets
+from lora2_pack.lora2_core.config.patterns import MOST_CHARACTERS, Pattern, PatternError
 from lora2_pack.tests.core import toy
 
 SECONDS = 1.0  # of this thread's time, for all names together
