@@ -17,7 +17,6 @@ import os
 from collections import Counter
 from typing import Any, ClassVar
 
-import comfy.memory_management
 import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
@@ -115,7 +114,7 @@ def dynamic_patcher(patch: pytest.MonkeyPatch) -> Any:
 def everywhere(patch: pytest.MonkeyPatch) -> None:
     """Let ComfyUI hold every model in dynamic VRAM, and cast weights as for a card."""
     patch.setattr(comfy.model_patcher, "CoreModelPatcher", dynamic_patcher(patch))
-    patch.setattr(comfy.memory_management, "aimdo_enabled", True)
+    patch.setattr("comfy.memory_management.aimdo_enabled", True)
     patch.setattr(comfy.model_management, "is_device_cpu", lambda device: device == CPU)
     for name in ("get_torch_device", "text_encoder_device", "vae_device"):
         patch.setattr(comfy.model_management, name, lambda: CARD)
