@@ -15,7 +15,7 @@ from PIL import Image
 
 from .config.checks import ConfigError
 from .config.load import ORDERS, Limits
-from .files.header import LoRAFileError
+from .files.header import ENDINGS, LoRAFileError
 from .reports import comparison, inspector, scoring, vision
 from .reports.inspector import FileReport
 from .reports.scoring import Picture, Subject
@@ -145,8 +145,8 @@ def _weighted(text: str) -> tuple[Path, float]:
 
 
 def _free(path: Path, force: bool) -> Path:
-    if path.suffix.lower() not in (".safetensors", ".sft"):
-        raise ConfigError(f"{path} must end in .safetensors or .sft, or no loader will list it.")
+    if path.suffix.lower() not in ENDINGS:
+        raise ConfigError(f"{path} must end in {' or '.join(ENDINGS)}, or no loader will list it.")
     if path.exists() and not force:
         raise ConfigError(f"{path} exists already; choose another name, or add --force.")
     return path

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..files.header import first_line
 from ..training.out_of_memory import is_out_of_memory
 from . import surface
 from .copies.structure import casting, free_of_holders, new_unet, plain, put_objects
@@ -109,7 +110,7 @@ def check_precision(model: ModelPatcher, precision: str) -> None:
     except Exception as error:
         if is_out_of_memory(error):  # for so little: what is loaded there will make room
             return
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        reason = first_line(error)[:200]
         chosen = "" if precision in DTYPES else f", which comes to {dtype} here"
         raise HostError(
             f"precision is {precision}{chosen}, and {model.load_device} cannot train in it "

@@ -8,14 +8,14 @@ from pathlib import Path, PureWindowsPath
 
 import folder_paths
 
+from ..files.header import ENDINGS
 from .errors import HostError
 
 _LONGEST_NAME, _LONGEST_PATH = 200, 1000  # bytes of a name, characters of all folders and it
 # What Windows keeps for its devices, in a folder's name too.
 _RESERVED = {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$", "CLOCK$"}
 _RESERVED |= {f"{n}{i}" for n in ("COM", "LPT") for i in "0123456789¹²³"}
-_SAFE = (".safetensors", ".sft")  # as ComfyUI lists and reads them, in letters of any size
-_LINKED = (*_SAFE, "")  # of files that a LoRA's link may lead to
+_LINKED = (*ENDINGS, "")  # of files that a LoRA's link may lead to
 
 
 def lora_names() -> list[str]:
@@ -58,7 +58,7 @@ def lora_path(name: str) -> Path:
 
 def _is_safe(name: str) -> bool:
     """Whether a file is a safetensors file by its ending."""
-    return Path(name).suffix.lower() in _SAFE
+    return Path(name).suffix.lower() in ENDINGS
 
 
 def leaves(name: str) -> bool:
@@ -80,7 +80,7 @@ def new_lora_path(file_name: str, taken: Collection[Path] = ()) -> Path:
     trainings under way. Raises HostError for a name that leaves the folder.
     """
     clean = file_name.strip().replace("\\", "/")
-    end = next((end for end in _SAFE if clean.lower().endswith(end)), "")
+    end = next((end for end in ENDINGS if clean.lower().endswith(end)), "")
     clean = clean[: len(clean) - len(end)]
     if leaves(clean) or not _fits_a_disk(clean):
         raise HostError(

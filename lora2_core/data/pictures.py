@@ -15,6 +15,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
+from ..files.header import first_line
 from ..files.raw.regular import NotAFile, open_regular
 from .formats.kinds import READ, SCAN, format_of
 from .formats.limits import (
@@ -262,8 +263,7 @@ def _in_hex(text: object) -> bytes | None:
 
 
 def _reason(error: BaseException) -> str:
-    lines = str(error).splitlines()
-    return lines[0][:200].rstrip(".") if lines else type(error).__name__
+    return first_line(error)[:200].rstrip(".")
 
 
 _TURNS = {

@@ -21,7 +21,14 @@ from torch import Tensor
 
 from .atomic import replacing
 from .encode import DTYPE_NAMES, bytes_of, shapes_of
-from .header import LoRAFileError, encode_header, in_file_order, read_header, tensor_entries
+from .header import (
+    LoRAFileError,
+    encode_header,
+    first_line,
+    in_file_order,
+    read_header,
+    tensor_entries,
+)
 from .raw.tensors import TensorFile
 
 _VERSION = "1"  # of checkpoints; LoRA files have their own
@@ -113,7 +120,7 @@ def read(path: Path, run: str) -> Checkpoint:
         reason = str(error).removeprefix(f"{path} ").rstrip(".")
         raise CheckpointError(f"{path} is damaged or no checkpoint: it {reason}.") from error
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise CheckpointError(f"{path} is damaged or no checkpoint: {reason}.") from error
 
 

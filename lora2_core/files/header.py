@@ -15,7 +15,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +29,7 @@ ITEM_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
 }  # fmt: skip
+ENDINGS = (".safetensors", ".sft")  # of the files that ComfyUI lists and reads as safetensors
 # Of no LoRA; some have no whole number of bytes.
 _UNREAD = ("F8_E4M3FNUZ", "F8_E5M2FNUZ", "F6_E2M3", "F6_E3M2", "F4", "C64")
 _LARGEST_NUMBER = 1 << 62
@@ -165,6 +166,16 @@ def encode_header(
 def shown_key(text: str) -> str:
     """A stranger's words in a message: one line, and not too long; of a key the end tells most."""
     return one_line(text if len(text) <= 80 else f"{text[:39]}…{text[-40:]}")
+
+
+def shown_keys(names: Sequence[str], most: int = 3) -> str:
+    """The first of them, as :func:`shown_key` has each: ``a, b, c, …``."""
+    return ", ".join(map(shown_key, names[:most])) + (", …" if len(names) > most else "")
+
+
+def first_line(error: BaseException) -> str:
+    """Of what an error says; its kind where that is nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def one_line(text: str) -> str:

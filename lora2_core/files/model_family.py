@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 
-from .header import shown_key
+from .header import shown_keys
 
 # Width of the text that cross-attention reads → whose it is.
 FAMILY_OF_CONTEXT = {768: "SD 1.5", 1024: "SD 2", 2048: "SDXL", 1280: "the SDXL refiner"}
@@ -161,9 +161,7 @@ def unknown_components(source: str, names: Iterable[str], count: int) -> str:
     unknown = sorted(names)
     if not unknown:
         return ""
-    first = ", ".join(shown_key(name) for name in unknown[:3])
-    more = ", …" if len(unknown) > 3 else ""
-    return f"{source}: {len(unknown)} of {count} components unknown: {first}{more}."
+    return f"{source}: {len(unknown)} of {count} components unknown: {shown_keys(unknown)}."
 
 
 def _claimed(metadata: Mapping[str, str]) -> str:

@@ -18,7 +18,7 @@ from ..files.atomic import remove_leftovers_in
 KEPT = 10  # of trainings that are over, the newest
 KEPT_SECONDS = 30 * 24 * 3600.0
 # As RunKeeper names them; LoRAs that found no other place lie here under names of their own.
-_NAME = re.compile(r"([0-9a-f]{64})\.safetensors(\.damaged)?")
+_NAME = re.compile(r"[0-9a-f]{64}\.safetensors(\.damaged)?")
 
 
 @dataclass(frozen=True)
@@ -58,22 +58,24 @@ class CheckpointFolder:
             _delete(path)
 
     def _unused(self, in_use: Collection[str]) -> list[tuple[float, Path, int]]:
-        """(when written, path, bytes) of each, the newest first."""
-        found: list[tuple[float, Path, int]] = []
+        needed = {f"{run}.safetensors" for run in in_use}
+        return [one for one in newest_first(self.folder) if one[1].name not in needed]
+
+
+def newest_first(folder: Path) -> list[tuple[float, Path, int]]:
+    """(when written, path, bytes) of every checkpoint, damaged ones (.damaged) included."""
+    found: list[tuple[float, Path, int]] = []
+    try:
+        paths = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
+    except OSError:  # there was no training yet, or none may look
+        return found
+    for path in paths:
         try:
-            paths = list(self.folder.iterdir())
-        except OSError:  # there was no training yet, or none may look
-            return found
-        for path in paths:
-            name = _NAME.fullmatch(path.name)
-            if name is None or (name[1] in in_use and not name[2]):
-                continue
-            try:
-                status = path.lstat()
-            except OSError:  # gone meanwhile
-                continue
-            found.append((status.st_mtime, path, status.st_size))
-        return sorted(found, reverse=True)
+            status = path.lstat()
+        except OSError:  # gone meanwhile
+            continue
+        found.append((status.st_mtime, path, status.st_size))
+    return sorted(found, reverse=True)
 
 
 def _delete(path: Path) -> None:

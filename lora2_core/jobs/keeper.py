@@ -11,7 +11,6 @@ import logging
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,8 @@ from ..files.atomic import remove_leftovers
 from ..files.checkpoint import Checkpoint, CheckpointError, Label
 from ..files.header import LoRAFileError
 from ..files.metadata import RUN, deciding
+from .checkpoints import newest_first
 
-_NAME = re.compile(r"[0-9a-f]{64}\.safetensors")
 _NUMBERED = re.compile(r"(.*?)_?\d+_?")  # subject_00001_, as ComfyUI counts
 
 
@@ -153,7 +152,9 @@ class RunKeeper:
         own = self.path
         if own is None or not self.keep.resume or own.exists() or _aside(own).exists():
             return None
-        for _, path in _newest_first(own.parent):
+        for _, path, _ in newest_first(own.parent):
+            if path.suffix != own.suffix:  # set aside, as damaged
+                continue
             try:
                 label = checkpoint.read_label(path)
             except CheckpointError:  # told when its own run comes back
@@ -188,14 +189,3 @@ class RunKeeper:
 
 def _aside(path: Path) -> Path:
     return path.with_name(path.name + ".damaged")
-
-
-def _newest_first(folder: Path) -> list[tuple[float, Path]]:
-    """(when written, path) of every checkpoint."""
-    found: list[tuple[float, Path]] = []
-    with suppress(OSError):  # there was no training yet, or none may look
-        for path in folder.iterdir():
-            if _NAME.fullmatch(path.name):
-                with suppress(OSError):  # gone meanwhile
-                    found.append((path.stat().st_mtime, path))
-    return sorted(found, reverse=True)

@@ -17,7 +17,14 @@ from typing import Any
 from PIL import Image
 
 from ..data.pictures import PictureError, decode, open_picture
-from ..files.header import Header, LoRAFileError, one_line, read_header, shown_key
+from ..files.header import (
+    Header,
+    LoRAFileError,
+    one_line,
+    read_header,
+    shown_key,
+    shown_keys,
+)
 from ..files.keys import counted
 from ..files.kohya_names import changed_twice
 from ..files.metadata import headline, is_ours, newer_version, scales_by_root, understood_metadata
@@ -184,8 +191,7 @@ class FileReport:
         lines = []
         for kind in dict.fromkeys(one.kind for one in self.beside):
             some = [one for one in self.beside if one.kind == kind]
-            names = [shown_key(one.name) for one in some if one.name]
-            listed = ", ".join(names[:_NAMES]) + (", …" if len(names) > _NAMES else "")
+            listed = shown_keys([one.name for one in some if one.name], _NAMES)
             tensors, nbytes = sum(o.tensors for o in some), sum(o.nbytes for o in some)
             lines.append(
                 counted(len(some), kind) + (f": {listed}" if listed else "")

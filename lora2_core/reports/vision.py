@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..data.pictures import PictureError, decode, open_picture
+from ..files.header import first_line
 from .scoring import Judge, Likeness, Obedience, Picture
 
 DINO, CLIP = "facebook/dino-vits16", "openai/clip-vit-base-patch32"  # the paper's
@@ -130,10 +131,10 @@ def _read(folder: Path, kind: Any, **options: Any) -> Any:
         return kind.from_pretrained(folder, local_files_only=True, **options)
     # transformers reports what it lacks by many kinds of errors.
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise JudgeError(
-            f"{_shown(folder)} cannot be used as a judge ({first[:200]}). It must hold config.json,"
-            " model.safetensors and the configuration of its input, as transformers writes them."
+            f"{_shown(folder)} cannot be used as a judge ({first_line(error)[:200]}). It must hold "
+            "config.json, model.safetensors and the configuration of its input, as transformers "
+            "writes them."
         ) from error
 
 

@@ -4,20 +4,22 @@ are. A smaller file keeps it, a sum adds what can be added."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ..files.header import Header, LoRAFileError, TensorShape, shown_key
+from ..files.header import Header, LoRAFileError, TensorShape, shown_key, shown_keys
 from ..files.keys import (
     BIAS_DIFFERENCES,
     SET_WEIGHT,
     WEIGHT_DIFFERENCES,
     Loose,
+    Pair,
     ParsedKeys,
     counted,
 )
@@ -34,7 +36,6 @@ _SLOT_OF = (
     | {SET_WEIGHT: _SET}
 )
 _NORMS = (".w_norm", ".b_norm")
-_SHOWN = 3  # names in a sentence
 
 Slot = tuple[str, str]  # a layer's name, and which of its tensors
 
@@ -66,6 +67,12 @@ def kept_keys(parsed: ParsedKeys) -> list[str]:
     return others + [key for one in parsed.loose for key in one.keys]
 
 
+def magnitudes_alone(pair: Pair, down: Tensor, up: Tensor) -> bool:
+    """Whether a DoRA changes its weight by its magnitudes alone, since its factors are 0: then it
+    stays as it is. ``down``: (rank, in, …), ``up``: (out, rank, …)."""
+    return pair.dora_scale is not None and down.shape[0] > 0 and not (down.any() and up.any())
+
+
 def shape_of(header: Header, key: str) -> TensorShape:
     return header[key].dtype, header[key].shape
 
@@ -94,10 +101,8 @@ def told_loose(every: Iterable[Loose]) -> list[str]:
     found = []
     for kind, some in by_kind.items():
         count = sum(len(one.keys) for one in some) if kind == "unknown" else len(some)
-        names = [shown_key(one.name) for one in some if one.name]
-        more = ", …" if len(names) > _SHOWN else ""
-        called = f" ({', '.join(names[:_SHOWN])}{more})" if names else ""
-        found.append(counted(count, kind) + called)
+        names = [one.name for one in some if one.name]
+        found.append(counted(count, kind) + (f" ({shown_keys(names)})" if names else ""))
     return found
 
 
@@ -209,7 +214,8 @@ class SumBeside:
                     found.setdefault((part.kind, part.name), []).append((file, part))
         for (kind, _), holders in found.items():
             (file, first), *others = holders
-            other = next((o for o, one in others if not _alike(file, first, o, one)), None)
+            alike = partial(_alike, file, first.keys)
+            other = next((o for o, one in others if not alike(o, one.keys)), None)
             if other is not None and kind != "unknown":
                 raise _two_of_them(first, file, other)
             if other is not None:
@@ -247,13 +253,9 @@ def _check_alone(
         changed = holders.get((name, _WEIGHT), ())
         other = next((term.file.path for term in changed), None)
         if other is None:
-            one = Loose("", "", (first.key,))
-            differing = [
-                term.file.path
-                for term in terms[1:]
-                if not _alike(first.file, one, term.file, Loose("", "", (term.key,)))
-            ]
-            other = next(iter(differing), None)
+            alike = partial(_alike, first.file, [first.key])
+            others = (term.file for term in terms[1:] if not alike(term.file, [term.key]))
+            other = next((file.path for file in others), None)
     if other is not None:
         what = "sets the whole weight" if slot == _SET else "has a difference of the whole weight"
         raise LoRAFileError(
@@ -283,21 +285,17 @@ def _two_of_them(one: Loose, file: Reader, other: Reader) -> LoRAFileError:
     )
 
 
-def _alike(file: Reader, one: Loose, other: Reader, its: Loose) -> bool:
-    """Whether two files hold the same tensors, number by number."""
-    return len(one.keys) == len(its.keys) and all(
+def _alike(file: Reader, keys: Sequence[str], other: Reader, its: Sequence[str]) -> bool:
+    """Whether two files hold the same under these keys, number by number."""
+    return len(keys) == len(its) and all(
         shape_of(file.header, a) == shape_of(other.header, b)
         and _bits(file.read(a)).equal(_bits(other.read(b)))
-        for a, b in _together(one.keys, its.keys)
+        for a, b in zip(sorted(keys), sorted(its), strict=True)
     )
 
 
 def _bits(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1).view(torch.uint8)
-
-
-def _together(ours: Sequence[str], theirs: Sequence[str]) -> Iterator[tuple[str, str]]:
-    return zip(sorted(ours), sorted(theirs), strict=True)
 
 
 def _sizes(shape: Sequence[int]) -> str:

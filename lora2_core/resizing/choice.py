@@ -17,7 +17,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..files.component import Component, column_energies
+from ..files.component import Component, column_energies, singular_values
 from ..files.encode import (
     STORED_ALPHA,
     component_shapes,
@@ -95,6 +95,16 @@ class Part:
     def first(self, rank: int) -> Part:
         """As if there were no more than ``rank`` columns; what the others hold is forgotten."""
         return replace(self, energies=self.energies[:rank], half=self.half[:rank])
+
+
+def part_to_cut(
+    component: Component, svd: bool, file_end: int, beside: Mapping[str, Tensor] | None = None
+) -> Part:
+    """What is known of a component whose ranks are to be chosen: of its decomposition with ``svd``,
+    else of its own columns. ``beside``: what goes with its factors."""
+    if not svd:
+        return part_of(component, file_end, beside=beside)
+    return part_of_values(Outline.of(component, beside), singular_values(component), file_end)
 
 
 def part_of_values(outline: Outline, values: Tensor, file_end: int) -> Part:

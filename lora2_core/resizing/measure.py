@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..config.load import Limits
-from ..files.component import singular_values, within_bounds
+from ..files.component import within_bounds
 from ..files.header import LoRAFileError
 from ..files.keys import counted
 from ..files.metadata import VERSION
-from .choice import Outline, Part, kept_energy, part_of_values
+from .choice import Part, kept_energy, part_to_cut
 from .frame import all_of, frame_of_one, last_byte
 from .source import LoRASource
 
@@ -77,9 +77,9 @@ def measure_file(path: Path) -> Measured:
                 left[_DAMAGED] = left.get(_DAMAGED, 0) + 1
                 continue
             stored.append(component.rank)
-            outline = Outline.of(component, source.extra(key))  # a DoRA's magnitudes stay
-            values = singular_values(within_bounds(component))
-            parts.append(part_of_values(outline, values, last_byte(source.nbytes)))
+            beside = source.extra(key)  # a DoRA's magnitudes stay
+            bounded = within_bounds(component)
+            parts.append(part_to_cut(bounded, True, last_byte(source.nbytes), beside))
         source.check_unchanged()
         own = source.nbytes if VERSION in source.metadata else None
         limits = Limits(energy=_ALMOST_ALL)

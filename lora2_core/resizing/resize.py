@@ -15,13 +15,13 @@ from pathlib import Path
 from torch import Tensor
 
 from ..config.load import Limits
-from ..files.component import Component, decompose_quickly, singular_values, within_bounds
+from ..files.component import Component, decompose_quickly, within_bounds
 from ..files.decode import factor_tensors
 from ..files.header import LoRAFileError, shown_key
 from ..files.metadata import VERSION, understood_metadata
 from ..files.read import check_storable
 from ..files.write import writing
-from .choice import Outline, Part, kept_energy, part_of, part_of_values
+from .choice import Part, kept_energy, part_to_cut
 from .frame import Frame, all_of, frame_of_one, last_byte, titled
 from .source import LoRASource, Source, check_can_be_cut
 from .stream import Beside, Planned, write_stream
@@ -177,10 +177,7 @@ class _Work:
 
     def _part(self, component: Component) -> Part:
         file_end, beside = last_byte(self._source.nbytes), self._source.extra(component.name)
-        if self._svd:
-            values = singular_values(component)
-            return part_of_values(Outline.of(component, beside), values, file_end)
-        part = part_of(component, file_end, beside=beside)
+        part = part_to_cut(component, self._svd, file_end, beside)
         return replace(part, half=(False,) * part.rank) if self._exact else part
 
     def _tensors(self, planned: Planned) -> tuple[Tensor, Tensor]:

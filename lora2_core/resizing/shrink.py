@@ -11,7 +11,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from ..config.load import Limits
-from ..files.component import Component, decompose_quickly, singular_values, within_bounds
+from ..files.component import Component, decompose_quickly, within_bounds
 from ..files.decode import component_of, put_component, stored_magnitudes
 from ..files.header import LoRAFileError, TensorShape
 from ..files.keys import DORA_SCALE, Pair, counted
@@ -19,8 +19,8 @@ from ..files.kohya_names import kohya_name
 from ..files.metadata import VERSION
 from ..files.raw.tensors import shape_in_file
 from ..files.read import LoRAFile, learnt_nus
-from .beside import kept_keys, kinds_of
-from .choice import NoRoom, Outline, Part, part_of, part_of_values
+from .beside import kept_keys, kinds_of, magnitudes_alone
+from .choice import NoRoom, Part, part_to_cut
 from .frame import Frame, frame_of_one, last_byte
 
 
@@ -35,18 +35,13 @@ def shrink(file: LoRAFile, limits: Limits) -> LoRAFile:
     if limits.nothing:
         return file
     state, pairs = file.state, file.parsed.pairs
-    cut = [pair for pair in pairs if not _stays(state, pair)]
+    cut = [p for p in pairs if not magnitudes_alone(p, state[p.down], state[p.up])]
     svd, nu = limits.order == "svd", learnt_nus(file.metadata)
     end = last_byte(file.nbytes or sum(tensor.nbytes for tensor in state.values()))
-    parts: list[Part] = []
-    for pair in cut:
-        component = _component(state, pair, nu.get(pair.name))
-        beside = _magnitudes(state, pair)
-        if svd:
-            values = singular_values(component)
-            parts.append(part_of_values(Outline.of(component, beside), values, end))
-        else:
-            parts.append(part_of(component, end, beside=beside))
+    parts = [
+        part_to_cut(_component(state, pair, nu.get(pair.name)), svd, end, _magnitudes(state, pair))
+        for pair in cut
+    ]
     whole = [pair for pair in pairs if pair not in cut]
     frame = frame_of_one(file.metadata, file.name, limits, _beside(file, whole))
     ranks = _chosen(file, parts, frame) if parts else []
@@ -110,10 +105,3 @@ def _magnitudes(state: Mapping[str, Tensor], pair: Pair) -> dict[str, Tensor]:
     """What goes with the factors of a DoRA."""
     key = pair.dora_scale
     return {} if key is None else {DORA_SCALE: stored_magnitudes(key, state[key])}
-
-
-def _stays(state: Mapping[str, Tensor], pair: Pair) -> bool:
-    """Whether its magnitudes change the weight though its factors are 0."""
-    if pair.dora_scale is None or not state[pair.down].shape[0]:
-        return False
-    return not (state[pair.down].any() and state[pair.up].any())

@@ -24,7 +24,7 @@ from ..files.read import (
     inspect_header,
     unused_alphas,
 )
-from .beside import kept_keys, sets, shape_of, slots_of, told
+from .beside import kept_keys, magnitudes_alone, sets, shape_of, slots_of, told
 
 # By these ComfyUI tells the LoRAs that Flux' makers gave away for depth and edges: they double
 # the inputs of img_in.
@@ -204,8 +204,7 @@ class LoRASource:
 
     def keeps_whole(self, key: str, component: Component) -> bool:
         pair = self._pairs[key]
-        zero = not (component.lora_down.any() and component.lora_up.any())
-        if pair.dora_scale is None or not component.rank or not zero:
+        if not magnitudes_alone(pair, component.lora_down, component.lora_up):
             return False
         del self._pairs[key]
         self._aside += 1
@@ -244,10 +243,14 @@ def _check_sizes_stay(header: Header) -> None:
 def _check_once(header: Header) -> None:
     """Raises LoRAFileError where a file changes a weight in two ways."""
     if twice := changed_twice(header.parsed):
-        raise LoRAFileError(
-            f"{header.path} is damaged: it names a component twice "
-            f"({' and '.join(map(shown_key, twice))})."
-        )
+        raise named_twice(header.path, *twice)
+
+
+def named_twice(path: Path, *names: str) -> LoRAFileError:
+    """Of a file that says two things of one layer."""
+    return LoRAFileError(
+        f"{path} is damaged: it names a component twice ({' and '.join(map(shown_key, names))})."
+    )
 
 
 def check_can_be_cut(source: LoRASource) -> None:

@@ -14,7 +14,7 @@ from ..files.component import Component, sum_of
 from ..files.header import LoRAFileError, shown_key
 from ..files.kohya_names import in_one_style
 from .beside import SumBeside
-from .source import LoRASource, nothing_to_cut
+from .source import LoRASource, named_twice, nothing_to_cut
 
 _LARGEST_SIDE = 1e37  # of a factor before both sides are balanced; fp32 ends at 3e38
 
@@ -115,10 +115,7 @@ def _check_one_each(path: Path, common: Mapping[str, str]) -> None:
     seen: dict[str, str] = {}
     for name, new in common.items():
         if (other := seen.setdefault(new, name)) != name:
-            raise LoRAFileError(
-                f"{path} is damaged: it names a component twice ({shown_key(other)} and "
-                f"{shown_key(name)})."
-            )
+            raise named_twice(path, other, name)
 
 
 def _check_can_be_added(source: LoRASource) -> None:

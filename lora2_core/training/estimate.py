@@ -18,6 +18,7 @@ from torch import nn
 
 from ..adapters.network import AdaptiveRankNetwork
 from ..config.train import PROBE_DRAWS, TrainConfig
+from ..files.header import first_line
 from .memory import Memory, counted, size
 from .objective import CrossAttentionEntropy
 
@@ -54,8 +55,8 @@ def attempt(*parts: Any) -> Estimate | None:
         return estimate(*parts)
     except Exception as error:
         traceback.clear_frames(error.__traceback__)
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        logging.warning("LoRA²: what this run takes cannot be told before it starts: %s", reason)
+        told = "LoRA²: what this run takes cannot be told before it starts: %s"
+        logging.warning(told, first_line(error))
         return None
 
 

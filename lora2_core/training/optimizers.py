@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..config.train import OptimizerConfig, TrainConfig
+from ..files.header import first_line
 from .out_of_memory import is_out_of_memory
 
 _ONE_KERNEL = ("cpu", "cuda")  # where Adam updates hundreds of small tensors in one call
@@ -44,7 +45,7 @@ def check_optimizer(config: TrainConfig, device: torch.device) -> None:
                 return
             raise OptimizerError(
                 f"optimizer is {config.optimizer.name}, whose package cannot compute on {device} "
-                f"({_first_line(error)}): update it, or choose adamw."
+                f"({first_line(error)[:200]}): update it, or choose adamw."
             ) from error
 
 
@@ -125,10 +126,6 @@ def _missing(name: str, package: str, error: Exception) -> OptimizerError:
         )
     return OptimizerError(
         f"optimizer is {name}, and its package {package} is installed but cannot be loaded "
-        f"({_first_line(error)}): install it anew (pip install --force-reinstall --no-deps "
+        f"({first_line(error)[:200]}): install it anew (pip install --force-reinstall --no-deps "
         f"{package}) or choose adamw."
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -9,11 +9,10 @@ from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ...files.header import shown_key
+from ...files.header import shown_key, shown_keys
 from ...files.keys import ParsedKeys, counted
 
 _WEIGHT = ".weight"
-_SHOWN = 3  # names in a sentence
 
 
 @dataclass(frozen=True)
@@ -61,6 +60,8 @@ def left_out(
     ]
     if not keys:
         return ""
-    listed = ", ".join(map(shown_key, keys[:_SHOWN])) + (", …" if len(keys) > _SHOWN else "")
     have = "has no place" if len(keys) == 1 else "have no place"
-    return f"{source}: {counted(len(keys), 'tensor')} that {have} in the model left out: {listed}."
+    return (
+        f"{source}: {counted(len(keys), 'tensor')} that {have} in the model left out: "
+        f"{shown_keys(keys)}."
+    )

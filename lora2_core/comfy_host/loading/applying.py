@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...config.load import WAYS, Strengths
-from ...files.header import shown_key
+from ...files.header import shown_key, shown_keys
 from ...files.keys import ParsedKeys, counted
 from ...files.metadata import understood_metadata
 from ...files.model_family import guess_family, misfit, other_than_a_lora, unknown_components
@@ -272,19 +272,16 @@ def _unread(parsed: ParsedKeys, patches: Mapping[Any, Any], source: str) -> str:
     left = [key for key in (*parsed.unknown, *unused) if key not in read | of_words]
     told = []
     if words:
-        names = [shown_key(one.name) for one in words if one.name]
-        called = f" ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})" if names else ""
+        names = [one.name for one in words if one.name]
+        called = f" ({shown_keys(names)})" if names else ""
         stem = shown_key(PurePath(source).stem)
         told.append(
             f"{source}: {counted(len(words), 'embedding')}{called} left out; copy the file to "
             f"models/embeddings and write embedding:{stem} in the prompt."
         )
     if left:
-        more = ", …" if len(left) > 3 else ""
-        listed = ", ".join(map(shown_key, left[:3]))
-        told.append(
-            f"{source}: {counted(len(left), 'tensor')} of unknown kind left out: {listed}{more}."
-        )
+        kind = f"{counted(len(left), 'tensor')} of unknown kind"
+        told.append(f"{source}: {kind} left out: {shown_keys(left)}.")
     return " ".join(told)
 
 

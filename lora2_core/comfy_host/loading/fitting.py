@@ -59,17 +59,15 @@ def in_known_names(file: LoRAFile, names: Mapping[str, Any]) -> LoRAFile:
         for pair in file.parsed.pairs
         if pair.dora_scale and not pair.dora_scale.endswith(DORA_SCALE)
     }
+    new_keys |= magnitudes
+    old: dict[str, str] = {}
+    for key in file.state:
+        if (first := old.setdefault(new_keys.get(key, key), key)) != key:
+            raise ValueError(f"a layer twice ({shown_key(first)} and {shown_key(key)})")
     state = {
-        magnitudes.get(key, new_keys.get(key, key)): (
-            as_dora_scale(tensor) if key in magnitudes else tensor
-        )
-        for key, tensor in file.state.items()
+        new: as_dora_scale(file.state[key]) if key in magnitudes else file.state[key]
+        for new, key in old.items()
     }
-    if len(state) < len(file.state):
-        named = {magnitudes.get(key, new_keys.get(key, key)): key for key in file.state}
-        first = next(k for k in file.state if named[magnitudes.get(k, new_keys.get(k, k))] != k)
-        other = named[magnitudes.get(first, new_keys.get(first, first))]
-        raise ValueError(f"a layer twice ({shown_key(first)} and {shown_key(other)})")
     return file.with_state(state)
 
 
