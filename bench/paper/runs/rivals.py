@@ -130,20 +130,10 @@ def write(unet: nn.Module, method: Method, file: Path) -> list[int]:
         state[f"{root}.alpha"] = torch.tensor(1.0)
         if method.mode == "dora":
             # In fp32: rounding these would round the base's own weights.
-            state[f"{root}.dora_scale"] = _dora_scale(layer, down, up)
+            magnitude = _weight(layer.lora_magnitude_vector[ADAPTER])  # (out,)
+            state[f"{root}.dora_scale"] = magnitude[:, None].contiguous()  # (out, 1)
     save_file(state, file)
     return ranks
-
-
-def _dora_scale(layer: Any, down: Tensor, up: Tensor) -> Tensor:
-    """(out, 1): m · ‖W‖ / ‖W + ΔW‖ by row of W.
-
-    DoRA scales rows to m, m / ‖W + ΔW‖ times what they are. ComfyUI 0.3.75 divides by ‖W‖ instead.
-    """
-    weight = layer.base_layer.weight.float()  # (out, in)
-    changed = weight + layer.scaling[ADAPTER] * up @ down
-    magnitude = _weight(layer.lora_magnitude_vector[ADAPTER])  # (out,)
-    return (magnitude * weight.norm(dim=1) / changed.norm(dim=1))[:, None].contiguous()
 
 
 def _weight(part: Any) -> Tensor:
