@@ -22,7 +22,7 @@ from ..lora2_core.jobs.saving import TrainedLoRA
 from ..lora2_core.reports.report import training_picture
 from ..lora2_core.reports.strip import strip_png
 from ..lora2_core.training.memory import LEARNING_BYTES, size
-from ..lora2_core.training.optimizers import OptimizerError
+from ..lora2_core.training.optimizers.make import OptimizerError
 from ..lora2_core.training.out_of_memory import Advice, suggestions
 from ..lora2_core.training.setup import TrainingSetup
 from .background import job_queue

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .layers import AdaptiveLoRA
 from .projections import project
+from .stacks import WeightStack
 
 # By the names that diffusion U-Nets and CLIP text towers give them. The query of a cross-attention
 # reads the image, its key and value read the text.
@@ -23,39 +25,54 @@ _CROSS_ATTENTION = "attn2"
 
 
 class ProjectionGroup:
-    """Linear adapters with one input. Holds outputs only between the calls of one forward pass."""
+    """Adapters with one input, or one adapter alone, and what they compute with in this step.
 
-    def __init__(self, layers: Sequence[AdaptiveLoRA]):
-        self.layers = list(layers)
+    ``places``: theirs in ``stack``, side by side. Holds outputs only between the calls of one
+    forward pass.
+    """
+
+    def __init__(self, layers: Sequence[AdaptiveLoRA], stack: WeightStack, places: range):
+        self.layers, self.stack, self.places = list(layers), stack, places
+        self._plain = all(_is_plain(layer.base) for layer in layers)
         # Looked up once: hundreds of lookups a step through modules would show on small models.
-        self._weights: list[Tensor] = [layer.base.weight for layer in layers]  # type: ignore[misc]
-        self._biases: list[Tensor | None] = [layer.base.bias for layer in layers]  # type: ignore[misc]
+        self._weight, self._bias = _in_one(layers)  # (Σ out, in), (Σ out,)
         self._asked: tuple[object, ...] = ()  # what the outputs at hand were computed for
         self._ready: dict[int, Tensor] = {}
+        self._down = torch.empty(0)  # (Σ rank, in)
+        self._ups: Sequence[Tensor] = ()  # (rank, out) each
+
+    @property
+    def capacities(self) -> list[int]:
+        """How many rows of the stack each layer takes."""
+        return [self.stack.slots[place].capacity for place in self.places]
+
+    def compute_with(self, down: Tensor, ups: Sequence[Tensor]) -> None:
+        """Take ΛA, (Σ rank, in), and every B transposed, (rank, out), of a step to come."""
+        self._down, self._ups = down, ups
 
     def takes(self, x: Tensor) -> bool:
-        """Whether the frozen layers would compute in the dtype and on the device of ``x``."""
-        weight = self._weights[0]
-        return weight.dtype == x.dtype and weight.device == x.device
+        """Whether the layers can be computed from their frozen weights and what is folded."""
+        weight, dtype = self._weight, x.dtype
+        fits = weight.dtype == dtype and self._down.dtype == dtype and weight.device == x.device
+        return self._plain and fits
+
+    def folded(self, place: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """ΛA and B transposed of the layer at ``place``, for what ``takes`` refuses."""
+        if self._down.dtype != dtype:
+            return self.stack.folded_alone(self.places[place], dtype)
+        down = self._down.split(self.capacities)[place]
+        return down, self._ups[place]
 
     def output(self, place: int, x: Tensor) -> Tensor:
         """The output of the layer at ``place`` for ``x``: (…, in) → (…, out)."""
-        layers = self.layers
-        # The importance is a new tensor each step: what an interrupted pass left is void by then.
-        asked = (x, layers[0].importance, torch.is_grad_enabled())
+        # What is folded is new each step: what an interrupted pass left is void by then.
+        asked = (x, self._down, torch.is_grad_enabled())
         if place in self._ready and all(map(operator.is_, asked, self._asked)):
             found = self._ready.pop(place)
             if not self._ready:
                 self._asked = ()  # nothing may be kept alive until the next pass
             return found
-        outputs = project(
-            x,
-            self._weights,
-            self._biases,
-            [layer.lora_down for layer in layers],
-            [layer.importance for layer in layers],
-            [layer.lora_up for layer in layers],
-        )
+        outputs = project(x, self._weight, self._bias, self._down, self._ups)
         if len(outputs) > 1:
             self._ready = {n: out for n, out in enumerate(outputs) if n != place}
             self._asked = asked
@@ -85,14 +102,42 @@ def _split(parent: str, places: Mapping[str, int]) -> list[list[int]]:
     return groups + [[place] for place in left.values()]
 
 
-def join_projections(names: Sequence[str], layers: Sequence[AdaptiveLoRA]) -> None:
-    """Let linear adapters with a common input compute together; convolutions stay alone."""
+def joined(names: Sequence[str], layers: Sequence[AdaptiveLoRA]) -> list[list[int]]:
+    """The places of layers that can compute together, in their order; convolutions and layers of
+    unequal width stay alone."""
+    groups = []
     for places in groups_of(names):
         members = [layers[place] for place in places]
-        if all(_is_plain(layer.base) for layer in members):
-            group = ProjectionGroup(members)
-            for place, layer in enumerate(members):
-                layer.group = (group, place)
+        alike = len({(layer.in_features, layer.out_features) for layer in members}) == 1
+        if alike and all(_is_plain(layer.base) for layer in members) and _join_biases(members):
+            groups.append(places)
+        else:
+            groups += [[place] for place in places]
+    return sorted(groups)
+
+
+def _join_biases(layers: Sequence[AdaptiveLoRA]) -> bool:
+    return len({layer.base.bias is None for layer in layers}) == 1
+
+
+@torch.no_grad()
+def _in_one(layers: Sequence[AdaptiveLoRA]) -> tuple[Tensor, Tensor | None]:
+    """The frozen weights one below the other, so that one product computes them all; the layers
+    go on with views, and nothing is there twice."""
+    bases: list[Any] = [layer.base for layer in layers]
+    if len(bases) == 1:
+        return bases[0].weight, bases[0].bias
+    found = []
+    for name in ("weight", "bias"):
+        own = [getattr(base, name) for base in bases]
+        if all(part is None for part in own):
+            found.append(None)
+            continue
+        whole = torch.cat([part.detach() for part in own])
+        for part, view in zip(own, whole.split([len(part) for part in own]), strict=True):
+            part.data = view
+        found.append(whole)
+    return found[0], found[1]
 
 
 def _is_plain(base: nn.Module) -> bool:

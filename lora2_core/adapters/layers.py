@@ -1,8 +1,8 @@
-"""Adaptive-rank adapters around one frozen layer: state and forward, no policy.
+"""Adaptive-rank adapters around one frozen layer: forward, no policy and no weights of their own.
 
-An adapter holds A = ``lora_down`` and B = ``lora_up`` at its current rank and nothing more: a
-component at rank 4 keeps 4 rows. Λ comes from outside once a step (see :mod:`.network`), so
-that the importances of a whole network are one vectorised call.
+A = ``lora_down`` and B = ``lora_up`` lie in a stack with those of other components (see
+:mod:`.stacks`), at their current rank and no more: a component at rank 4 keeps 4 rows. What a step
+computes with, Λ folded in, comes from outside once a step (see :mod:`.network`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .stacks import WeightStack
+
 
 class SharedInput(Protocol):
     """Layers that read one input and compute together, see :mod:`.grouping`."""
@@ -23,47 +25,68 @@ class SharedInput(Protocol):
 
     def output(self, place: int, x: Tensor) -> Tensor: ...
 
+    def folded(self, place: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]: ...
+
 
 class AdaptiveLoRA(nn.Module, ABC):
-    """What the two kinds of adapter share: the parameters, and how they are drawn.
+    """What the two kinds of adapter share: where their weights are, and how they are drawn.
 
     ``base``: the frozen layer. ``in_features`` and ``out_features`` are those of the unrolled
-    weight (out, in · kernel area).
+    weight (out, in · kernel area). ``stack`` and ``place``: where A and B lie; ``group``: the
+    layers that compute together, with the place among them. The network sets these.
     """
 
-    lora_down: nn.Parameter
-    lora_up: nn.Parameter
-    importance: Tensor
-
-    def __init__(self, base: nn.Module, in_features: int, out_features: int, rank: int):
+    def __init__(self, base: nn.Module, in_features: int, out_features: int):
         super().__init__()
-        largest = min(in_features, out_features)
-        if not 1 <= rank <= largest:
-            raise ValueError(
-                f"rank is {rank}; a layer of {out_features}×{in_features} takes 1 to {largest}."
-            )
         self.base = base
         self.in_features = in_features
         self.out_features = out_features
-        self.group: tuple[SharedInput, int] | None = None  # with the place in it
-        device = next(base.parameters()).device
-        self.lora_down = nn.Parameter(torch.zeros(rank, in_features, device=device))
-        self.lora_up = nn.Parameter(torch.zeros(out_features, rank, device=device))
-        self.importance = torch.ones(rank, device=device)  # (rank,), replaced every step
+        self.group: tuple[SharedInput, int]
+        self._held: tuple[WeightStack, int]  # in a tuple, so that no module owns it twice
+
+    def hold(self, stack: WeightStack, place: int) -> None:
+        """Have A and B in ``stack``. Raises ValueError for a rank that the layer cannot take."""
+        rank, largest = stack.slots[place].rank, min(self.in_features, self.out_features)
+        if not 1 <= rank <= largest:
+            raise ValueError(
+                f"rank is {rank}; a layer of {self.out_features}×{self.in_features} takes 1 to "
+                f"{largest}."
+            )
+        self._held = stack, place
 
     @property
     def rank(self) -> int:
-        return self.lora_down.shape[0]
+        stack, place = self._held
+        return stack.slots[place].rank
+
+    @property
+    def lora_down(self) -> Tensor:
+        """A, a view: (rank, in)."""
+        stack, place = self._held
+        return stack.lora_down(place)
+
+    @property
+    def lora_up(self) -> Tensor:
+        """B, a view: (out, rank)."""
+        stack, place = self._held
+        return stack.lora_up(place)
+
+    @property
+    def importance(self) -> Tensor:
+        """The diagonal of Λ as of this step, a view: (rank,)."""
+        stack, place = self._held
+        return stack.importance[stack.slots[place].rows]
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        if self.group is not None and self.group[0].takes(x):
-            group, place = self.group
+        group, place = self.group
+        if group.takes(x):
             return group.output(place, x)
-        return self.base(x, *args, **kwargs) + self.delta(x)
+        return self.base(x, *args, **kwargs) + self.delta(x, *group.folded(place, x.dtype))
 
     @abstractmethod
-    def delta(self, x: Tensor) -> Tensor:
-        """B Λ A x, in the dtype and on the device of ``x``."""
+    def delta(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        """B ΛA x; ``down``: ΛA, (rank, in), and ``up``: B transposed, (rank, out), both in the
+        dtype and on the device of ``x``."""
 
     @torch.no_grad()
     def init_down(self, std: float | None, rows: slice, generator: torch.Generator) -> None:
@@ -88,16 +111,15 @@ class AdaptiveLoRA(nn.Module, ABC):
 
 
 class AdaptiveLoRALinear(AdaptiveLoRA):
-    """y = W x + B Λ A x for a linear layer; eq. 1 and eq. 10."""
+    """y = W x + B Λ A x around a linear layer (eq. 1 with ΔW of eq. 10)."""
 
-    def __init__(self, base: nn.Module, rank: int):
-        out_features, in_features = _weight_shape(base)
-        super().__init__(base, in_features, out_features, rank)
+    base: nn.Linear
 
-    def delta(self, x: Tensor) -> Tensor:
-        hidden = F.linear(x, self.lora_down.to(x.dtype))  # (…, rank)
-        hidden = hidden * self.importance.to(x.dtype)
-        return F.linear(hidden, self.lora_up.to(x.dtype))  # (…, out)
+    def __init__(self, base: nn.Linear):
+        super().__init__(base, *reversed(layer_shape(base)))
+
+    def delta(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        return F.linear(x, down) @ up  # (…, out)
 
 
 class AdaptiveLoRAConv2d(AdaptiveLoRA):
@@ -105,29 +127,30 @@ class AdaptiveLoRAConv2d(AdaptiveLoRA):
 
     base: nn.Conv2d
 
-    def __init__(self, base: nn.Conv2d, rank: int):
+    def __init__(self, base: nn.Conv2d):
         if base.groups != 1:
             raise ValueError(
                 f"the convolution has {base.groups} groups; only ungrouped ones can be adapted."
             )
         out_channels, in_channels, height, width = _weight_shape(base)
-        super().__init__(base, in_channels * height * width, out_channels, rank)
+        super().__init__(base, in_channels * height * width, out_channels)
         self.kernel = (in_channels, height, width)
 
-    def delta(self, x: Tensor) -> Tensor:
-        down = self.lora_down.to(x.dtype).view(-1, *self.kernel)  # (rank, in, kh, kw)
+    def delta(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
         # The layer's own way to convolve: its stride and padding, circular padding included.
-        hidden = self.base._conv_forward(x, down, None)  # (batch, rank, h, w)
-        hidden = hidden * self.importance.to(x.dtype).view(-1, 1, 1)
-        return F.conv2d(hidden, self.lora_up.to(x.dtype)[:, :, None, None])
+        hidden = self.base._conv_forward(
+            x, down.view(-1, *self.kernel), None
+        )  # (batch, rank, h, w)
+        return F.conv2d(hidden, up.t()[:, :, None, None])
 
 
-def wrap(base: nn.Module, rank: int) -> AdaptiveLoRA:
-    """The adapter that fits ``base``. Raises TypeError for anything but Linear and Conv2d."""
+def wrap(base: nn.Module) -> AdaptiveLoRA:
+    """The adapter that fits ``base``, without weights yet. Raises TypeError for anything but
+    Linear and Conv2d."""
     if isinstance(base, nn.Linear):
-        return AdaptiveLoRALinear(base, rank)
+        return AdaptiveLoRALinear(base)
     if isinstance(base, nn.Conv2d):
-        return AdaptiveLoRAConv2d(base, rank)
+        return AdaptiveLoRAConv2d(base)
     raise TypeError(f"{type(base).__name__} cannot carry a LoRA; choose linear or 2-d convolution.")
 
 

@@ -8,7 +8,7 @@ stands in :mod:`.budget`, one adapter in :mod:`.layers`, which of them compute t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,10 +18,14 @@ from .. import adaptive_rank
 from ..config.ranks import RankConfig
 from ..files.component import Component
 from .budget import RankBudget, expected_bytes, plan_budget
-from .grouping import join_projections
+from .grouping import ProjectionGroup, joined
 from .layers import AdaptiveLoRA, wrap
-from .rank_change import RankChange, ResizedWeight
+from .rank_change import RankChange
+from .stacks import WeightStack
 from .targets import Target
+
+_COMPUTED_IN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_LARGEST_STACK = 1 << 26  # numbers of an A or a B, 256 MB: what a resize needs once more
 
 
 class AdaptiveRankNetwork(nn.Module):
@@ -29,7 +33,7 @@ class AdaptiveRankNetwork(nn.Module):
 
     ``log_nu``: (L,) parameter; ``ranks``: the L ranks in use now. ν is learnt as its logarithm
     (ours; the paper is silent): 500 Adam steps then span rank 512 to 1, which a plain ν at
-    5e-5 a step cannot. A step is :meth:`refresh_importance`, forward and backward, an optimizer's
+    5e-5 a step cannot. A step is :meth:`refresh`, forward and backward, an optimizer's
     step, :meth:`clamp_nu` and :meth:`resize`; what is saved is :meth:`components`, and what goes
     on in another process :meth:`state`. ``budget``: where it has been planned already.
     """
@@ -48,8 +52,8 @@ class AdaptiveRankNetwork(nn.Module):
         self._generator = torch.Generator().manual_seed(seed)
         self.budget = plan_budget(self.targets, config) if budget is None else budget
         roots = {"unet": model} if isinstance(model, nn.Module) else model
-        layers = [roots[target.root].get_submodule(target.name) for target in self.targets]
-        self._device = next(layers[0].parameters()).device
+        bases = [roots[target.root].get_submodule(target.name) for target in self.targets]
+        self._device = next(bases[0].parameters()).device
         self.rank_weights = self.budget.weights.to(self._device)  # (G, L)
         self.target_ranks = torch.tensor(self.budget.targets, device=self._device)  # (G,)
         nu = self.budget.start_nu(config)
@@ -57,14 +61,49 @@ class AdaptiveRankNetwork(nn.Module):
         self.log_nu = nn.Parameter(nu.log().to(self._device))
         low, high = self.budget.log_nu_bounds(config.quantile)
         self._log_nu_bounds = low.to(self._device), high.to(self._device)
-        adapters = [wrap(base, rank) for base, rank in zip(layers, ranks.tolist(), strict=True)]
+        adapters = [wrap(base) for base in bases]
         self.adapters = nn.ModuleList(adapters)
+        self._groups: list[list[ProjectionGroup]] = []  # of each stack
+        self.stacks = nn.ModuleList(self._stacks(ranks.tolist()))
         self._init_weights(nu, ranks)
         for target, adapter in zip(self.targets, adapters, strict=True):
             parent, _, child = target.name.rpartition(".")
             setattr(roots[target.root].get_submodule(parent), child, adapter)
-        join_projections([f"{t.root}.{t.name}" for t in self.targets], adapters)
         self._index_ranks()
+
+    def _stacks(self, ranks: Sequence[int]) -> Iterator[WeightStack]:
+        """Stacks for all components: one for each pair of widths, or several where it is huge."""
+        for places in self._shelves(ranks):
+            components = [component for group in places for component in group]
+            first = self.layers[components[0]]
+            widths, dtype = (first.in_features, first.out_features), _computes_in(first.base)
+            own = [ranks[component] for component in components]
+            stack = WeightStack(components, *widths, own, dtype, self._device)
+            groups, begin = [], 0
+            for group in places:
+                members = [self.layers[component] for component in group]
+                for place, layer in enumerate(members, begin):
+                    layer.hold(stack, place)
+                held = range(begin, begin + len(group))
+                groups.append(ProjectionGroup(members, stack, held))
+                for place, layer in enumerate(members):
+                    layer.group = groups[-1], place
+                begin += len(group)
+            self._groups.append(groups)
+            yield stack
+
+    def _shelves(self, ranks: Sequence[int]) -> list[list[list[int]]]:
+        """Groups of components, by the stack that they belong to."""
+        shelves: dict[tuple, list[list[list[int]]]] = {}
+        for group in joined(self._names(), self.layers):
+            layer, text = self.layers[group[0]], self.targets[group[0]].root != "unet"
+            kind = text, layer.in_features, layer.out_features, _computes_in(layer.base)
+            alike = shelves.setdefault(kind, [[]])
+            rows = sum(ranks[component] for part in (*alike[-1], group) for component in part)
+            if alike[-1] and rows * max(layer.in_features, layer.out_features) > _LARGEST_STACK:
+                alike.append([])
+            alike[-1].append(group)
+        return [shelf for alike in shelves.values() for shelf in alike]
 
     @property
     def layers(self) -> list[AdaptiveLoRA]:
@@ -85,18 +124,45 @@ class AdaptiveRankNetwork(nn.Module):
         return self.log_nu.exp()
 
     def weights(self, text: bool | None = None) -> list[nn.Parameter]:
-        """A and B of every component, A first; only the text encoders' or only the U-Net's."""
-        pairs = zip(self.targets, self.layers, strict=True)
-        layers = [layer for t, layer in pairs if text is None or text == (t.root != "unet")]
-        return [layer.lora_down for layer in layers] + [layer.lora_up for layer in layers]
+        """The stacks' A, then their B; only the text encoders' or only the U-Net's."""
+        stacks = [
+            stack
+            for stack in self.all_stacks
+            if text is None or text == (self.targets[stack.components[0]].root != "unet")
+        ]
+        return [stack.down for stack in stacks] + [stack.up for stack in stacks]
 
-    def refresh_importance(self) -> None:
-        """Recompute every Λ (eq. 10) for the step to come: one call for the whole network."""
+    @property
+    def all_stacks(self) -> list[WeightStack]:
+        return list(self.stacks)  # type: ignore[arg-type]
+
+    def keep_apart(self, numbers: int) -> None:
+        """Let no block of so many numbers of a weight belong to two components; before training.
+
+        8-bit moments share one scale a block: a component that grows must not move those of
+        another. Makes new parameters where rows have to move.
+        """
+        for stack in self.all_stacks:
+            stack.keep_apart(numbers)
+        self._index_ranks()
+
+    def refresh(self) -> None:
+        """Recompute every Λ (eq. 10), and what layers compute with, for the step to come."""
         flat = adaptive_rank.importance_at(
             self.nu[self._component], self._position, self.config.mode
-        )  # (Σ rank,)
-        for layer, values in zip(self.adapters, flat.split(self._ranks), strict=True):
-            vars(layer)["importance"] = values  # past nn.Module's checks: hundreds of them a step
+        )  # (Σ rows,)
+        if self._used is not None:
+            flat = flat * self._used
+        rows = [stack.rows for stack in self.all_stacks]
+        parts = zip(self.all_stacks, self._groups, flat.split(rows), strict=True)
+        for stack, groups, importance in parts:
+            stack.importance = importance
+            plain = self.config.mode == "fixed" and not stack.padded
+            down, up = stack.folded(None if plain else importance)
+            ups = iter(up.split([slot.capacity for slot in stack.slots]))
+            downs = down.split([sum(group.capacities) for group in groups])
+            for group, part in zip(groups, downs, strict=True):
+                group.compute_with(part, [next(ups) for _ in group.places])
 
     def mean_rank(self) -> tuple[float, ...]:
         """Mean of the ranks in use of every group, (G,), weighted as its budget is."""
@@ -127,23 +193,24 @@ class AdaptiveRankNetwork(nn.Module):
         if not changed:
             return RankChange()
         stds = adaptive_rank.init_std(nu, wanted)[changed]
-        layers = [self.layers[index] for index in changed]
-        sizes = list(zip(layers, wanted[changed].tolist(), strict=True))
+        ranks, touched = wanted.tolist(), set(changed)
+        stacks = [stack for stack in self.all_stacks if not touched.isdisjoint(stack.components)]
         # All are made before one is put to use, so that a lack of memory changes none.
-        downs = [ResizedWeight.of(layer.lora_down, 0, rank) for layer, rank in sizes]
-        ups = [ResizedWeight.of(layer.lora_up, 1, rank) for layer, rank in sizes]
-        for layer, down, up, std in zip(layers, downs, ups, stds, strict=True):
-            rows = slice(layer.rank, None)
-            layer.lora_down, layer.lora_up = down.new, up.new
-            if down.grew:
-                self._draw_rows(layer, rows, std)
+        moved = [stack.move_to([ranks[c] for c in stack.components]) for stack in stacks]
+        for stack, sides in zip(stacks, moved, strict=True):
+            stack.take(*sides)
+        for component, std in zip(changed, stds, strict=True):
+            old, new = self._ranks[component], ranks[component]
+            if new > old:
+                self._draw_rows(self.layers[component], slice(old, new), std)
         self._index_ranks()
-        return RankChange((*downs, *ups))
+        downs, ups = zip(*moved, strict=True)
+        return RankChange((*downs, *ups), len(changed))
 
     @torch.no_grad()
     def components(self) -> list[Component]:
         """Every component as it is now, detached, on the CPU, convolutions in their own shape."""
-        self.refresh_importance()
+        self.refresh()
         nus = self.nu.tolist()
         return [
             _component(target, layer, nu)
@@ -159,7 +226,7 @@ class AdaptiveRankNetwork(nn.Module):
             "layers": {
                 name: {
                     "down": layer.lora_down.detach().clone(),
-                    "up": layer.lora_up.detach().clone(),
+                    "up": _laid_out(layer.lora_up),
                 }
                 for name, layer in zip(self._names(), self.layers, strict=True)
             },
@@ -183,9 +250,9 @@ class AdaptiveRankNetwork(nn.Module):
                 "The saved state belongs to other layers than this network adapts: use the "
                 "targets, the model and the settings that it was saved with, or start anew."
             )
-        for layer, sides in zip(self.layers, saved, strict=True):
-            layer.lora_down = nn.Parameter(sides["down"].to(self._device, copy=True))
-            layer.lora_up = nn.Parameter(sides["up"].to(self._device, copy=True))
+        for stack in self.all_stacks:
+            own = [saved[component] for component in stack.components]
+            stack.become([sides["down"] for sides in own], [sides["up"] for sides in own])
         self.log_nu.copy_(state["log_nu"])
         self.log_nu.grad = None
         self._generator.set_state(state["generator"])
@@ -212,20 +279,38 @@ class AdaptiveRankNetwork(nn.Module):
             layer.init_up(self.config.growth_std, rows, self._generator)
 
     def _index_ranks(self) -> None:
-        """Which component and which 1-based position each entry of the flat Λ belongs to."""
+        """Which component and which 1-based position each row of the stacks belongs to."""
         self._ranks = [layer.rank for layer in self.layers]
-        ranks = torch.tensor(self._ranks)
-        first = ranks.cumsum(0) - ranks  # (L,)
-        component = torch.repeat_interleave(torch.arange(len(ranks)), ranks)  # (Σ rank,)
-        self._component = component.to(self._device)
-        self._position = (torch.arange(1, len(component) + 1) - first[component]).to(self._device)
+        pairs = [
+            (component, slot)
+            for stack in self.all_stacks
+            for component, slot in zip(stack.components, stack.slots, strict=True)
+        ]
+        counts = torch.tensor([slot.capacity for _, slot in pairs])
+        component = torch.repeat_interleave(torch.tensor([c for c, _ in pairs]), counts)
+        first = torch.repeat_interleave(counts.cumsum(0) - counts, counts)  # (Σ rows,)
+        position = torch.arange(1, len(first) + 1) - first
+        self._component, self._position = component.to(self._device), position.to(self._device)
+        used = position <= torch.tensor(self._ranks)[component]
+        self._used = None if bool(used.all()) else used.to(self._device)  # else rows of zeros
         with torch.no_grad():
-            self.refresh_importance()
+            self.refresh()
+
+
+def _computes_in(base: nn.Module) -> torch.dtype:
+    """What a layer is expected to be asked in: its own type, unless nothing is computed in that."""
+    weight = base.weight
+    found = weight.dtype if torch.is_tensor(weight) else torch.float32
+    return found if found in _COMPUTED_IN else torch.float32
+
+
+def _laid_out(view: Tensor) -> Tensor:
+    return view.detach().clone(memory_format=torch.contiguous_format)
 
 
 def _component(target: Target, layer: AdaptiveLoRA, nu: float) -> Component:
     down = layer.lora_down.detach().cpu().clone()  # (rank, in)
-    up = layer.lora_up.detach().cpu().clone()  # (out, rank)
+    up = _laid_out(layer.lora_up.cpu())  # (out, rank)
     kernel = getattr(layer, "kernel", None)
     if kernel is not None:
         down, up = down.view(-1, *kernel), up[:, :, None, None]

@@ -22,7 +22,7 @@ from ..data.cache import TensorCache
 from ..data.cropping import Crop, crops
 from ..data.photos import Photo
 from ..training.memory import Memory, lasting
-from ..training.optimizers import check_optimizer
+from ..training.optimizers.make import check_optimizer
 from . import surface
 from .class_images import paints
 from .copies.text_encoders import TextEncoders

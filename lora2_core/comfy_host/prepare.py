@@ -22,6 +22,7 @@ from ..data.samples import Sample
 from ..training.denoising import CachedTexts, DenoisingTask, TextSource
 from ..training.estimate import attempt
 from ..training.objective import CrossAttentionEntropy
+from ..training.optimizers.make import block_of
 from ..training.setup import TrainingSetup
 from .checkpointing import blocks_of, checkpoint_blocks
 from .class_images import class_images, class_samples, paints
@@ -78,6 +79,7 @@ def carry_out(plan: TrainingPlan) -> TrainingSetup:
     extra = class_samples(encoder, classes, samples, config)
     roots = plan.roots
     network = AdaptiveRankNetwork(roots, plan.targets, config.rank, config.seed, plan.budget)
+    network.keep_apart(block_of(config.optimizer))
     cross = _cross_attention(unet)
     # The default on the CPU splits the attention into chunks, slow to differentiate.
     options = {"optimized_attention_override": _plain_attention}

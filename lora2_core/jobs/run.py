@@ -286,7 +286,7 @@ class Run:
     def _as_saved(self) -> Iterator[None]:
         """Inside, the network is what would be saved now: averages if any, fresh importances."""
         with self.trainer.averaged(), torch.no_grad():
-            self.setup.network.refresh_importance()
+            self.setup.network.refresh()
             yield
 
     def _paint(self) -> None:

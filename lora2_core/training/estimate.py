@@ -95,7 +95,7 @@ def _seconds(network: AdaptiveRankNetwork, task: Any, batch: Any, config: TrainC
     """Of the whole run: from the second of two forward passes, the first one warms up."""
     one = 0.0
     with torch.no_grad():
-        network.refresh_importance()
+        network.refresh()
         for _ in range(2):
             _synchronize(network.log_nu.device)
             started = time.perf_counter()

@@ -131,16 +131,17 @@ def _kept(
     batch: Any,
 ) -> tuple[int, dict[int, int], int]:
     """Bytes kept for the backward pass outside of ``blocks``, in each of them, and their inputs."""
-    counter = _Counter([weight for root in roots.values() for weight in _weights(root)])
+    frozen = [weight for root in roots.values() for weight in _weights(root)]
+    counter = _Counter([*frozen, *network.weights()])
     try:
         looking = entropy.collecting() if entropy else nullcontext()
         with torch.enable_grad(), counter.counting(blocks), looking:
-            network.refresh_importance()
+            network.refresh()
             total = sum(loss_parts(task.predict(batch)))
             if entropy:
                 total = total + entropy.value()
     finally:
-        network.refresh_importance()  # not of the graph whose tensors are gone
+        network.refresh()  # not of the graph whose tensors are gone
     return counter.outside, counter.inside, counter.inputs
 
 

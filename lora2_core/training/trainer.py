@@ -26,8 +26,8 @@ from .ema import AveragedWeights
 from .last_step import LastStep
 from .loss_guard import LossGuard, ProbeGuard
 from .objective import CrossAttentionEntropy, loss_parts
-from .optimizer_state import follow, load_optimizer_state, optimizer_state
-from .optimizers import make_nu_optimizer, make_optimizer, schedule_factor
+from .optimizers.make import block_of, make_nu_optimizer, make_optimizer, schedule_factor
+from .optimizers.state import follow, load_optimizer_state, optimizer_state
 from .out_of_memory import is_out_of_memory
 from .rank_control import RankControl
 from .task import Task
@@ -89,6 +89,7 @@ class Trainer:
         entropy: CrossAttentionEntropy | None = None,
     ):
         self.network, self.task, self.config = network, task, config
+        network.keep_apart(block_of(config.optimizer))
         self.entropy = entropy if config.entropy_weight > 0 else None
         self.step = 0
         self.last_step = LastStep()
@@ -116,7 +117,7 @@ class Trainer:
         self.rates = tuple(group["lr"] for group in self.optimizer.param_groups)
         self.nu_optimizer = make_nu_optimizer(network.log_nu, config.rank.rank_learning_rate)
         decay = config.optimizer.ema
-        self.average = AveragedWeights(network.weights(), decay) if decay else None
+        self.average = AveragedWeights(network.all_stacks, decay) if decay else None
 
     def run(self, stop: Callable[[], bool] = lambda: False) -> Iterator[StepEvent]:
         """Go on from ``step`` to the last one, or until ``stop()`` is true.
@@ -172,7 +173,7 @@ class Trainer:
     def averaged(self) -> Iterator[None]:
         """Inside, A and B hold their running averages, if there are any: what is to be saved."""
         average = self.average
-        swapped = average.swapped(self.network.weights()) if average else nullcontext()
+        swapped = average.swapped() if average else nullcontext()
         with self.last_step.held(), swapped:
             yield
 
@@ -185,7 +186,7 @@ class Trainer:
         return {
             "step": self.step,
             "network": self.network.state(),
-            "optimizer": optimizer_state(self.optimizer),
+            "optimizer": optimizer_state(self.optimizer, self.network.all_stacks),
             "nu_optimizer": optimizer_state(self.nu_optimizer),
             "average": self.average.state() if self.average else {},
             "control": self.control.state(),
@@ -200,7 +201,7 @@ class Trainer:
         """Take the place of the run that ``state`` was taken from: same settings, same data."""
         self.network.load_state(state["network"])
         self._begin()
-        load_optimizer_state(self.optimizer, state["optimizer"])
+        load_optimizer_state(self.optimizer, state["optimizer"], self.network.all_stacks)
         load_optimizer_state(self.nu_optimizer, state["nu_optimizer"])
         if self.average:
             self.average.load_state(state["average"])
@@ -229,7 +230,7 @@ class Trainer:
         self.scaler.update()
         self._zero_grad()
         if self.average:
-            self.average.update(self.network.weights())
+            self.average.update()
         frozen = not self.network.log_nu.requires_grad
         resized = 0 if frozen else self._follow_nu(nu, values["loss"])
         return StepEvent(
@@ -273,7 +274,7 @@ class Trainer:
         """Gradients of one step; returns what _TERMS names, on the device."""
         parts = self.config.optimizer.accumulation
         sums = [self._backward_part(parts) for _ in range(parts)]
-        terms = [torch.stack(part).sum(0) for part in zip(*sums, strict=True)]
+        terms = [sum(part[1:], part[0]) for part in zip(*sums, strict=True)]
         rank_term = self.control.term(terms[0])
         regulariser = rank_term + self._priors()
         if torch.is_tensor(regulariser) and regulariser.requires_grad:
@@ -282,14 +283,15 @@ class Trainer:
 
     def _backward_part(self, parts: int) -> list[Tensor]:
         """Forward and backward of one of the batches that make a step; its share of the terms."""
-        self.network.refresh_importance()
+        self.network.refresh()
         batch = self.task.draw(self.generator, self.config.batch_size)
         with self.entropy.collecting() if self.entropy else nullcontext():
             photos, prior = loss_parts(self.task.predict(batch))
         entropy = self.entropy.value() if self.entropy else torch.zeros_like(photos)
         total = photos + prior + self.config.entropy_weight * entropy
-        self.scaler.scale(total / parts).backward()
-        return [term.detach().float() / parts for term in (photos, prior, entropy)]
+        self.scaler.scale(total if parts == 1 else total / parts).backward()
+        terms = [term.detach().float() for term in (photos, prior, entropy)]
+        return terms if parts == 1 else [term / parts for term in terms]
 
     def _gradient_size(self, like: Tensor) -> Tensor:
         """Norm of all gradients before clipping; 0 in fp16, where the scaler skips infinite ones.
@@ -319,9 +321,10 @@ class Trainer:
             prior = gaussian_prior(self.network.nu, rank.nu_prior.mean, rank.nu_prior.std)
             total = total + rank.nu_prior.weight * prior
         if rank.weight_prior.weight > 0:
-            for weight in self.network.weights():  # rows beyond D do not exist, as eq. 9 asks
-                prior = gaussian_prior(weight, 0.0, rank.weight_prior.std)
-                total = total + rank.weight_prior.weight * prior
+            for stack in self.network.all_stacks:  # rows beyond D do not exist, as eq. 9 asks
+                for weight in (stack.down, stack.up):
+                    prior = gaussian_prior(stack.in_use(weight), 0.0, rank.weight_prior.std)
+                    total = total + rank.weight_prior.weight * prior
         return total
 
     def _read(self, terms: list[Tensor], step: int) -> tuple[Tensor, dict[str, float]]:
@@ -385,7 +388,7 @@ class Trainer:
         """The loss on fixed noise; None where it is off or there is no memory for it."""
         if not self.probes:
             return None
-        self.network.refresh_importance()
+        self.network.refresh()
         try:
             losses = [sum(loss_parts(self.task.predict(batch))) for batch in self.probes]
             return float(torch.stack(losses).mean())  # type: ignore[arg-type]

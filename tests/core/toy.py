@@ -29,8 +29,8 @@ from lora2_pack.lora2_core.config.ranks import RankConfig
 from lora2_pack.lora2_core.config.train import OptimizerConfig, TrainConfig
 from lora2_pack.lora2_core.files.component import Component
 from lora2_pack.lora2_core.training.objective import Prediction
-from lora2_pack.lora2_core.training.optimizer_state import follow
-from lora2_pack.lora2_core.training.optimizers import make_optimizer
+from lora2_pack.lora2_core.training.optimizers.make import make_optimizer
+from lora2_pack.lora2_core.training.optimizers.state import follow
 from lora2_pack.lora2_core.training.trainer import StepEvent, train
 from PIL import Image
 from torch import Tensor, nn

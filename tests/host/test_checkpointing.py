@@ -65,7 +65,7 @@ class Setting:
 
     def loss(self, entropy_weight: float, **options: Any) -> Tensor:
         """As the trainer takes it; the weight of the entropy is large, so that it counts."""
-        self.network.refresh_importance()
+        self.network.refresh()
         if not entropy_weight:
             return self.predict(**options).square().mean()
         with self.entropy.collecting():
@@ -153,7 +153,7 @@ def test_the_entropy_has_a_gradient_of_its_own(model: Any, level: Level):
     assert not torch.equal(plain[-1], wanted[-1]), "the entropy does not reach ν"
 
     def of_entropy_alone() -> list[Tensor]:
-        setting.network.refresh_importance()
+        setting.network.refresh()
         with setting.entropy.collecting():
             setting.predict()
         return list(

@@ -257,7 +257,7 @@ def test_every_size_has_all_of_them(trained: Parts, tmp_path: Path):
 
 def _class_loss(setup: TrainingSetup, classes: DenoisingTask) -> float:
     """Mean loss of the class images on fixed noise and timesteps."""
-    setup.network.refresh_importance()
+    setup.network.refresh()
     with torch.no_grad():
         losses = [
             float(sum(loss_parts(classes.predict(batch))))

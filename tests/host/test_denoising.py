@@ -109,7 +109,7 @@ def _masked_prediction(setup: TrainingSetup) -> tuple[Prediction, Tensor]:
 
 
 def test_the_masked_region_has_no_gradient(setup: TrainingSetup):
-    setup.network.refresh_importance()
+    setup.network.refresh()
     said, mask = _masked_prediction(setup)
     off = mask == 0
     assert 0.3 < off.float().mean() < 0.7
@@ -123,7 +123,7 @@ def test_the_masked_region_has_no_gradient(setup: TrainingSetup):
 
 def test_what_is_wanted_under_the_mask_changes_no_gradient(setup: TrainingSetup):
     network = setup.network
-    network.refresh_importance()
+    network.refresh()
     said, mask = _masked_prediction(setup)
     other = torch.where(mask == 0, said.target + 100, said.target)
     weights = [weight for weight in network.weights() if weight.requires_grad]

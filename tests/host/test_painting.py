@@ -168,13 +168,13 @@ def _adapted(painter: Painter) -> AdaptiveRankNetwork:
     with torch.no_grad():
         for layer in network.layers:
             layer.lora_up.copy_(torch.randn(layer.lora_up.shape, generator=generator) / 10)
-    network.refresh_importance()
+    network.refresh()
     return network
 
 
 def test_the_adapters_can_be_trained_on_afterwards(painter: Painter):
     network = _adapted(painter)
-    network.refresh_importance()
+    network.refresh()
     before = [weight.detach().clone() for weight in network.weights()]
     _paint(painter, PROMPTS[:1])
     assert all(map(torch.equal, before, network.weights()))

@@ -33,7 +33,7 @@ from lora2_pack.lora2_core.config.train import (
 )
 from lora2_pack.lora2_core.tiny_sdxl.model import UNET_CONFIG, text_configs
 from lora2_pack.lora2_core.training.memory import size
-from lora2_pack.lora2_core.training.optimizers import OptimizerError
+from lora2_pack.lora2_core.training.optimizers.make import OptimizerError
 from lora2_pack.nodes import train
 from lora2_pack.nodes.train_notes import Notes
 from lora2_pack.tests.host import demo

@@ -86,7 +86,7 @@ def _adapted(encoders: TextEncoders) -> AdaptiveRankNetwork:
     with torch.no_grad():
         for layer in network.layers:
             layer.lora_up.copy_(0.2 * torch.randn(layer.lora_up.shape, generator=generator))
-    network.refresh_importance()
+    network.refresh()
     return network
 
 
@@ -222,7 +222,7 @@ def _loss(encoders: TextEncoders, texts: list[str]) -> Tensor:
 
 
 def _gradients(encoders: TextEncoders, network: AdaptiveRankNetwork) -> list[Tensor]:
-    network.refresh_importance()
+    network.refresh()
     parameters = [*network.weights(), network.log_nu]
     return list(torch.autograd.grad(_loss(encoders, TEXTS[1:]), parameters))
 

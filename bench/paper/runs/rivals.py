@@ -15,7 +15,7 @@ from ....lora2_core import comfy_host
 from ....lora2_core.adapters.targets import PRESETS
 from ....lora2_core.adaptive_rank import denoising_loss
 from ....lora2_core.files.encode import kohya_key
-from ....lora2_core.training.optimizers import schedule_factor
+from ....lora2_core.training.optimizers.make import schedule_factor
 from ....lora2_core.training.trainer import _NOISE_SEED
 from ....tools.tiny_sdxl.evaluation.parts import Parts
 from ....tools.tiny_sdxl.world.subjects import View

@@ -15,7 +15,7 @@ from lora2_pack.lora2_core.adapters.network import AdaptiveRankNetwork
 from lora2_pack.lora2_core.adapters.rank_change import RankChange, ResizedWeight
 from lora2_pack.lora2_core.adapters.targets import find_targets
 from lora2_pack.lora2_core.data.cache import weights_hash
-from lora2_pack.lora2_core.training.optimizer_state import follow
+from lora2_pack.lora2_core.training.optimizers.state import follow
 from lora2_pack.tests.core import toy
 from torch import Tensor, nn
 
@@ -166,7 +166,7 @@ def test_importance_of_the_network_is_that_of_each_component() -> None:
     net = toy.adapt(toy.Transformer(), **PAPER)
     with torch.no_grad():
         net.log_nu += torch.linspace(-0.3, 0.3, len(net.targets))
-    net.refresh_importance()
+    net.refresh()
     for layer, nu in zip(net.layers, net.nu, strict=True):
         expected = adaptive_rank.importance(nu, layer.rank, "paper")
         torch.testing.assert_close(layer.importance, expected, rtol=0, atol=0)
@@ -255,7 +255,7 @@ def test_growth_leaves_the_forward_unchanged(options) -> None:
     net = toy.adapt(model, "", **{**options, "target_rank": 6.0, "hysteresis": False})
     optimizer = toy.trained(net)
     x = toy.noise(2, 6, 5, 6)
-    net.refresh_importance()
+    net.refresh()
     before = model(x)
     assert toy.resize(net, [8.0, 7.0, 20.0], optimizer).count == 3
     assert net.ranks == [8, 7, 20]

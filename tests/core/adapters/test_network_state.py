@@ -38,7 +38,7 @@ def assert_same(first: AdaptiveRankNetwork, second: AdaptiveRankNetwork) -> None
     for one, other in zip(first.layers, second.layers, strict=True):
         assert torch.equal(one.lora_down, other.lora_down)
         assert torch.equal(one.lora_up, other.lora_up)
-        first.refresh_importance()
+        first.refresh()
         assert torch.equal(one.importance, other.importance)
 
 

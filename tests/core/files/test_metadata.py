@@ -28,7 +28,7 @@ def describe(config: TrainConfig, captions: tuple[str, ...] = ("a cat",), **opti
 @pytest.mark.parametrize("name", ["adamw", "adamw8bit", "prodigy"])
 def test_the_optimizer_is_the_class_that_is_used(name: Any):
     import torch
-    from lora2_pack.lora2_core.training.optimizers import make_optimizer
+    from lora2_pack.lora2_core.training.optimizers.make import make_optimizer
 
     config = OptimizerConfig(name, weight_decay=0.01)
     used = type(make_optimizer(config, [([torch.nn.Parameter(torch.ones(2))], 1e-3)]))
@@ -94,7 +94,7 @@ def test_what_is_off_is_told_as_kohya_tells_it():
 
 @pytest.mark.parametrize("steps", [1, 37, 500])
 def test_the_warm_up_is_that_of_the_schedule(steps: int):
-    from lora2_pack.lora2_core.training.optimizers import schedule_factor
+    from lora2_pack.lora2_core.training.optimizers.make import schedule_factor
 
     for schedule in ("constant", "cosine", "linear"):
         config = TrainConfig(steps=steps, schedule=schedule)

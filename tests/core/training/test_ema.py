@@ -14,7 +14,7 @@ from lora2_pack.lora2_core.adapters.rank_change import RankChange, ResizedWeight
 from lora2_pack.lora2_core.config.ranks import RankConfig
 from lora2_pack.lora2_core.config.train import OptimizerConfig
 from lora2_pack.lora2_core.training.ema import AveragedWeights
-from lora2_pack.lora2_core.training.optimizers import make_optimizer
+from lora2_pack.lora2_core.training.optimizers.make import make_optimizer
 from lora2_pack.lora2_core.training.trainer import Trainer
 from lora2_pack.tests.core import toy, toy_job
 from torch import Tensor, nn

@@ -51,7 +51,7 @@ def kept_by_autograd(network: AdaptiveRankNetwork, task: Any, size: int) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        network.refresh_importance()
+        network.refresh()
         batch = task.draw(torch.Generator().manual_seed(0), size)
         loss = sum(loss_parts(task.predict(batch)))
     weights = {w.untyped_storage().data_ptr() for w in task.model.parameters()}

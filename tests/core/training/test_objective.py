@@ -203,7 +203,7 @@ def test_maps_gathered_and_maps_alone_are_the_same(
     for gathers in (True, False):
         entropy = collector(model)
         entropy.gathers = gathers
-        network.refresh_importance()
+        network.refresh()
         with entropy.collecting():
             model(*inputs())
         value = entropy.value()
@@ -255,7 +255,7 @@ def test_entropy_reaches_the_adapters_of_query_and_key_only() -> None:
         for layer in network.layers:
             layer.lora_up.normal_()
     entropy = collector(model)
-    network.refresh_importance()
+    network.refresh()
     with entropy.collecting():
         model(*inputs())
     entropy.value().backward()

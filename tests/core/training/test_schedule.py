@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lora2_pack.lora2_core.config.train import TrainConfig
-from lora2_pack.lora2_core.training.optimizers import schedule_factor
+from lora2_pack.lora2_core.training.optimizers.make import schedule_factor
 from lora2_pack.tests.core import toy
 
 torch.set_num_threads(1)

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lora2_pack.lora2_core.adapters.rank_change import RankChange, ResizedWeight
 from lora2_pack.lora2_core.config.train import OptimizerConfig
-from lora2_pack.lora2_core.training.optimizer_state import (
+from lora2_pack.lora2_core.training.optimizers.make import make_optimizer
+from lora2_pack.lora2_core.training.optimizers.state import (
     follow,
     load_optimizer_state,
     optimizer_state,
 )
-from lora2_pack.lora2_core.training.optimizers import make_optimizer
 from lora2_pack.tests.core import toy
 from torch import Tensor, nn
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lora2_pack.lora2_core.config.train import OPTIMIZERS, OptimizerConfig, TextConfig, TrainConfig
-from lora2_pack.lora2_core.training.optimizers import (
+from lora2_pack.lora2_core.training.optimizers.make import (
     OptimizerError,
     check_optimizer,
     make_nu_optimizer,

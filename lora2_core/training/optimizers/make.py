@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config.train import OptimizerConfig, TrainConfig
-from ..files.header import first_line
-from .out_of_memory import is_out_of_memory
+from ...config.train import OptimizerConfig, TrainConfig
+from ...files.header import first_line
+from ..out_of_memory import is_out_of_memory
+from .quantized import NUMBERS
 
 _ONE_KERNEL = ("cpu", "cuda")  # where Adam updates hundreds of small tensors in one call
 _OLDEST_EIGHT_BIT = (0, 44)  # before it bitsandbytes kept a scale for 2048 numbers, not for 256
@@ -65,6 +66,11 @@ def make_optimizer(
     if config.name == "adamw8bit":
         return _eight_bit(parts, config.weight_decay)
     return _prodigy(parts, config.weight_decay)
+
+
+def block_of(config: OptimizerConfig) -> int:
+    """Numbers of a weight that an optimizer remembers together: no two components may share one."""
+    return NUMBERS if config.name == "adamw8bit" else 1
 
 
 def make_nu_optimizer(log_nu: nn.Parameter, learning_rate: float) -> torch.optim.Adam:

@@ -1,0 +1,1 @@
+"""What moves A and B: optimizers by name, and what they remember."""
