@@ -72,9 +72,9 @@ def prepared(parts: tuple[Any, Any, Any], settings: TrainConfig) -> tuple[Traini
     return setup, lambda: next(run)
 
 
-def floor(parts: tuple[Any, Any, Any]) -> Step:
+def floor(parts: tuple[Any, Any, Any], precision: str = "fp32") -> Step:
     """Forward and backward to the latent through the frozen model; nothing is learnt."""
-    task, _ = _task(parts)
+    task, _ = _task(parts, precision)
     generator = torch.Generator().manual_seed(1)
 
     def step() -> None:
@@ -86,9 +86,9 @@ def floor(parts: tuple[Any, Any, Any]) -> Step:
     return step
 
 
-def peft_lora(parts: tuple[Any, Any, Any]) -> Step:
+def peft_lora(parts: tuple[Any, Any, Any], precision: str = "fp32") -> Step:
     """PEFT's LoRA of the same rank on the same layers, with the same optimizer."""
-    task, unet = _task(parts)
+    task, unet = _task(parts, precision)
     adapters = _inject(unet)
     optimizer = torch.optim.AdamW(adapters, RATE, weight_decay=0.0, fused=True)
     generator = torch.Generator().manual_seed(1)
@@ -176,7 +176,11 @@ def wide_floor() -> Step:
 
 
 def run_train_lora_node(
-    parts: tuple[Any, Any, Any], steps: int, checkpointing: bool, between: Callable[[], None]
+    parts: tuple[Any, Any, Any],
+    steps: int,
+    checkpointing: bool,
+    between: Callable[[], None],
+    precision: str = "fp32",
 ) -> None:
     """ComfyUI's TrainLoraNode does ``steps`` steps of its own; ``between`` is called before each.
 
@@ -195,7 +199,7 @@ def run_train_lora_node(
         "optimizer": "AdamW",
         "loss_function": "MSE",
         "seed": 0,
-        "training_dtype": "fp32",
+        "training_dtype": precision,
         "lora_dtype": "fp32",
         "algorithm": "LoRA",
         "gradient_checkpointing": checkpointing,
@@ -242,10 +246,10 @@ def _encoded(parts: tuple[Any, Any, Any]) -> tuple[Tensor, list[Any]]:
         return vae.encode(pixels), clip.encode_from_tokens_scheduled(tokens)
 
 
-def _task(parts: tuple[Any, Any, Any]) -> tuple[Any, nn.Module]:
+def _task(parts: tuple[Any, Any, Any], precision: str) -> tuple[Any, nn.Module]:
     """The pack's task on a frozen copy of the model without adapters, and that copy's U-Net."""
     setup = comfy_host.prepare_training(*parts, photos(), config())
-    private = comfy_host.private_copy(parts[0], "fp32")
+    private = comfy_host.private_copy(parts[0], precision)
     setup.task.model = private
     return setup.task, private.diffusion_model
 

@@ -21,34 +21,65 @@ from .stacks import WeightStack
 # reads the image, its key and value read the text.
 _SELF = (("to_q", "to_k", "to_v"), ("q_proj", "k_proj", "v_proj"))
 _CROSS = (("to_k", "to_v"),)
+ATTENDED = {*_SELF[0], *_SELF[1]}  # what attention reads
 _CROSS_ATTENTION = "attn2"
+_MOST_RANKS = 192  # of a group
+_ROOM = 32  # rows by which what lies below frozen weights grows
+_NOTHING = torch.empty(0, dtype=torch.bool)  # of a type in which nobody asks
 
 
 class ProjectionGroup:
     """Adapters with one input, or one adapter alone, and what they compute with in this step.
 
-    ``places``: theirs in ``stack``, side by side. Holds outputs only between the calls of one
-    forward pass.
+    ``places``: theirs in ``stack``, side by side; ``attended``: whether attention reads, and so
+    keeps, what they give. Holds outputs only between the calls of one forward pass.
     """
 
-    def __init__(self, layers: Sequence[AdaptiveLoRA], stack: WeightStack, places: range):
+    def __init__(
+        self,
+        layers: Sequence[AdaptiveLoRA],
+        stack: WeightStack,
+        places: range,
+        attended: bool = False,
+    ):
         self.layers, self.stack, self.places = list(layers), stack, places
         self._plain = all(_is_plain(layer.base) for layer in layers)
         # Looked up once: hundreds of lookups a step through modules would show on small models.
         self._weight, self._bias = _in_one(layers)  # (Σ out, in), (Σ out,)
+        self._beside = attended and self._plain and self._bias is None
+        self._wide = self._with_down = self._weight  # with room for ΛA below, and with ΛA
         self._asked: tuple[object, ...] = ()  # what the outputs at hand were computed for
         self._ready: dict[int, Tensor] = {}
-        self._down = torch.empty(0)  # (Σ rank, in)
-        self._ups: Sequence[Tensor] = ()  # (rank, out) each
+        self._down = self._up = _NOTHING  # (Σ rank, in); (Σ rank, Σ out)
 
     @property
-    def capacities(self) -> list[int]:
-        """How many rows of the stack each layer takes."""
-        return [self.stack.slots[place].capacity for place in self.places]
+    def rows(self) -> int:
+        """How many rows of the stack are theirs."""
+        return sum(self.stack.slots[place].capacity for place in self.places)
 
-    def compute_with(self, down: Tensor, ups: Sequence[Tensor]) -> None:
-        """Take ΛA, (Σ rank, in), and every B transposed, (rank, out), of a step to come."""
-        self._down, self._ups = down, ups
+    @torch.no_grad()
+    def room_for(self, down: Tensor) -> Tensor | None:
+        """Where a copy of ΛA belongs, below the frozen weights, if this group computes so."""
+        if not self._beside or down.dtype != self._weight.dtype:
+            return None
+        out, rank = len(self._weight), len(down)
+        if len(self._wide) < out + rank:
+            room = -(-rank // _ROOM) * _ROOM
+            self._wide = self._weight.new_empty(out + room, self._weight.shape[1])
+            self._wide[:out] = self._weight
+            self._weight = self._wide[:out]
+            _hold_in(self.layers, self._weight)
+        self._with_down = self._wide[: out + rank]
+        return self._wide[out : out + rank]
+
+    def compute_with(self, down: Tensor = _NOTHING, up: Tensor = _NOTHING) -> None:
+        """Take ΛA, (Σ rank, in), and B among zeros, (Σ rank, Σ out), of a step to come; nothing
+        lets go of them."""
+        self._down, self._up = down, up
+
+    @property
+    def computes_with(self) -> tuple[Tensor, Tensor]:
+        return self._down, self._up
 
     def takes(self, x: Tensor) -> bool:
         """Whether the layers can be computed from their frozen weights and what is folded."""
@@ -58,10 +89,9 @@ class ProjectionGroup:
 
     def folded(self, place: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """ΛA and B transposed of the layer at ``place``, for what ``takes`` refuses."""
-        if self._down.dtype != dtype:
+        if len(self.layers) > 1 or self._down.dtype != dtype:
             return self.stack.folded_alone(self.places[place], dtype)
-        down = self._down.split(self.capacities)[place]
-        return down, self._ups[place]
+        return self._down, self._up
 
     def output(self, place: int, x: Tensor) -> Tensor:
         """The output of the layer at ``place`` for ``x``: (…, in) → (…, out)."""
@@ -72,7 +102,8 @@ class ProjectionGroup:
             if not self._ready:
                 self._asked = ()  # nothing may be kept alive until the next pass
             return found
-        outputs = project(x, self._weight, self._bias, self._down, self._ups)
+        weight = self._with_down if self._beside else self._weight
+        outputs = project(x, weight, self._bias, self._down, self._up, len(self.layers))
         if len(outputs) > 1:
             self._ready = {n: out for n, out in enumerate(outputs) if n != place}
             self._asked = asked
@@ -102,22 +133,24 @@ def _split(parent: str, places: Mapping[str, int]) -> list[list[int]]:
     return groups + [[place] for place in left.values()]
 
 
-def joined(names: Sequence[str], layers: Sequence[AdaptiveLoRA]) -> list[list[int]]:
-    """The places of layers that can compute together, in their order; convolutions and layers of
-    unequal width stay alone."""
+def joined(
+    names: Sequence[str], layers: Sequence[AdaptiveLoRA], ranks: Sequence[int]
+) -> list[list[int]]:
+    """The places of layers that compute together, in their order.
+
+    Convolutions, layers of unequal width and such of large ``ranks`` stay alone: zeros beside
+    their B would cost more than what calls cost.
+    """
     groups = []
     for places in groups_of(names):
         members = [layers[place] for place in places]
         alike = len({(layer.in_features, layer.out_features) for layer in members}) == 1
-        if alike and all(_is_plain(layer.base) for layer in members) and _join_biases(members):
+        small = sum(ranks[place] for place in places) <= _MOST_RANKS
+        if alike and small and all(_is_plain(layer.base) for layer in members):
             groups.append(places)
         else:
             groups += [[place] for place in places]
     return sorted(groups)
-
-
-def _join_biases(layers: Sequence[AdaptiveLoRA]) -> bool:
-    return len({layer.base.bias is None for layer in layers}) == 1
 
 
 @torch.no_grad()
@@ -127,17 +160,18 @@ def _in_one(layers: Sequence[AdaptiveLoRA]) -> tuple[Tensor, Tensor | None]:
     bases: list[Any] = [layer.base for layer in layers]
     if len(bases) == 1:
         return bases[0].weight, bases[0].bias
-    found = []
-    for name in ("weight", "bias"):
-        own = [getattr(base, name) for base in bases]
-        if all(part is None for part in own):
-            found.append(None)
-            continue
-        whole = torch.cat([part.detach() for part in own])
-        for part, view in zip(own, whole.split([len(part) for part in own]), strict=True):
-            part.data = view
-        found.append(whole)
-    return found[0], found[1]
+    weight = torch.cat([base.weight.detach() for base in bases])
+    _hold_in(layers, weight)
+    if all(base.bias is None for base in bases):
+        return weight, None
+    zeros = weight.new_zeros(len(weight) // len(bases))
+    return weight, torch.cat([zeros if base.bias is None else base.bias for base in bases])
+
+
+def _hold_in(layers: Sequence[AdaptiveLoRA], weight: Tensor) -> None:
+    """Let the frozen weights of the layers be views of ``weight``."""
+    for layer, view in zip(layers, weight.chunk(len(layers)), strict=True):
+        layer.base.weight.data = view  # type: ignore[union-attr]
 
 
 def _is_plain(base: nn.Module) -> bool:

@@ -18,7 +18,7 @@ from .. import adaptive_rank
 from ..config.ranks import RankConfig
 from ..files.component import Component
 from .budget import RankBudget, expected_bytes, plan_budget
-from .grouping import ProjectionGroup, joined
+from .grouping import ATTENDED, ProjectionGroup, joined
 from .layers import AdaptiveLoRA, wrap
 from .rank_change import RankChange
 from .stacks import WeightStack
@@ -78,14 +78,15 @@ class AdaptiveRankNetwork(nn.Module):
             first = self.layers[components[0]]
             widths, dtype = (first.in_features, first.out_features), _computes_in(first.base)
             own = [ranks[component] for component in components]
-            stack = WeightStack(components, *widths, own, dtype, self._device)
+            stack = WeightStack(components, *widths, own, dtype, self._device, len(places[0]))
             groups, begin = [], 0
             for group in places:
                 members = [self.layers[component] for component in group]
                 for place, layer in enumerate(members, begin):
                     layer.hold(stack, place)
                 held = range(begin, begin + len(group))
-                groups.append(ProjectionGroup(members, stack, held))
+                names = [self.targets[component].name.rpartition(".")[2] for component in group]
+                groups.append(ProjectionGroup(members, stack, held, ATTENDED.issuperset(names)))
                 for place, layer in enumerate(members):
                     layer.group = groups[-1], place
                 begin += len(group)
@@ -95,12 +96,13 @@ class AdaptiveRankNetwork(nn.Module):
     def _shelves(self, ranks: Sequence[int]) -> list[list[list[int]]]:
         """Groups of components, by the stack that they belong to."""
         shelves: dict[tuple, list[list[list[int]]]] = {}
-        for group in joined(self._names(), self.layers):
+        for group in joined(self._names(), self.layers, ranks):
             layer, text = self.layers[group[0]], self.targets[group[0]].root != "unet"
-            kind = text, layer.in_features, layer.out_features, _computes_in(layer.base)
+            widths = layer.in_features, layer.out_features
+            kind = text, *widths, len(group), _computes_in(layer.base)
             alike = shelves.setdefault(kind, [[]])
             rows = sum(ranks[component] for part in (*alike[-1], group) for component in part)
-            if alike[-1] and rows * max(layer.in_features, layer.out_features) > _LARGEST_STACK:
+            if alike[-1] and rows * max(widths) > _LARGEST_STACK:
                 alike.append([])
             alike[-1].append(group)
         return [shelf for alike in shelves.values() for shelf in alike]
@@ -153,16 +155,36 @@ class AdaptiveRankNetwork(nn.Module):
         )  # (Σ rows,)
         if self._used is not None:
             flat = flat * self._used
-        rows = [stack.rows for stack in self.all_stacks]
-        parts = zip(self.all_stacks, self._groups, flat.split(rows), strict=True)
+        rooms: list[Tensor] = []
+        copies: list[Tensor] = []
+        parts = zip(
+            self.all_stacks,
+            self._groups,
+            flat.split([stack.rows for stack in self.all_stacks]),
+            strict=True,
+        )
         for stack, groups, importance in parts:
             stack.importance = importance
             plain = self.config.mode == "fixed" and not stack.padded
             down, up = stack.folded(None if plain else importance)
-            ups = iter(up.split([slot.capacity for slot in stack.slots]))
-            downs = down.split([sum(group.capacities) for group in groups])
-            for group, part in zip(groups, downs, strict=True):
-                group.compute_with(part, [next(ups) for _ in group.places])
+            rows = [group.rows for group in groups]
+            for group, *sides in zip(groups, down.split(rows), up.split(rows), strict=True):
+                group.compute_with(*sides)
+                if (room := group.room_for(sides[0])) is not None:
+                    rooms.append(room)
+                    copies.append(sides[0].detach())
+        if rooms:
+            torch._foreach_copy_(rooms, copies)  # pyright: ignore[reportPrivateImportUsage]
+
+    def folded(self) -> list[Tensor]:
+        """What layers compute with in this step: ΛA and B, views of one tensor a stack and side."""
+        return [part for groups in self._groups for group in groups for part in group.computes_with]
+
+    def let_go(self) -> None:
+        """Forget what layers compute with. Until :meth:`refresh` each folds its own anew."""
+        for groups in self._groups:
+            for group in groups:
+                group.compute_with()
 
     def mean_rank(self) -> tuple[float, ...]:
         """Mean of the ranks in use of every group, (G,), weighted as its budget is."""

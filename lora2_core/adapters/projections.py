@@ -1,7 +1,8 @@
 """Linear layers with adapters as one differentiable function: eq. 1 with ΔW of eq. 10.
 
-Stateless. Layers that share their input, such as q, k and v of an attention, are computed
-together. There are two exact ways, and the cheaper one is taken: through the ranks, y = W x +
+Stateless. Layers that share their input, such as q, k and v of an attention, are computed as one
+layer whose outputs lie side by side: their A one below the other, their B along the diagonal of
+one matrix. There are two exact ways, and the cheaper one is taken: through the ranks, y = W x +
 B (ΛA x), which costs 3 · tokens · rank · (in + out) for a step; or through the merged weight,
 y = (W + B ΛA) x, which costs tokens · in · out for its gradient whatever the rank. Neither keeps
 anything of the outputs' size for the backward pass. Sums are added up where the products are
@@ -22,102 +23,83 @@ _MERGING_FAVOUR = 4 / 3
 
 
 def project(
-    x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, ups: Sequence[Tensor]
+    x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, count: int = 1
 ) -> tuple[Tensor, ...]:
-    """y_i = W_i x + b_i + B_i Λ_i A_i x for layers that share their input.
+    """y = W x + b + B Λ A x, cut into the outputs of ``count`` layers of one width.
 
-    ``x``: (…, in); ``weight``: every frozen W_i, one below the other, (Σ out, in), and ``bias``
-    (Σ out,); ``down``: every Λ_i A_i, (Σ rank, in); ``ups``: B_i transposed, (rank_i, out_i). All
-    in one dtype. Returns (…, out_i) each, views of one tensor. Gradients go to x, ``down`` and
-    ``ups``.
+    ``x``: (…, in); ``weight``: frozen, (out, in), and ``bias``: (out,); ``down``: ΛA, (rank, in);
+    ``up``: B transposed, (rank, out). All in one dtype. Returns (…, out / count) each, views of
+    one tensor. Gradients go to x, ``down`` and ``up``. Where the outputs will be kept in any case,
+    as those that attention reads are, ``weight`` may hold ``down`` as well, below, (out + rank,
+    in): then one product computes W x and ΛA x, which are kept together.
     """
-    way = _Merged if _merging_pays(x, weight, ups) else _ThroughRanks
-    return way.apply(x, weight, bias, down, *ups)  # type: ignore[return-value]
+    way = _Merged if _merging_pays(x, down, up) else _ThroughRanks
+    return way.apply(x, weight, bias, down, up, count)  # type: ignore[return-value]
 
 
-def _merging_pays(x: Tensor, weight: Tensor, ups: Sequence[Tensor]) -> bool:
+def _merging_pays(x: Tensor, down: Tensor, up: Tensor) -> bool:
     if x.dtype != torch.float32:
         return False  # W + ΔW rounded to 8 or 11 bits would lose a small ΔW
-    inner = weight.shape[1]
-    through_ranks = 3 * sum(rank * (inner + out) for rank, out in (up.shape for up in ups))
-    return weight.numel() < _MERGING_FAVOUR * through_ranks
+    (rank, inner), out = down.shape, up.shape[1]
+    return out * inner < _MERGING_FAVOUR * 3 * rank * (out + inner)
 
 
 class _ThroughRanks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, *ups: Tensor):  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, count: int
+    ):
         rows = x.reshape(-1, x.shape[-1])  # (tokens, in)
-        hidden = rows @ down.t()  # (tokens, Σ rank)
-        outputs = _by_output(F.linear(rows, weight, bias), ups, 1)  # (tokens, out) each
-        for out, part, up in zip(outputs, _by_rank(hidden, ups, 1), ups, strict=True):
-            out.addmm_(part, up)
-        ctx.save_for_backward(x, weight, hidden, down, *ups)
-        return tuple(out.view(*x.shape[:-1], -1) for out in outputs)
+        out, width = F.linear(rows, weight, bias), up.shape[1]
+        if len(weight) > width:
+            out, hidden = out[:, :width], out[:, width:]  # (tokens, out), (tokens, rank)
+        else:
+            hidden = rows @ down.t()
+        ctx.save_for_backward(x, weight[:width], hidden, down, up)
+        return _cut(out.addmm_(hidden, up), x, count)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads: Tensor):  # type: ignore[override]
-        x, weight, hidden, down, *ups = ctx.saved_tensors
-        rows, flat = x.reshape(-1, x.shape[-1]), _flat(grads)
-        sides = list(zip(_by_rank(hidden, ups, 1), flat, ups, strict=True))
-        grad_ups = [part.t() @ grad for part, grad, _ in sides]  # (rank, out) each
-        grad_hidden = _joined([grad @ up.t() for _, grad, up in sides], 1)  # (tokens, Σ rank)
-        grad_down = grad_hidden.t() @ rows  # (Σ rank, in)
+        x, weight, hidden, down, up = ctx.saved_tensors
+        rows, grad = x.reshape(-1, x.shape[-1]), _joined(grads)  # (tokens, in), (tokens, out)
+        grad_up = hidden.t() @ grad  # (rank, out)
+        grad_hidden = grad @ up.t()  # (tokens, rank)
+        grad_down = grad_hidden.t() @ rows  # (rank, in)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad_hidden @ down  # (tokens, in)
-            for grad, part in zip(flat, _by_output(weight, ups), strict=True):
-                grad_x.addmm_(grad, part)
-            grad_x = grad_x.view_as(x)
-        return grad_x, None, None, grad_down, *grad_ups
+            grad_x = (grad @ weight).addmm_(grad_hidden, down).view_as(x)
+        return grad_x, None, None, grad_down, grad_up, None
 
 
 class _Merged(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, *ups: Tensor):  # type: ignore[override]
-        merged = torch.empty_like(weight)  # (Σ out, in)
-        parts = zip(
-            _by_output(merged, ups), _by_output(weight, ups), _by_rank(down, ups), ups, strict=True
-        )
-        for whole, frozen, part, up in parts:
-            torch.addmm(frozen, up.t(), part, out=whole)
-        ctx.save_for_backward(x, merged, down, *ups)
+    def forward(  # type: ignore[override]
+        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, count: int
+    ):
+        merged = torch.addmm(weight[: up.shape[1]], up.t(), down)  # (out, in)
+        ctx.save_for_backward(x, merged, down, up)
         rows = x.reshape(-1, x.shape[-1])  # (tokens, in)
-        outputs = _by_output(F.linear(rows, merged, bias), ups, 1)
-        return tuple(out.view(*x.shape[:-1], -1) for out in outputs)
+        return _cut(F.linear(rows, merged, bias), x, count)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads: Tensor):  # type: ignore[override]
-        x, merged, down, *ups = ctx.saved_tensors
-        rows, flat = x.reshape(-1, x.shape[-1]), _flat(grads)
-        grad_weights = [grad.t() @ rows for grad in flat]  # (out, in) each
-        sides = list(zip(_by_rank(down, ups), grad_weights, ups, strict=True))
-        grad_ups = [part @ grad.t() for part, grad, _ in sides]  # (rank, out) each
-        grad_down = _joined([up @ grad for _, grad, up in sides])  # (Σ rank, in)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            parts = _by_output(merged, ups)
-            grad_x = flat[0] @ parts[0]  # (tokens, in)
-            for grad, part in zip(flat[1:], parts[1:], strict=True):
-                grad_x.addmm_(grad, part)
-            grad_x = grad_x.view_as(x)
-        return grad_x, None, None, grad_down, *grad_ups
+        x, merged, down, up = ctx.saved_tensors
+        rows, grad = x.reshape(-1, x.shape[-1]), _joined(grads)  # (tokens, in), (tokens, out)
+        grad_weight = grad.t() @ rows  # (out, in)
+        grad_up = down @ grad_weight.t()  # (rank, out)
+        grad_down = up @ grad_weight  # (rank, in)
+        grad_x = (grad @ merged).view_as(x) if ctx.needs_input_grad[0] else None
+        return grad_x, None, None, grad_down, grad_up, None
 
 
-def _flat(grads: Sequence[Tensor]) -> list[Tensor]:
-    return [grad.reshape(-1, grad.shape[-1]) for grad in grads]  # (tokens, out) each
+def _cut(out: Tensor, x: Tensor, count: int) -> tuple[Tensor, ...]:
+    """(tokens, out) → (…, out / count) each, views."""
+    return out.unflatten(0, x.shape[:-1]).chunk(count, -1)
 
 
-def _by_rank(joined: Tensor, ups: Sequence[Tensor], dim: int = 0) -> Sequence[Tensor]:
-    """What belongs to each layer along the dimension of all ranks, views."""
-    return joined.split([up.shape[0] for up in ups], dim)
-
-
-def _by_output(joined: Tensor, ups: Sequence[Tensor], dim: int = 0) -> Sequence[Tensor]:
-    """What belongs to each layer along the dimension of all outputs, views."""
-    return joined.split([up.shape[1] for up in ups], dim)
-
-
-def _joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
+def _joined(grads: Sequence[Tensor]) -> Tensor:
+    """(…, out / count) each → (tokens, out)."""
+    grad = grads[0] if len(grads) == 1 else torch.cat(grads, -1)
+    return grad.reshape(-1, grad.shape[-1])

@@ -24,9 +24,9 @@ _GPU_ROWS = 8
 class WeightStack(nn.Module):
     """A and B of components whose layers all take ``in_features`` and give ``out_features``.
 
-    ``components``: their numbers in the network, in the order of their rows. ``down``: (rows, in)
-    and ``up``: (rows, out), which is B transposed, so that a row of both is one rank. ``dtype``:
-    what the model computes in.
+    ``components``: their numbers in the network, in the order of their rows; every ``together`` of
+    them read one input. ``down``: (rows, in) and ``up``: (rows, out), which is B transposed, so
+    that a row of both is one rank. ``dtype``: what the model computes in.
     """
 
     down: nn.Parameter
@@ -40,14 +40,16 @@ class WeightStack(nn.Module):
         ranks: Sequence[int],
         dtype: torch.dtype,
         device: torch.device,
+        together: int = 1,
     ):
         super().__init__()
-        self.components, self.dtype = tuple(components), dtype
+        self.components, self.dtype, self.together = tuple(components), dtype, together
         self._multiple = _GPU_ROWS if device.type == "cuda" else 1  # of the rows of a slot
         self.slots = slots_of(ranks, self._multiple)
         self.down = nn.Parameter(torch.zeros(self.rows, in_features, device=device))
         self.up = nn.Parameter(torch.zeros(self.rows, out_features, device=device))
         self.importance = torch.ones(self.rows, device=device)  # (rows,), replaced every step
+        self._owners: tuple[Tensor, Tensor] | None = None  # of these slots
 
     @property
     def rows(self) -> int:
@@ -72,7 +74,7 @@ class WeightStack(nn.Module):
 
     def take(self, down: ResizedWeight, up: ResizedWeight) -> None:
         """Hold what :meth:`move_to` has made."""
-        self.slots = down.move.new
+        self.slots, self._owners = down.move.new, None
         self.down, self.up = down.new, up.new
 
     @torch.no_grad()
@@ -80,6 +82,7 @@ class WeightStack(nn.Module):
         """New parameters that hold these A, (rank, in), and B, (out, rank)."""
         device = self.down.device
         self.slots = slots_of([len(down) for down in downs], self._multiple)
+        self._owners = None
         self.down = nn.Parameter(torch.zeros(self.rows, self.down.shape[1], device=device))
         self.up = nn.Parameter(torch.zeros(self.rows, self.up.shape[1], device=device))
         for place, (down, up) in enumerate(zip(downs, ups, strict=True)):
@@ -104,23 +107,40 @@ class WeightStack(nn.Module):
         return torch.cat([weight[slot.rows] for slot in self.slots])
 
     def folded(self, importance: Tensor | None) -> tuple[Tensor, Tensor]:
-        """ΛA, (rows, in), and B, (rows, out), in ``dtype``; ``importance`` None stands for 1."""
-        return _folded(self.down, self.up, importance, self.dtype)
+        """ΛA, (rows, in), and B in ``dtype``; ``importance`` None stands for 1.
+
+        B is (rows, together · out): beside the numbers of a row's own layer are zeros for those
+        that it is computed with.
+        """
+        down = _scaled(self.down, importance, self.dtype)
+        if self.together == 1:
+            return down, self.up.to(self.dtype)
+        if self._owners is None:
+            self._owners = self._find_owners()
+        return down, _Spread.apply(self.up, *self._owners, self.dtype)  # type: ignore[return-value]
+
+    def _find_owners(self) -> tuple[Tensor, Tensor]:
+        """Which layer of its group each row belongs to, as 0 and 1, (rows, together), and as the
+        number of that 1, (rows,)."""
+        counts = torch.tensor([slot.capacity for slot in self.slots])
+        layers = torch.arange(len(counts)).remainder(self.together)
+        owner = torch.repeat_interleave(layers, counts)  # (rows,)
+        own = torch.nn.functional.one_hot(owner, self.together).float()
+        places = torch.arange(len(owner)) * self.together + owner
+        return own.to(self.down.device), places.to(self.down.device)
 
     def folded_alone(self, place: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The same of one component, (rank, in) and (rank, out), for a layer that was asked in
         another ``dtype`` than expected; the next step expects it."""
         self.dtype = dtype
         rows = self.slots[place].rows
-        return _folded(self.down[rows], self.up[rows], self.importance[rows], dtype)
+        return _scaled(self.down[rows], self.importance[rows], dtype), self.up[rows].to(dtype)
 
 
-def _folded(
-    down: Tensor, up: Tensor, importance: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def _scaled(down: Tensor, importance: Tensor | None, dtype: torch.dtype) -> Tensor:
     if importance is None:
-        return down.to(dtype), up.to(dtype)
-    return _Scaled.apply(down, importance, dtype), up.to(dtype)  # type: ignore[return-value]
+        return down.to(dtype)
+    return _Scaled.apply(down, importance, dtype)  # type: ignore[return-value]
 
 
 class _Scaled(torch.autograd.Function):
@@ -140,3 +160,19 @@ class _Scaled(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_importance = (grad * down).sum(1)  # (rows,), in fp32
         return grad * importance[:, None], grad_importance, None
+
+
+class _Spread(torch.autograd.Function):
+    """B among zeros, in another type: (rows, out) → (rows, together · out), in one pass."""
+
+    @staticmethod
+    def forward(ctx, up: Tensor, own: Tensor, places: Tensor, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(own, places)
+        out = up.new_empty(len(up), own.shape[1], up.shape[1], dtype=dtype)
+        return torch.mul(up[:, None], own[:, :, None], out=out).flatten(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        own, places = ctx.saved_tensors
+        return grad.view(own.numel(), -1).index_select(0, places), None, None, None

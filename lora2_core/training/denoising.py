@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..config.train import ObjectiveConfig, TrainConfig
 from ..data.samples import Sample, SampleOrder, Text, merge_tokens
+from .draws import to_device
 from .objective import Prediction
 
 
@@ -106,7 +107,7 @@ class DenoisingTask:
         }
 
     def draw(self, generator: torch.Generator, size: int) -> Batch:
-        """``size`` images with noise and uniform timesteps, drawn on the CPU.
+        """``size`` images with noise and uniform timesteps, drawn on the CPU and sent on.
 
         What is switched off draws no number, so a setting that is left alone changes no run.
         """
@@ -123,7 +124,8 @@ class DenoisingTask:
         if offset := self.config.objective.noise_offset:
             level = torch.randn((len(texts), shape[0], 1, 1), generator=generator)
             noise = noise + offset * level
-        return Batch((*chosen, *classes), tuple(texts), self.sigmas[steps], noise, len(classes))
+        sigma, noise = (to_device(part, self.device) for part in (self.sigmas[steps], noise))
+        return Batch((*chosen, *classes), tuple(texts), sigma, noise, len(classes))
 
     def spread(self, generator: torch.Generator, count: int, size: int) -> list[Batch]:
         """``count`` draws in batches of up to ``size``: timesteps spread evenly, photos in turn."""

@@ -6,7 +6,7 @@ will want. What other settings would make of that are ratios, see :func:`scaled`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +19,8 @@ from ..adapters.network import AdaptiveRankNetwork
 from ..config.train import OptimizerConfig, TrainConfig
 from .objective import CrossAttentionEntropy, loss_parts
 
-# Bytes a number of A and B: itself, its gradient, and what the optimizer remembers of it.
+# Bytes a number of A and B: itself, its gradient, and what the optimizer remembers of it. In 16
+# bits what layers compute with and the gradient of that are no larger, and are gone by then.
 LEARNING_BYTES = {"adamw": 16, "adamw8bit": 10.1, "prodigy": 24}
 # The peak over what is kept: gradients on their way, and what the allocator cannot fill. Measured
 # on the demo model at 192 and 384 px, batch 1 and 2 (bench/memory.py): 1.36 to 1.6.
@@ -137,6 +138,7 @@ def _kept(
         looking = entropy.collecting() if entropy else nullcontext()
         with torch.enable_grad(), counter.counting(blocks), looking:
             network.refresh()
+            counter.leave_out(part for part in network.folded() if part.element_size() == 2)
             total = sum(loss_parts(task.predict(batch)))
             if entropy:
                 total = total + entropy.value()
@@ -156,8 +158,13 @@ class _Counter:
         self.outside, self.inputs = 0, 0
         self.inside: dict[int, int] = {}
         # Weak references keep the identity of a storage from being given to a later one.
-        self._seen = {StorageWeakRef(weight.untyped_storage()) for weight in own}
+        self._seen: set[StorageWeakRef] = set()
+        self.leave_out(own)
         self._block: int | None = None
+
+    def leave_out(self, tensors: Iterable[Tensor]) -> None:
+        """Do not count these."""
+        self._seen |= {StorageWeakRef(tensor.untyped_storage()) for tensor in tensors}
 
     @contextmanager
     def counting(self, blocks: Sequence[nn.Module]) -> Iterator[None]:

@@ -15,11 +15,9 @@ from torch import Tensor, nn
 
 from ..adaptive_rank import denoising_loss
 
-# Attention scores kept in memory at once; 2²² fp32 scores are 16 MB.
-_CHUNK_ELEMENTS = 1 << 22
-# Maps up to this size are gathered, and those alike computed in one go: where layers are small,
-# calls cost more than what they compute.
-_SMALL_MAP = 1 << 17
+# Attention scores computed at once. On a CPU 16 MB in fp32, which caches nearly hold; on a GPU
+# 64 MB: there calls cost more than what they compute, so that maps alike are gathered up to that.
+_SCORES_CPU, _SCORES = 1 << 22, 1 << 24
 
 
 @dataclass(frozen=True)
@@ -63,30 +61,33 @@ class _AttentionEntropy(torch.autograd.Function):
     def forward(ctx, query: Tensor, key: Tensor, heads: int) -> Tensor:  # type: ignore[override]
         q, k = _split_heads(query, heads), _split_heads(key, heads)  # (batch · heads, ·, d)
         learning = any(ctx.needs_input_grad)
-        total = torch.zeros((), device=query.device)
-        grad_q, grad_k = torch.empty_like(q), torch.zeros_like(k)
         scale = 1 / math.sqrt(q.shape[-1])
+        totals, grads_q, grad_k = [], [], None
         for rows in _chunks(q, k):
             log_p = _log_attention(q[:, rows], k, scale)  # (batch · heads, rows, text)
             p = log_p.exp()
             plogp = log_p.mul_(p)
-            total -= plogp.sum()
+            of_rows = plogp.sum(-1, keepdim=True)  # −H
+            totals.append(of_rows.sum())
             if learning:
-                # dH/ds = −p (log p + H) with H = −Σ p log p
-                grad_s = p.mul_(plogp.sum(-1, keepdim=True)).sub_(plogp)
-                torch.bmm(grad_s, k, out=grad_q[:, rows])
-                grad_k.baddbmm_(grad_s.transpose(1, 2), q[:, rows])
+                # −dH/ds = p (log p + H), unscaled, so that fp16 can hold it
+                slope = plogp.addcmul_(p, of_rows, value=-1)
+                grads_q.append(torch.bmm(slope, k))
+                of_keys = torch.bmm(slope.transpose(1, 2), q[:, rows])
+                grad_k = of_keys if grad_k is None else grad_k.add_(of_keys)
         count = q.shape[0] * q.shape[1]
-        if learning:  # unscaled, so that fp16 can hold it
+        if grad_k is not None:
+            grad_q = grads_q[0] if len(grads_q) == 1 else torch.cat(grads_q, 1)
             ctx.save_for_backward(_join_heads(grad_q, query), _join_heads(grad_k, key))
-            ctx.scale = scale / count
-        return total / count
+            ctx.scale = -scale / count
+        total = totals[0] if len(totals) == 1 else torch.stack(totals).sum()
+        return total * (-1 / count)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
-        grad_q, grad_k = ctx.saved_tensors
         size = grad * ctx.scale
-        return grad_q * size, grad_k * size, None
+        grad_q, grad_k = (kept * size for kept in ctx.saved_tensors)
+        return grad_q, grad_k, None
 
 
 class CrossAttentionEntropy:
@@ -98,10 +99,10 @@ class CrossAttentionEntropy:
 
     def __init__(self, layers: list[nn.Module]):
         self.layers = layers
-        self.gathers = True  # small maps; False computes each where it arises
+        self.gathers = True  # maps alike; False computes each where it arises
         self._terms: list[Tensor] = []
         self._gathered = 0  # layers beyond one a term
-        self._small: dict[tuple, list[tuple[Tensor, Tensor]]] = {}
+        self._waiting: dict[tuple, list[tuple[Tensor, Tensor]]] = {}
         self._collects = False
 
     @property
@@ -111,7 +112,7 @@ class CrossAttentionEntropy:
     @contextmanager
     def collecting(self) -> Iterator[None]:
         """Hooks in, forget earlier terms; hooks out at the end whatever happens."""
-        self._terms, self._small, self._gathered = [], {}, 0
+        self._terms, self._waiting, self._gathered = [], {}, 0
         self._collects = True
         try:
             with self._hooked(self.layers, self._terms):
@@ -138,12 +139,14 @@ class CrossAttentionEntropy:
 
     def value(self) -> Tensor:
         """L_entropy, the mean over the collected layers; a scalar."""
-        small, self._small = self._small, {}
-        for (heads, *_), pairs in small.items():
-            queries, keys = zip(*pairs, strict=True)
-            together = attention_entropy(torch.cat(queries), torch.cat(keys), heads)
-            self._terms.append(len(pairs) * together)
-            self._gathered += len(pairs) - 1
+        waiting, self._waiting = self._waiting, {}
+        for (heads, *_), pairs in waiting.items():
+            most = max(1, _at_once(pairs[0][0]) // _scores(*pairs[0], heads))
+            for first in range(0, len(pairs), most):
+                queries, keys = zip(*pairs[first : first + most], strict=True)
+                together = attention_entropy(torch.cat(queries), torch.cat(keys), heads)
+                self._terms.append(len(queries) * together)
+                self._gathered += len(queries) - 1
         if not self._terms:
             raise RuntimeError("no cross-attention ran while its entropy was collected")
         return torch.stack(self._terms).sum() / (len(self._terms) + self._gathered)
@@ -159,9 +162,9 @@ class CrossAttentionEntropy:
 
         def add_term(_module: nn.Module, _args: object, output: Tensor) -> None:
             q = query.pop()
-            if self.gathers and q.shape[0] * heads * q.shape[1] * output.shape[1] <= _SMALL_MAP:
+            if self.gathers and 2 * _scores(q, output, heads) <= _at_once(q):
                 alike = heads, q.shape, output.shape, q.dtype
-                self._small.setdefault(alike, []).append((q, output))
+                self._waiting.setdefault(alike, []).append((q, output))
             else:
                 terms.append(attention_entropy(q, output, heads))
 
@@ -169,17 +172,27 @@ class CrossAttentionEntropy:
         yield layer.to_k.register_forward_hook(add_term)  # type: ignore[union-attr,operator]
 
 
+def _at_once(tensor: Tensor) -> int:
+    return _SCORES_CPU if tensor.device.type == "cpu" else _SCORES
+
+
+def _scores(query: Tensor, key: Tensor, heads: int) -> int:
+    return query.shape[0] * heads * query.shape[1] * key.shape[1]
+
+
 def _split_heads(tensor: Tensor, heads: int) -> Tensor:
     """(batch, n, heads·d) → (batch · heads, n, d), fp32."""
     batch, n, width = tensor.shape
-    split = tensor.float().view(batch, n, heads, width // heads).transpose(1, 2)
-    return split.reshape(batch * heads, n, width // heads)
+    split = tensor.view(batch, n, heads, width // heads).transpose(1, 2)
+    copied = split.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    return copied.view(batch * heads, n, width // heads)
 
 
 def _join_heads(tensor: Tensor, like: Tensor) -> Tensor:
     batch, n, width = like.shape
     joined = tensor.view(batch, -1, n, tensor.shape[-1]).transpose(1, 2)
-    return joined.reshape(batch, n, width).to(like.dtype)
+    copied = joined.to(like.dtype, copy=True, memory_format=torch.contiguous_format)
+    return copied.view(batch, n, width)
 
 
 def _log_attention(q: Tensor, k: Tensor, scale: float) -> Tensor:
@@ -189,7 +202,6 @@ def _log_attention(q: Tensor, k: Tensor, scale: float) -> Tensor:
 
 
 def _chunks(q: Tensor, k: Tensor) -> Iterator[slice]:
-    per_row = q.shape[0] * k.shape[1]
-    size = max(1, _CHUNK_ELEMENTS // per_row)
+    size = max(1, _at_once(q) // (q.shape[0] * k.shape[1]))
     for start in range(0, q.shape[1], size):
         yield slice(start, start + size)

@@ -7,13 +7,13 @@ happened.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +22,9 @@ from torch import Tensor
 from ..adapters.network import AdaptiveRankNetwork
 from ..adaptive_rank import gaussian_prior
 from ..config.train import PROBE_DRAWS, TrainConfig, rate_to_try
+from .draws import Draws, Position, to_host
 from .ema import AveragedWeights
+from .events import StepEvent, TrainingError
 from .last_step import LastStep
 from .loss_guard import LossGuard, ProbeGuard
 from .objective import CrossAttentionEntropy, loss_parts
@@ -35,28 +37,6 @@ from .task import Task
 _NOISE_SEED = 0x5EED
 _PROBE_SEED = 0x10A2  # the same for every run, so that runs can be compared with each other
 _TERMS = ("loss", "class image loss", "attention entropy", "rank term", "gradient")
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says what to change."""
-
-
-@dataclass(frozen=True)
-class StepEvent:
-    """One finished step. Losses are without the weights of eq. 14, so settings compare."""
-
-    step: int  # 1 … steps
-    steps: int
-    loss: float  # of the photos: mean squared error, eq. 11, weighted as the task asks
-    prior_loss: float  # of the class images; 0 without prior preservation
-    entropy: float  # nats, eq. 13; 0 when switched off
-    rank_term: float  # as it entered the loss
-    gradient: float  # norm of the gradient of A, B and log ν; 0 in fp16
-    mean_rank: float  # integer ranks, plain mean
-    ranks: tuple[int, ...]
-    resized: int  # components whose rank changed after this step
-    seconds: float  # of this step
-    probe: float | None  # loss on fixed noise and timesteps, when measured after this step
 
 
 def train(
@@ -97,7 +77,8 @@ class Trainer:
         self.guard, self.probe_guard = LossGuard(), ProbeGuard()
         self.scaler = self._new_scaler()
         # Not the seed itself: the adapters were drawn from that, number for number.
-        self.generator = torch.Generator().manual_seed(config.seed ^ _NOISE_SEED)
+        self.draws = Draws(task, config.seed ^ _NOISE_SEED, config.batch_size)
+        self.draws_ahead = network.log_nu.device.type != "cpu"  # where somebody else computes
         probe_generator = torch.Generator().manual_seed(_PROBE_SEED)
         self.probe_every = math.ceil(config.steps / config.probes) if config.probes else 0
         self.probes = (
@@ -127,7 +108,7 @@ class Trainer:
         holds the last good weights, or the best.
         """
         while self.step < self.config.steps and not stop():
-            before = self.last_step.before = self.generator.get_state(), self.task.state()
+            before = self.last_step.before = self.draws.position
             try:
                 if self.step == 0 and self.probe_guard.start is None:
                     self.probe_guard.start = self._measure()
@@ -150,15 +131,14 @@ class Trainer:
             if exploded:
                 self._go_back(event)
 
-    def _undo(self, before: tuple[Any, Any]) -> None:
+    def _undo(self, before: Position) -> None:
         """Forget a step that has failed; ``before``: the draws before it."""
         self._zero_grad()
         scale = self.scaler.state_dict()
         self.scaler = self._new_scaler()  # forgets that gradients were unscaled
         if scale:
             self.scaler.load_state_dict(scale)
-        self.generator.set_state(before[0])
-        self.task.load_state(before[1])
+        self.draws.position = before
         self.last_step.before = None
         if self.step == 0:
             self.probe_guard = ProbeGuard()
@@ -182,7 +162,7 @@ class Trainer:
 
         Also within a step, until it changes anything: see :class:`.last_step.LastStep`.
         """
-        draws = self.last_step.before or (self.generator.get_state(), self.task.state())
+        draws = self.last_step.before or self.draws.position
         return {
             "step": self.step,
             "network": self.network.state(),
@@ -212,8 +192,7 @@ class Trainer:
             self.probe_guard.load_state(state["probe_guard"])
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
-        self.generator.set_state(state["generator"])
-        self.task.load_state(state["task"])
+        self.draws.position = state["generator"], state["task"]
         self.step = int(state["step"])
 
     def _gradients(self, step: int) -> tuple[Tensor, dict[str, float]]:
@@ -221,7 +200,12 @@ class Trainer:
         if step > self._freeze_from:
             self.network.log_nu.requires_grad_(False)
         self._set_rates(step)
-        return self._read(self._backward(), step)
+        terms = self._backward()
+        self.network.let_go()  # what layers computed with, before the optimizer needs room
+        told = to_host(torch.cat([torch.stack(terms), self.network.log_nu.detach()]))
+        if self.draws_ahead and step < self.config.steps:
+            self.draws.look_ahead()
+        return self._read(told(), step)
 
     def _change(self, step: int, started: float, nu: Tensor, values: dict[str, float]) -> StepEvent:
         self.scaler.step(self.optimizer)
@@ -274,7 +258,7 @@ class Trainer:
         """Gradients of one step; returns what _TERMS names, on the device."""
         parts = self.config.optimizer.accumulation
         sums = [self._backward_part(parts) for _ in range(parts)]
-        terms = [sum(part[1:], part[0]) for part in zip(*sums, strict=True)]
+        terms = [functools.reduce(torch.add, part) for part in zip(*sums, strict=True)]
         rank_term = self.control.term(terms[0])
         regulariser = rank_term + self._priors()
         if torch.is_tensor(regulariser) and regulariser.requires_grad:
@@ -284,7 +268,7 @@ class Trainer:
     def _backward_part(self, parts: int) -> list[Tensor]:
         """Forward and backward of one of the batches that make a step; its share of the terms."""
         self.network.refresh()
-        batch = self.task.draw(self.generator, self.config.batch_size)
+        batch = self.draws.next()
         with self.entropy.collecting() if self.entropy else nullcontext():
             photos, prior = loss_parts(self.task.predict(batch))
         entropy = self.entropy.value() if self.entropy else torch.zeros_like(photos)
@@ -327,10 +311,9 @@ class Trainer:
                     total = total + rank.weight_prior.weight * prior
         return total
 
-    def _read(self, terms: list[Tensor], step: int) -> tuple[Tensor, dict[str, float]]:
-        """ν and the terms on the host: the one synchronisation of a step."""
-        packed = torch.cat([torch.stack(terms), self.network.log_nu.detach()]).cpu()
-        values: dict[str, float] = dict(zip(_TERMS, packed[: len(terms)].tolist(), strict=True))
+    def _read(self, told: Tensor, step: int) -> tuple[Tensor, dict[str, float]]:
+        """ν and what _TERMS names, which came to the host: the one synchronisation of a step."""
+        values: dict[str, float] = dict(zip(_TERMS, told.tolist(), strict=False))
         for name, value in values.items():
             if not math.isfinite(value):
                 raise TrainingError(
@@ -338,7 +321,7 @@ class Trainer:
                     f"Lower learning_rate (now {self.config.learning_rate:g}) or set precision to "
                     f"fp32 or bf16 (now {self.config.precision})."
                 )
-        return packed[len(terms) :].exp(), values
+        return told[len(_TERMS) :].exp(), values
 
     def _go_back(self, event: StepEvent) -> None:
         """Put the last good weights back and say what to change."""

@@ -179,8 +179,9 @@ def test_a_finished_training_shows_its_card(page: Page, server: Any):
     row = _row(page, _named(page, name), "finished")
     row.wait_for(timeout=SECONDS)
     page.page.locator(TOAST, has_text=name).first.wait_for()
+    row.scroll_into_view_if_needed()  # pictures are drawn of the rows that are seen
     picture = row.get_by_role("button", name="picture")
-    picture.wait_for(timeout=3 * SECONDS)  # those of other rows may be drawn first
+    picture.wait_for(timeout=SECONDS)
     assert row.locator("img").evaluate("image => image.naturalWidth") > 0
     assert "Mean rank" in row.inner_text() and "B" in row.inner_text()
     picture.click()

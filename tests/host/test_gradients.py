@@ -7,6 +7,7 @@ place of every adapted layer, the noise equations by hand, and torch's own autog
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,10 +54,11 @@ class Step:
     loss: float
 
 
-def _prepare(parts: Any, **changes: Any) -> TrainingSetup:
+def _prepare(parts: Any, start: int = 2, **changes: Any) -> TrainingSetup:
+    """A training whose B and ν are those of the seed ``start``."""
     settings = {"probes": 0, "batch_size": 2, "entropy_weight": ENTROPY, **changes}
     setup = comfy_host.prepare_training(*parts, demo.photos(), demo.settings(**settings))
-    generator = torch.Generator().manual_seed(2)
+    generator = torch.Generator().manual_seed(start)
     with torch.no_grad():  # at the start B is 0, and with it the gradients of A and ν
         for layer in setup.network.layers:
             values = torch.randn(layer.lora_up.shape, generator=generator)
@@ -72,6 +74,21 @@ def _tensors(network: Any) -> Grads:
         "down": [layer.lora_down for layer in layers],
         "up": [layer.lora_up for layer in layers],
         "nu": [network.log_nu],
+    }
+
+
+def _gradients(network: Any) -> Grads:
+    """Of every component, out of the stacks that they lie in."""
+    rows: dict[int, tuple[Tensor, Tensor]] = {}
+    for stack in network.all_stacks:
+        for component, slot in zip(stack.components, stack.slots, strict=True):
+            rows[component] = stack.down.grad[slot.rows], stack.up.grad[slot.rows].t()
+    downs, ups = zip(*(rows[n] for n in range(len(rows))), strict=True)
+    nu = network.log_nu
+    return {
+        "down": list(downs),
+        "up": list(ups),
+        "nu": [torch.zeros_like(nu) if nu.grad is None else nu.grad],
     }
 
 
@@ -91,12 +108,7 @@ def _step(parts: Any, batches: Sequence[Batch] | None = None, **changes: Any) ->
     before = _copies(_tensors(setup.network))
 
     def keep(*_: Any) -> None:
-        found.update(
-            {
-                kind: [torch.zeros_like(t) if t.grad is None else t.grad.clone() for t in part]
-                for kind, part in _tensors(setup.network).items()
-            }
-        )
+        found.update(_copies(_gradients(setup.network)))
 
     trainer.optimizer.register_step_pre_hook(keep)
     event = next(trainer.run())
@@ -301,18 +313,23 @@ def test_without_entropy(parts: Any, model: Any):
 
 
 def test_bf16_weights(parts: Any, model: Any):
-    step = _step(parts, precision="bf16")
-    assert {p.dtype for p in step.setup.task.model.diffusion_model.parameters()} == {
-        torch.bfloat16,
-        torch.float32,  # the adapters
-    }
-    assert {g.dtype for part in step.grads.values() for g in part} == {torch.float32}
-    wanted, loss = Reference(_weights(model, torch.bfloat16), step).gradients()
-    assert step.loss == pytest.approx(loss, rel=0.02)
-    check_near(step.grads, wanted, BF16, BF16_EACH)
-    plain, _ = Reference(_weights(model), step, torch.bfloat16).gradients()
-    for kind, part in wanted.items():
-        ours, theirs = (_errors(grads[kind], part)[0] for grads in (step.grads, plain))
+    """No worse than plain bf16, over two draws: how roundings meet makes one differ by half."""
+    errors: dict[str, list[tuple[float, float]]] = {}
+    for start in (2, 4):
+        step = _step(parts, start=start, precision="bf16")
+        base = step.setup.task.model.diffusion_model
+        assert {p.dtype for p in base.parameters()} == {torch.bfloat16}
+        assert {p.dtype for p in step.setup.network.weights()} == {torch.float32}
+        assert {g.dtype for part in step.grads.values() for g in part} == {torch.float32}
+        wanted, loss = Reference(_weights(model, torch.bfloat16), step).gradients()
+        assert step.loss == pytest.approx(loss, rel=0.02)
+        check_near(step.grads, wanted, BF16, BF16_EACH)
+        plain, _ = Reference(_weights(model), step, torch.bfloat16).gradients()
+        for kind, part in wanted.items():
+            both = (_errors(grads[kind], part)[0] for grads in (step.grads, plain))
+            errors.setdefault(kind, []).append(tuple(both))
+    for kind, found in errors.items():
+        ours, theirs = (statistics.fmean(column) for column in zip(*found, strict=True))
         assert ours < BF16_PLAIN * theirs, f"{kind}: {ours} where plain bf16 has {theirs}"
 
 
@@ -324,7 +341,7 @@ def test_fp8_weights(parts: Any, model: Any, computes: torch.dtype, overall: flo
     stored = _stored(model, torch.float8_e4m3fn, computes)
     step = _step((stored, *parts[1:]))
     kept = {p.dtype for p in step.setup.task.model.diffusion_model.parameters()}
-    assert kept == {computes, torch.float32}
+    assert kept == {computes}
     rounded = _weights(stored)
     assert not torch.equal(
         rounded["input_blocks.0.0.weight"], _weights(model)["input_blocks.0.0.weight"]
@@ -356,7 +373,7 @@ def test_accumulation(parts: Any, model: Any):
 
 
 def test_eight_bit_states(parts: Any, model: Any):
-    rank = RankConfig.fixed(target_rank=32.0, max_rank=32)  # below 4096 numbers states stay fp32
+    rank = RankConfig.fixed(target_rank=32.0, max_rank=32)
     steps = {
         name: _step(parts, steps=8, rank=rank, optimizer=OptimizerConfig(name=name))
         for name in ("adamw", "adamw8bit")
@@ -364,7 +381,7 @@ def test_eight_bit_states(parts: Any, model: Any):
     plain, eight = steps["adamw"], steps["adamw8bit"]
     check_equal(eight.grads, plain.grads)
     states = [state["state1"].dtype for state in eight.trainer.optimizer.state.values()]
-    assert states.count(torch.uint8) > 50
+    assert states.count(torch.uint8) == len(states) >= 8
     rate = eight.setup.config.learning_rate
     for kind in ("down", "up"):
         pairs = zip(

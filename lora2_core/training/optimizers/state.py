@@ -177,21 +177,17 @@ def _of_rows(
 ) -> dict[str, Any]:
     """What is remembered of one component of a stack: views without rows of zeros."""
     slot, width = stack.slots[place], weight.shape[1]
-    first, numbers = slot.start * width, slot.rank * width
-    if state.get("state1") is not None and state["state1"].dtype == torch.uint8:
-        if not apart(stack.slots, width, NUMBERS):  # each gets its numbers
-            whole = {f"state{n}": opened(state, n).view_as(weight) for n in _QUANTIZED}
-            return {"step": state["step"], **{k: v[slot.rows] for k, v in whole.items()}}
-        blocks = slice(first // NUMBERS, first // NUMBERS + -(-numbers // NUMBERS))
+    if "absmax1" in state and not apart(stack.slots, width, NUMBERS):  # each gets its numbers
+        whole = {f"state{n}": opened(state, n).view_as(weight) for n in _QUANTIZED}
+        return {"step": state["step"], **{name: v[slot.rows] for name, v in whole.items()}}
+    first, numbers = slot.start * width // NUMBERS, slot.rank * width
     out = {}
     for name, value in state.items():
-        if name.startswith("qmap"):
-            continue
         if name.startswith("absmax"):
-            out[name] = value[blocks]
+            out[name] = value[first : first - (-numbers // NUMBERS)]
         elif torch.is_tensor(value) and value.numel() == weight.numel():
             out[name] = value.view_as(weight)[slot.rows]
-        else:
+        elif not name.startswith("qmap"):
             out[name] = value
     return out
 
