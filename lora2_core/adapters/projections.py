@@ -28,7 +28,7 @@ def project(
 
     ``x``: (…, in); ``weight``: every frozen W_i, one below the other, (Σ out, in), and ``bias``
     (Σ out,); ``down``: every Λ_i A_i, (Σ rank, in); ``ups``: B_i transposed, (rank_i, out_i). All
-    in one dtype. Returns (…, out_i) each, views of one tensor. Gradients go to x, ``down`` and
+    in one dtype. Returns (…, out_i) each, parts of one tensor. Gradients go to x, ``down`` and
     ``ups``.
     """
     way = _Merged if _merging_pays(x, weight, ups) else _ThroughRanks
@@ -48,11 +48,11 @@ class _ThroughRanks(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, *ups: Tensor):  # type: ignore[override]
         rows = x.reshape(-1, x.shape[-1])  # (tokens, in)
         hidden = rows @ down.t()  # (tokens, Σ rank)
-        outputs = _by_output(F.linear(rows, weight, bias), ups, 1)  # (tokens, out) each
+        outputs = _own_outputs(F.linear(x, weight, bias), ups)  # (…, out) each
         for out, part, up in zip(outputs, _by_rank(hidden, ups, 1), ups, strict=True):
-            out.addmm_(part, up)
+            out.view(-1, out.shape[-1]).addmm_(part, up)
         ctx.save_for_backward(x, weight, hidden, down, *ups)
-        return tuple(out.view(*x.shape[:-1], -1) for out in outputs)
+        return tuple(outputs)
 
     @staticmethod
     @once_differentiable
@@ -82,9 +82,7 @@ class _Merged(torch.autograd.Function):
         for whole, frozen, part, up in parts:
             torch.addmm(frozen, up.t(), part, out=whole)
         ctx.save_for_backward(x, merged, down, *ups)
-        rows = x.reshape(-1, x.shape[-1])  # (tokens, in)
-        outputs = _by_output(F.linear(rows, merged, bias), ups, 1)
-        return tuple(out.view(*x.shape[:-1], -1) for out in outputs)
+        return tuple(_own_outputs(F.linear(x, merged, bias), ups))  # (…, out) each
 
     @staticmethod
     @once_differentiable
@@ -114,9 +112,15 @@ def _by_rank(joined: Tensor, ups: Sequence[Tensor], dim: int = 0) -> Sequence[Te
     return joined.split([up.shape[0] for up in ups], dim)
 
 
-def _by_output(joined: Tensor, ups: Sequence[Tensor], dim: int = 0) -> Sequence[Tensor]:
-    """What belongs to each layer along the dimension of all outputs, views."""
-    return joined.split([up.shape[1] for up in ups], dim)
+def _by_output(joined: Tensor, ups: Sequence[Tensor]) -> Sequence[Tensor]:
+    """What belongs to each layer along the first dimension, of all outputs, views."""
+    return joined.split([up.shape[1] for up in ups])
+
+
+def _own_outputs(joined: Tensor, ups: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The outputs of each layer, which a model may change in place: autograd refuses that for
+    views that a function of our own returns. They lie side by side and never overlap."""
+    return torch.unsafe_split_with_sizes(joined, [up.shape[1] for up in ups], -1)
 
 
 def _joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
