@@ -8,6 +8,7 @@ from lora2_pack.lora2_core.adapters.budget import file_bytes
 from lora2_pack.lora2_core.adaptive_rank import denoising_loss
 from lora2_pack.tests.core import toy
 from lora2_pack.tests.core.stacked import by_component
+from torch import nn
 
 torch.set_num_threads(1)
 
@@ -28,7 +29,7 @@ def test_fixed_mode_is_a_plain_lora(monkeypatch: pytest.MonkeyPatch) -> None:
     trained = [part.clone() for part in by_component(net)]
     for batch in drawn:
         outputs = [
-            layer.base(batch[:, n]) + batch[:, n] @ down.t() @ up
+            nn.functional.linear(batch[:, n], layer.base.weight + up.t() @ down, layer.base.bias)
             for n, (layer, down, up) in enumerate(
                 zip(net.layers, state[::2], state[1::2], strict=True)
             )
