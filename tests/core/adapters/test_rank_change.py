@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -137,7 +138,7 @@ def test_neighbours_that_stay_are_one_piece(pairs: list[tuple[int, int]], multip
     for pieces in (move.rows, move.capacities):
         assert sum(count for _, count in pieces) == len(rows_of(move.new))
         assert all(count > 0 for _, count in pieces)
-        for (start, count), (after, _) in zip(pieces, pieces[1:], strict=False):
+        for (start, count), (after, _) in itertools.pairwise(pieces):
             assert start is None or after != start + count
     same = a_move([(rank, rank) for rank, _ in pairs], 1)
     assert same.rows == same.capacities == ((0, sum(rank for rank, _ in pairs)),)
