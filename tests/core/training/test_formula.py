@@ -59,7 +59,7 @@ class Written:
         self.resizes = 0
 
     def _nu(self, n: int) -> float:
-        return math.exp(float(self.log_nu[n]))
+        return math.exp(float(self.log_nu.detach()[n]))
 
     def _adam(self, n: int) -> torch.optim.AdamW:
         decay = self.config.optimizer.weight_decay
