@@ -70,9 +70,10 @@ def fresh(name: str) -> Trainer:
         targets = find_targets(roots["unet"], "layers")
     else:
         roots = {"unet": toy.Transformer(blocks=1), "te1": toy.Parallel(2, 16)}
-        targets = find_targets(roots["unet"], "attn1|ff") + find_targets(
-            roots["te1"], "layers", "te1"
-        )
+        # With the cross-attention layers of other widths lie between those of one.
+        pattern = "attn|ff" if name == "adamw" else "attn1|ff"
+        targets = find_targets(roots["unet"], pattern)
+        targets += find_targets(roots["te1"], "layers", "te1")
     rate = 1.0 if name == "prodigy" else 1e-2
     config = TrainConfig(
         steps=STEPS,

@@ -89,7 +89,8 @@ class Written:
             weights[name] = weights[name] + self.ups[n] @ scale @ self.downs[n]
         said = functional_call(self.model, weights, (x.double(), context.double()))
         loss = (said - target.double()).square().mean()
-        total = loss + self._rank_term(nu, float(loss)) + self._priors(nu)
+        value = float(loss.detach())
+        total = loss + self._rank_term(nu, value) + self._priors(nu)
         held = number > STEPS - int(STEPS * self.rank.freeze_fraction)
         grads = torch.autograd.grad(total, [*self.downs, *self.ups, self.log_nu])
         for n, optimizer in enumerate(self.optimizers):
@@ -103,8 +104,8 @@ class Written:
             self.nu_optimizer.step()
             self._clamp()
             self._resize(before)
-            self._observe(float(loss))
-        return float(loss)
+            self._observe(value)
+        return value
 
     def _rank_term(self, nu: Tensor, loss: float) -> Tensor:
         if self.rank.mode == "paper":

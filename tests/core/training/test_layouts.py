@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from lora2_pack.lora2_core.adapters.rank_change import apart
 from lora2_pack.lora2_core.config.ranks import Prior
 from lora2_pack.lora2_core.config.train import OptimizerConfig
 from lora2_pack.lora2_core.training.trainer import StepEvent, Trainer
@@ -81,3 +82,17 @@ def test_a_run_goes_on_in_the_other_layout(name: str, padded: bool) -> None:
     assert_alike(first, second)
     assert_told_alike(events[17:], list(second.run()))
     assert_alike(whole, second)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "prodigy"])
+def test_a_run_makes_room_where_an_optimizer_remembers_blocks(name: str) -> None:
+    """And nowhere else, where it would only take memory; a loaded run has that room, too."""
+    optimizer: Any = OptimizerConfig(name=name)
+    rate = 1.0 if name == "prodigy" else 1e-2
+    made, other = (trainer(optimizer, width=20, learning_rate=rate) for _ in range(2))
+    other.load_state(copy.deepcopy(made.state()))
+    for one in (made, other):
+        for stack in one.network.all_stacks:
+            assert stack.padded == (name == "adamw8bit")
+            for width in (stack.down.shape[1], stack.up.shape[1]):
+                assert apart(stack.slots, width, 256 if name == "adamw8bit" else 1)

@@ -132,6 +132,15 @@ def test_the_whole_of_a_stack_s_8_bits_goes_on_bit_by_bit(width: int) -> None:
     fresh = made("adamw8bit", second)
     load_optimizer_state(fresh, copy.deepcopy(state), second.all_stacks)
     assert_same(state["components"], components(second, fresh))
+    for stack in second.all_stacks:
+        for weight in (stack.down, stack.up):
+            spare = torch.ones(stack.rows, dtype=torch.bool)
+            for slot in stack.slots:
+                spare[slot.rows] = False
+            for number in (1, 2):
+                values = fresh.state[weight][f"state{number}"][spare]
+                code = fresh.state[weight].get(f"qmap{number}")
+                assert not (values if code is None else code[values.long()]).any()
     for net, own in ((first, optimizer), (second, fresh)):
         toy.random_steps(net, own, 2)
         toy.resize(net, [float(12 - n % 9) for n in range(17)], own)
