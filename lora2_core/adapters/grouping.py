@@ -104,20 +104,23 @@ def _split(parent: str, places: Mapping[str, int]) -> list[list[int]]:
 
 def joined(names: Sequence[str], layers: Sequence[AdaptiveLoRA]) -> list[list[int]]:
     """The places of layers that can compute together, in their order; convolutions and layers of
-    unequal width stay alone."""
+    unequal width or type stay alone."""
     groups = []
     for places in groups_of(names):
         members = [layers[place] for place in places]
         alike = len({(layer.in_features, layer.out_features) for layer in members}) == 1
-        if alike and all(_is_plain(layer.base) for layer in members) and _join_biases(members):
+        if alike and all(_is_plain(layer.base) for layer in members) and _is_one_kind(members):
             groups.append(places)
         else:
             groups += [[place] for place in places]
     return sorted(groups)
 
 
-def _join_biases(layers: Sequence[AdaptiveLoRA]) -> bool:
-    return len({layer.base.bias is None for layer in layers}) == 1
+def _is_one_kind(layers: Sequence[AdaptiveLoRA]) -> bool:
+    """Whether weights, and biases, can lie in one tensor and stay what they are."""
+    bases: list[Any] = [layer.base for layer in layers]
+    kinds = {(base.weight.dtype, base.weight.device, base.bias is None) for base in bases}
+    return len(kinds) == 1
 
 
 @torch.no_grad()

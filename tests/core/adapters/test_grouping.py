@@ -98,6 +98,7 @@ def test_only_plain_linear_layers_of_one_shape_are_joined() -> None:
         "a convolution": nn.Conv2d(8, 8, 1),
         "another width": nn.Linear(8, 9),
         "no bias": nn.Linear(8, 8, bias=False),
+        "another type": nn.Linear(8, 8).half(),
     }
     for other in others.values():
         layers = [wrap(base) for base in (nn.Linear(8, 8), other)]

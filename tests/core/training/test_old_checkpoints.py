@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -120,3 +121,20 @@ def test_all_that_an_old_run_remembers_is_there(name: str) -> None:
             else:
                 assert torch.equal(torch.as_tensor(now[key]).unique(), value.view(1)), key
     assert quantized == (4 if name == "adamw8bit" else 0)
+
+
+@pytest.mark.parametrize("name", old_runs.NAMES)
+def test_today_s_checkpoints_go_through_a_file_bit_by_bit(name: str, tmp_path: Path) -> None:
+    """Its parts are views of stacks; the file holds each by itself, and no rows of zeros."""
+    whole, first, second = (old_runs.fresh(name) for _ in range(3))
+    for run in (whole, first):
+        list(run.run(lambda run=run: run.step >= old_runs.CUT))
+    path = tmp_path / "x.safetensors"
+    checkpoint.write(path, checkpoint.Checkpoint(name, first.step, name, first.state()))
+    assert path.stat().st_size < 1.2 * (FOLDER / f"{name}.safetensors").stat().st_size
+    second.load_state(checkpoint.read(path, name).state)
+    list(whole.run()), list(second.run())
+    wanted, found = (old_runs.factors(run) for run in (whole, second))
+    assert whole.network.ranks == second.network.ranks
+    for component, sides in wanted.items():
+        assert all(torch.equal(sides[side], found[component][side]) for side in sides)
