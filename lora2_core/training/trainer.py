@@ -274,7 +274,7 @@ class Trainer:
         """Gradients of one step; returns what _TERMS names, on the device."""
         parts = self.config.optimizer.accumulation
         sums = [self._backward_part(parts) for _ in range(parts)]
-        terms = [sum(part[1:], part[0]) for part in zip(*sums, strict=True)]
+        terms: list[Any] = [sum(part[1:], part[0]) for part in zip(*sums, strict=True)]
         rank_term = self.control.term(terms[0])
         regulariser = rank_term + self._priors()
         if torch.is_tensor(regulariser) and regulariser.requires_grad:

@@ -178,11 +178,10 @@ def _of_rows(
     """What is remembered of one component of a stack: views without rows of zeros."""
     slot, width = stack.slots[place], weight.shape[1]
     first, numbers = slot.start * width, slot.rank * width
-    if state.get("state1") is not None and state["state1"].dtype == torch.uint8:
-        if not apart(stack.slots, width, NUMBERS):  # each gets its numbers
-            whole = {f"state{n}": opened(state, n).view_as(weight) for n in _QUANTIZED}
-            return {"step": state["step"], **{k: v[slot.rows] for k, v in whole.items()}}
-        blocks = slice(first // NUMBERS, first // NUMBERS + -(-numbers // NUMBERS))
+    blocks = slice(first // NUMBERS, first // NUMBERS + -(-numbers // NUMBERS))
+    if "absmax1" in state and not apart(stack.slots, width, NUMBERS):  # each gets its numbers
+        whole = {f"state{n}": opened(state, n).view_as(weight) for n in _QUANTIZED}
+        return {"step": state["step"], **{k: v[slot.rows] for k, v in whole.items()}}
     out = {}
     for name, value in state.items():
         if name.startswith("qmap"):
