@@ -138,19 +138,26 @@ def joined(
 ) -> list[list[int]]:
     """The places of layers that compute together, in their order.
 
-    Convolutions, layers of unequal width and such of large ``ranks`` stay alone: zeros beside
+    Convolutions, layers of unequal width or type and such of large ``ranks`` stay alone: zeros beside
     their B would cost more than what calls cost.
     """
     groups = []
     for places in groups_of(names):
         members = [layers[place] for place in places]
-        alike = len({(layer.in_features, layer.out_features) for layer in members}) == 1
+        alike = len({_kind(layer) for layer in members}) == 1
         small = sum(ranks[place] for place in places) <= _MOST_RANKS
         if alike and small and all(_is_plain(layer.base) for layer in members):
             groups.append(places)
         else:
             groups += [[place] for place in places]
     return sorted(groups)
+
+
+def _kind(layer: AdaptiveLoRA) -> tuple[object, ...]:
+    """What layers must have in common, so that their weights can lie in one tensor."""
+    weight = layer.base.weight
+    alike = (weight.dtype, weight.device) if torch.is_tensor(weight) else ()
+    return layer.in_features, layer.out_features, *alike
 
 
 @torch.no_grad()

@@ -49,21 +49,23 @@ class _ThroughRanks(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, count: int
     ):
-        rows = x.reshape(-1, x.shape[-1])  # (tokens, in)
-        out, width = F.linear(rows, weight, bias), up.shape[1]
-        if len(weight) > width:
-            out, hidden = out[:, :width], out[:, width:]  # (tokens, out), (tokens, rank)
+        whole, width = F.linear(x, weight, bias), up.shape[1]
+        flat = whole.view(-1, whole.shape[-1])  # (tokens, out), or (tokens, out + rank)
+        if len(weight) == width:
+            outputs, hidden = _cut(whole, count), x.reshape(-1, x.shape[-1]) @ down.t()
+            flat.addmm_(hidden, up)
         else:
-            hidden = rows @ down.t()
+            flat[:, :width].addmm_(flat[:, width:], up)
+            *outputs, hidden = _cut(whole, count, len(down))
         ctx.save_for_backward(x, weight[:width], hidden, down, up)
-        return _cut(out.addmm_(hidden, up), x, count)
+        return tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads: Tensor):  # type: ignore[override]
         x, weight, hidden, down, up = ctx.saved_tensors
         rows, grad = x.reshape(-1, x.shape[-1]), _joined(grads)  # (tokens, in), (tokens, out)
-        grad_up = hidden.t() @ grad  # (rank, out)
+        grad_up = hidden.reshape(-1, len(down)).t() @ grad  # (rank, out)
         grad_hidden = grad @ up.t()  # (tokens, rank)
         grad_down = grad_hidden.t() @ rows  # (rank, in)
         grad_x = None
@@ -79,8 +81,7 @@ class _Merged(torch.autograd.Function):
     ):
         merged = torch.addmm(weight[: up.shape[1]], up.t(), down)  # (out, in)
         ctx.save_for_backward(x, merged, down, up)
-        rows = x.reshape(-1, x.shape[-1])  # (tokens, in)
-        return _cut(F.linear(rows, merged, bias), x, count)
+        return tuple(_cut(F.linear(x, merged, bias), count))
 
     @staticmethod
     @once_differentiable
@@ -94,9 +95,13 @@ class _Merged(torch.autograd.Function):
         return grad_x, None, None, grad_down, grad_up, None
 
 
-def _cut(out: Tensor, x: Tensor, count: int) -> tuple[Tensor, ...]:
-    """(tokens, out) → (…, out / count) each, views."""
-    return out.unflatten(0, x.shape[:-1]).chunk(count, -1)
+def _cut(whole: Tensor, count: int, rank: int = 0) -> Sequence[Tensor]:
+    """(…, out + rank) → (…, out / count) each, and (…, rank). They lie side by side, but a model
+    may change its own in place: autograd refuses that for views which a function of ours returns."""
+    if count == 1 and not rank:
+        return [whole]
+    sizes = [(whole.shape[-1] - rank) // count] * count
+    return torch.unsafe_split_with_sizes(whole, [*sizes, rank] if rank else sizes, -1)
 
 
 def _joined(grads: Sequence[Tensor]) -> Tensor:

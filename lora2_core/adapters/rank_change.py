@@ -109,11 +109,12 @@ class ResizedWeight:
     def blocks(self, scales: Tensor, numbers: int) -> Tensor:
         """One value for each ``numbers`` of the old weight, which no two slots share, as those of
         the new one; 0 where a block begins. (blocks,) → (blocks,)"""
-        width = self.old.shape[1]
-        pieces = [
-            (None if start is None else start * width // numbers, count * width // numbers)
-            for start, count in self.move.capacities
-        ]
+        width, pieces, rows, done = self.old.shape[1], [], 0, 0
+        for start, count in self.move.capacities:
+            rows += count
+            end = -(-rows * width // numbers)  # the last block of all may not be full
+            pieces.append((None if start is None else start * width // numbers, end - done))
+            done = end
         return _moved(scales, pieces)
 
 

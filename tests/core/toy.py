@@ -21,7 +21,6 @@ import numpy as np
 import pytest
 import torch
 from lora2_pack.lora2_core import adaptive_rank, lora_file
-from lora2_pack.lora2_core.adapters.layers import AdaptiveLoRA
 from lora2_pack.lora2_core.adapters.network import AdaptiveRankNetwork
 from lora2_pack.lora2_core.adapters.rank_change import RankChange
 from lora2_pack.lora2_core.adapters.targets import find_targets
@@ -32,6 +31,7 @@ from lora2_pack.lora2_core.training.objective import Prediction
 from lora2_pack.lora2_core.training.optimizers.make import make_optimizer
 from lora2_pack.lora2_core.training.optimizers.state import follow
 from lora2_pack.lora2_core.training.trainer import StepEvent, train
+from lora2_pack.tests.core.stacked import by_component, grad_of, places
 from PIL import Image
 from torch import Tensor, nn
 
@@ -232,29 +232,31 @@ def component(
     return Component(name, down, up, importance, nu=0.2)
 
 
-def by_rank(layer: AdaptiveLoRA):
-    """A and B, each with what turns it so that its rows are ranks."""
-    return (layer.lora_down, lambda t: t), (layer.lora_up, torch.t)
-
-
 def random_steps(net: AdaptiveRankNetwork, optimizer, steps: int) -> None:
     """Steps with gradients that belong to a row and a step, however many rows there are."""
     for step in range(steps):
-        for weight, turn in (side for layer in net.layers for side in by_rank(layer)):
-            rows, width = turn(weight).shape
-            grad = torch.randn(64, width, generator=torch.Generator().manual_seed(step))
-            weight.grad = turn(grad[:rows]).contiguous()
+        for weight in net.weights():
+            weight.grad = torch.zeros_like(weight)
+        for grad in by_component(net, grad_of):
+            drawn = torch.Generator().manual_seed(step)
+            grad.copy_(torch.randn(64, grad.shape[1], generator=drawn)[: len(grad)])
         optimizer.step()
 
 
 def snapshot(net: AdaptiveRankNetwork, optimizer) -> list[dict[str, Tensor]]:
     """Weight and moments of A and B of every component, rows are ranks."""
-    found = []
-    for weight, turn in (side for layer in net.layers for side in by_rank(layer)):
-        state = optimizer.state[weight]
-        tensors = {"weight": weight, "m": state["exp_avg"], "v": state["exp_avg_sq"]}
-        found.append({name: turn(t.detach()).clone() for name, t in tensors.items()})
-        found[-1]["step"] = state["step"].clone()
+    parts = [by_component(net)]
+    parts += [
+        by_component(net, lambda weight, name=name: optimizer.state[weight][name])
+        for name in ("exp_avg", "exp_avg_sq")
+    ]
+    found = [
+        {name: part.clone() for name, part in zip(("weight", "m", "v"), one, strict=True)}
+        for one in zip(*parts, strict=True)
+    ]
+    stacks = [stack for stack, _ in places(net)]
+    for one, weight in zip(found, (w for s in stacks for w in (s.down, s.up)), strict=True):
+        one["step"] = optimizer.state[weight]["step"].clone()
     return found
 
 
@@ -277,6 +279,7 @@ def silence(net: AdaptiveRankNetwork) -> None:
     """B = 0 everywhere: what is left is the frozen model."""
     for layer in net.layers:
         layer.lora_up.zero_()
+    net.refresh()
 
 
 def infos_in_memory(components: Sequence[Component]) -> list[lora_file.ComponentInfo]:

@@ -11,9 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lora2_pack.lora2_core.adapters import grouping
-from lora2_pack.lora2_core.adapters.grouping import groups_of, join_projections
+from lora2_pack.lora2_core.adapters.grouping import groups_of
 from lora2_pack.lora2_core.adapters.layers import AdaptiveLoRA, wrap
-from lora2_pack.tests.core import toy
+from lora2_pack.tests.core import stacked, toy
 from torch import Tensor, nn
 
 torch.set_num_threads(1)
@@ -23,7 +23,7 @@ CLIP = "text_model.encoder.layers.3"
 NAMES = ("to_q", "to_k", "to_v")
 
 
-def joined(names: list[str]) -> set[frozenset[str]]:
+def siblings(names: list[str]) -> set[frozenset[str]]:
     return {frozenset(names[place] for place in group) for group in groups_of(names)}
 
 
@@ -57,7 +57,7 @@ def test_the_layers_of_sdxl_that_share_their_input_are_joined() -> None:
     alone = {frozenset([name]) for name in names} - {
         frozenset([name]) for group in together for name in group
     }
-    assert joined(names) == together | alone
+    assert siblings(names) == together | alone
     assert len(alone) == 2 + 1 + 2 + 1 + 2 + 2
 
 
@@ -91,45 +91,84 @@ class Patched(nn.Linear):
     weight_function = (lambda weight: weight,)
 
 
-def test_only_plain_linear_layers_are_joined() -> None:
-    plain, patched, conv = nn.Linear(8, 8), Patched(8, 8), nn.Conv2d(8, 8, 1)
-    for other, name in ((patched, "to_k"), (conv, "to_k")):
-        layers = [wrap(base, 2) for base in (plain, other)]
-        join_projections(["unet.attn1.to_q", f"unet.attn1.{name}"], layers)
-        assert [layer.group for layer in layers] == [None, None]
-    layers = [wrap(nn.Linear(8, 8), 2) for _ in range(2)]
-    join_projections(["unet.attn1.to_q", "unet.attn1.to_v"], layers)
-    assert layers[0].group and layers[1].group and layers[0].group[0] is layers[1].group[0]
+def test_only_plain_linear_layers_of_one_shape_are_joined() -> None:
+    """Their frozen weights and biases lie in one tensor then."""
+    others = {
+        "a patch": Patched(8, 8),
+        "a convolution": nn.Conv2d(8, 8, 1),
+        "another width": nn.Linear(8, 9),
+        "no bias": nn.Linear(8, 8, bias=False),
+        "another type": nn.Linear(8, 8).half(),
+    }
+    for other in others.values():
+        layers = [wrap(base) for base in (nn.Linear(8, 8), other)]
+        assert grouping.joined(["unet.attn1.to_q", "unet.attn1.to_k"], layers) == [[0], [1]]
+    for bias in (True, False):
+        layers = [wrap(nn.Linear(8, 8, bias=bias)) for _ in range(3)]
+        names = ["unet.attn1.to_v", "unet.ff", "unet.attn1.to_q"]
+        assert grouping.joined(names, layers) == [[1], [2, 0]]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_joined_weights_are_there_once(bias: bool) -> None:
+    """The layers hold views of the one tensor that computes them, and are what they were."""
+    before = [layer.base.weight.clone() for layer in attention(bias=bias)]
+    layers = attention(bias=bias)
+    group = layers[0].group[0]
+    for name, whole in (("weight", group._weight), ("bias", group._bias)):
+        if whole is None:
+            assert not bias and name == "bias"
+            continue
+        parts = [getattr(layer.base, name) for layer in layers]
+        assert torch.equal(torch.cat(list(parts)), whole)
+        assert len({p.untyped_storage().data_ptr() for p in (whole, *parts)}) == 1
+        assert not any(p.requires_grad for p in parts)
+    for layer, weight in zip(layers, before, strict=True):
+        assert torch.equal(layer.base.weight, weight)
 
 
 # --- what comes out ---------------------------------------------------------------------------
 
 
-def attention(width: int = 64, rank: int = 2) -> list[AdaptiveLoRA]:
+def attention(width: int = 64, rank: int = 2, bias: bool = True) -> list[AdaptiveLoRA]:
     """q, k and v of a self-attention, joined; sizes at which they go through their ranks."""
     layers = []
     for n in range(3):
-        base = nn.Linear(width, width, bias=n != 1)
+        base = nn.Linear(width, width, bias=bias)
         toy.freeze(base, seed=n)
-        layer = wrap(base, rank)
-        with torch.no_grad():
-            layer.lora_down.copy_(toy.noise(rank, width, seed=10 + n) / width**0.5)
-            layer.lora_up.copy_(toy.noise(width, rank, seed=20 + n))
-        layer.importance = toy.noise(rank, seed=30 + n).requires_grad_()
-        layers.append(layer)
-    join_projections([f"unet.attn1.{name}" for name in NAMES], layers)
-    assert all(layer.group is not None for layer in layers)
+        layers.append(wrap(base))
+    names = [f"unet.attn1.{name}" for name in NAMES]
+    assert grouping.joined(names, layers) == [[0, 1, 2]]
+    stack = stacked.held(layers, [rank, rank + 1, rank])
+    stacked.randomise(layers, std=1 / width**0.5)
+    stack.importance = toy.noise(stack.rows, seed=30).requires_grad_()
+    stacked.begin_step(layers)
     return layers
 
 
+def learns(layer: AdaptiveLoRA) -> list[Tensor]:
+    stack, _ = layer._held
+    return [stack.down, stack.up, stack.importance]
+
+
 def by_itself(layer: AdaptiveLoRA, x: Tensor) -> Tensor:
-    return layer.base(x) + layer.delta(x)
+    """W x + b + B Λ A x of this layer, through nothing but autograd."""
+    down = (layer.importance[:, None] * layer.lora_down).to(x.dtype)
+    return layer.base(x) + x @ down.t() @ layer.lora_up.t().to(x.dtype)
+
+
+def another_step(layers: list[AdaptiveLoRA]) -> None:
+    """Other weights, and importances of their own, as every step has them."""
+    stack, _ = layers[0]._held
+    with torch.no_grad():
+        stack.up.mul_(2)
+    stack.importance = stack.importance.detach().clone().requires_grad_()
+    stacked.begin_step(layers)
 
 
 def assert_right(layer: AdaptiveLoRA, x: Tensor) -> None:
     """Value and gradients are those of the layer computed by itself."""
-    inputs = [layer.lora_down, layer.lora_up, layer.importance]
-    inputs += [x] if x.requires_grad else []
+    inputs = learns(layer) + ([x] if x.requires_grad else [])
     outputs = layer(x), by_itself(layer, x)
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
     found, wanted = (
@@ -177,7 +216,7 @@ def test_an_input_of_another_kind_goes_the_plain_way() -> None:
     for layer in layers:
         layer.base.double()
     x = toy.noise(4, 64).double()
-    for layer in layers:  # the group has looked up fp32 weights, which are no longer the layer's
+    for layer in layers:  # the group has joined fp32 weights, which are no longer the layer's
         out = layer(x)
         assert out.dtype == torch.float64
         torch.testing.assert_close(out, by_itself(layer, x))
@@ -210,10 +249,7 @@ def test_a_pass_that_was_interrupted_leaves_nothing_wrong() -> None:
     """The next one, with the same input and other weights, computes anew."""
     layers, x = attention(), toy.noise(4, 64)
     halfway(layers, x)
-    with torch.no_grad():
-        for layer in layers:
-            layer.lora_up.mul_(2)
-            layer.importance = layer.importance.detach().clone().requires_grad_()  # a new step
+    another_step(layers)
     for layer in layers:
         assert_right(layer, x)
 
@@ -223,23 +259,21 @@ def test_nor_when_the_next_one_asks_in_another_order(order: tuple[int, ...]) -> 
     """What lay ready was computed with weights and importances that are no longer there."""
     layers, x = attention(), toy.noise(4, 64)
     halfway(layers, x)
-    with torch.no_grad():
-        for layer in layers:
-            layer.lora_up.mul_(2)
-            layer.importance = layer.importance.detach().clone().requires_grad_()
+    another_step(layers)
     for place in order:
         assert_right(layers[place], x)
 
 
+@pytest.mark.parametrize("new_step", [False, True])
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
-def test_a_look_without_gradients_takes_none_from_the_pass_after_it(order) -> None:
+def test_a_look_without_gradients_takes_none_from_the_pass_after_it(order, new_step: bool) -> None:
     layers, x = attention(), toy.noise(4, 64)
     with torch.no_grad():
         layers[0](x)
-    for layer in layers:  # every step has importances of its own
-        layer.importance = layer.importance.detach().clone().requires_grad_()
+    if new_step:
+        another_step(layers)
     for place in order:
-        assert layers[place](x).requires_grad
+        assert_right(layers[place], x)
 
 
 @pytest.mark.parametrize("learns", [False, True])
@@ -264,6 +298,6 @@ def test_a_real_network_keeps_nothing_of_its_input_after_a_pass() -> None:
     del x, context
     gc.collect()
     assert [ref() for ref in watched] == [None, None]
-    groups = {layer.group[0] for layer in net.layers if layer.group}
+    groups = {layer.group[0] for layer in net.layers}
     assert len(groups) == 10  # a block: q k v, out; q, k v, out
     assert not any(group._ready or group._asked for group in groups)

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from lora2_pack.lora2_core.adapters.layers import AdaptiveLoRA, wrap
 from lora2_pack.tests.core import toy
-from lora2_pack.tests.core.adapters.test_network import conv, randomised
+from lora2_pack.tests.core.adapters.test_network import conv
+from lora2_pack.tests.core.stacked import alone, held
 from torch import Tensor, nn
 
 
@@ -19,10 +20,12 @@ def delta_weight(adapter: AdaptiveLoRA) -> Tensor:
 
 
 def test_linear_delta_is_that_of_its_weight() -> None:
-    adapter = randomised(wrap(nn.Linear(6, 9), 4))
+    adapter = alone(nn.Linear(6, 9), 4)
     x = toy.noise(2, 5, 6)
-    torch.testing.assert_close(adapter.delta(x), F.linear(x, delta_weight(adapter)))
-    torch.testing.assert_close(adapter(x), adapter.base(x) + adapter.delta(x))
+    group, place = adapter.group
+    delta = adapter.delta(x, *group.folded(place, x.dtype))
+    torch.testing.assert_close(delta, F.linear(x, delta_weight(adapter)))
+    torch.testing.assert_close(adapter(x), adapter.base(x) + delta)
 
 
 @pytest.mark.parametrize(
@@ -41,7 +44,7 @@ def test_linear_delta_is_that_of_its_weight() -> None:
     ids=str,
 )
 def test_convolution_delta_is_that_of_its_weight(base: nn.Conv2d) -> None:
-    adapter = randomised(wrap(base, 3))
+    adapter = alone(base, 3)
     merged = copy.deepcopy(base)
     with torch.no_grad():
         merged.weight += delta_weight(adapter).view_as(base.weight)
@@ -51,7 +54,7 @@ def test_convolution_delta_is_that_of_its_weight(base: nn.Conv2d) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_an_adapter_answers_in_the_dtype_of_the_frozen_layer(dtype: torch.dtype) -> None:
-    adapter = randomised(wrap(nn.Linear(6, 9, dtype=dtype), 4))
+    adapter = alone(nn.Linear(6, 9, dtype=dtype), 4)
     assert adapter.lora_down.dtype == adapter.lora_up.dtype == torch.float32
     assert adapter(toy.noise(2, 6).to(dtype)).dtype == dtype
 
@@ -67,4 +70,18 @@ def test_an_adapter_answers_in_the_dtype_of_the_frozen_layer(dtype: torch.dtype)
 )
 def test_what_cannot_be_adapted_is_named(base, rank, error, text) -> None:
     with pytest.raises(error, match=text):
-        wrap(base, rank)
+        held([wrap(base)], [rank])
+
+
+def test_a_and_b_are_views_of_the_stack_and_no_parameters() -> None:
+    adapter = alone(nn.Linear(6, 9), 4)
+    stack, _ = adapter._held
+    assert [name for name, _ in adapter.named_parameters()] == ["base.weight", "base.bias"]
+    with torch.no_grad():
+        adapter.lora_down.fill_(2.0)
+        adapter.lora_up.fill_(3.0)
+    assert (stack.down == 2).all() and (stack.up == 3).all()
+    assert (adapter.lora_down.shape, adapter.lora_up.shape) == ((4, 6), (9, 4))
+    for name in ("lora_down", "lora_up", "importance", "rank"):
+        with pytest.raises(AttributeError):
+            setattr(adapter, name, getattr(adapter, name))

@@ -10,27 +10,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lora2_pack.lora2_core import adaptive_rank
-from lora2_pack.lora2_core.adapters.layers import AdaptiveLoRA
 from lora2_pack.lora2_core.adapters.network import AdaptiveRankNetwork
-from lora2_pack.lora2_core.adapters.rank_change import RankChange, ResizedWeight
+from lora2_pack.lora2_core.adapters.rank_change import RankChange
 from lora2_pack.lora2_core.adapters.targets import find_targets
 from lora2_pack.lora2_core.data.cache import weights_hash
 from lora2_pack.lora2_core.training.optimizers.state import follow
-from lora2_pack.tests.core import toy
+from lora2_pack.tests.core import stacked, toy
 from torch import Tensor, nn
 
 torch.set_num_threads(1)
 
 PAPER = {"mode": "paper", "start": "target", "target_rank": 8.0, "growth": "zero"}
-
-
-def randomised(adapter: AdaptiveLoRA) -> AdaptiveLoRA:
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        adapter.lora_down.normal_(generator=generator)
-        adapter.lora_up.normal_(generator=generator)
-    adapter.importance = torch.exp(-0.3 * torch.arange(adapter.rank))
-    return adapter
 
 
 def conv(kernel: int | tuple[int, int], **options) -> nn.Conv2d:
@@ -104,11 +94,17 @@ def test_ranks_beyond_the_model_are_refused_before_it_is_touched(options, text) 
 def test_only_adapters_and_nu_learn() -> None:
     model = toy.Transformer()
     net = toy.adapt(model, target_rank=4)
-    learning = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert {name.rpartition(".")[2] for name in learning} == {"lora_down", "lora_up"}
-    assert len(learning) == 2 * len(net.targets)
+    assert not [name for name, p in model.named_parameters() if p.requires_grad]
     own = [p for p in net.parameters() if p.requires_grad and p is not net.log_nu]
     assert {id(p) for p in own} == {id(p) for p in net.weights()}
+    assert len(own) == 2 * len(net.all_stacks) == 4  # widths: (16, 16), (12, 16)
+    numbers = [layer.rank * (layer.in_features + layer.out_features) for layer in net.layers]
+    assert sum(p.numel() for p in own) == sum(numbers)
+    stacked.randomise(net.layers)
+    net.refresh()
+    model(toy.noise(2, 6, 16), toy.noise(2, 5, 12)).square().sum().backward()
+    assert all(grad.any(1).all() for grad in stacked.by_component(net, stacked.grad_of))
+    assert net.log_nu.grad is not None and net.log_nu.grad.all()
 
 
 @pytest.mark.parametrize("mode", adaptive_rank.MODES)
@@ -128,8 +124,8 @@ def test_a_new_network_changes_nothing_until_b_does(mode: str, rank: int) -> Non
     net = toy.adapt(model, mode=mode, target_rank=4)
     assert min(net.ranks) == rank
     assert torch.equal(model(x, context), frozen)  # B is zero
-    for layer in net.layers:
-        randomised(layer)
+    stacked.randomise(net.layers)
+    net.refresh()
     assert not torch.allclose(model(x, context), frozen)
     toy.silence(net)
     assert torch.equal(model(x, context), frozen)
@@ -227,26 +223,26 @@ def test_fingerprints_tell_models_apart() -> None:
 
 
 def test_memory_follows_the_rank() -> None:
-    model = nn.Sequential(*(nn.Linear(64, 48) for _ in range(3)))
+    model = nn.Sequential(*(nn.Linear(64, 48) for _ in range(3)), nn.Linear(48, 64))
     net = toy.adapt(model, "", target_rank=32, hysteresis=False)
     optimizer = toy.trained(net)
 
     def held() -> list[int]:
-        """Bytes of weights and optimizer state, storages included, by component."""
+        """Bytes of weights and optimizer state, storages included, by stack."""
         found = []
-        for layer in net.layers:
-            tensors = [layer.lora_down, layer.lora_up]
-            for weight in (layer.lora_down, layer.lora_up):
+        for stack in net.all_stacks:
+            tensors: list[Tensor] = [stack.down, stack.up]
+            for weight in (stack.down, stack.up):
                 tensors += [t for t in optimizer.state[weight].values() if t.numel() > 1]
             found.append(sum(t.untyped_storage().nbytes() for t in tensors))
         return found
 
     per_rank = 3 * 4 * (64 + 48)  # weight and two moments, fp32
-    assert held() == [32 * per_rank] * 3
-    assert toy.resize(net, [4.0, 48.0, 32.0], optimizer).count == 2
-    assert net.ranks == [4, 48, 32]
-    assert held() == [4 * per_rank, 48 * per_rank, 32 * per_rank]
-    assert len(optimizer.state) <= 2 * 3 + 1  # nothing of the old parameters is left
+    assert held() == [96 * per_rank, 32 * per_rank]
+    assert toy.resize(net, [4.0, 48.0, 32.0, 5.0], optimizer).count == 3
+    assert net.ranks == [4, 48, 32, 5]
+    assert held() == [84 * per_rank, 5 * per_rank]
+    assert len(optimizer.state) == 4  # nothing of the old parameters is left
 
 
 @pytest.mark.parametrize("options", [{"target_rank": 8.0}, PAPER], ids=["balanced", "paper"])
@@ -260,7 +256,7 @@ def test_growth_leaves_the_forward_unchanged(options) -> None:
     assert toy.resize(net, [8.0, 7.0, 20.0], optimizer).count == 3
     assert net.ranks == [8, 7, 20]
     torch.testing.assert_close(model(x), before, rtol=1e-5, atol=1e-5)
-    assert all(layer.lora_down[6:].any(dim=1).all() for layer in net.layers)  # new rows can learn
+    assert all(layer.lora_down[6:].any(1).all() for layer in net.layers)  # new rows can learn
 
 
 def test_hysteresis_holds_a_rank_until_nu_asks_for_more_than_half_its_root() -> None:
@@ -317,6 +313,7 @@ def test_a_change_names_every_weight_that_was_replaced() -> None:
     for told, (old, new) in zip(change.weights, replaced, strict=True):
         assert told.old is old and told.new is new
         assert told.grew == (new.numel() > old.numel())
+        assert told.move.new[0].rank == len(new) and told.move.old[0].rank == len(old)
         whole = told.begun(old.detach())
         assert torch.equal(whole, new.detach())
         kept = told.resized(old.detach())
@@ -343,11 +340,11 @@ def test_a_resize_to_the_same_rank_changes_nothing_at_all() -> None:
         optimizer = toy.trained(net)
         if net is replaced:
             assert toy.resize(net, [6.0] * 3, optimizer).count == 0
-            for layer in net.layers:
-                down = ResizedWeight.of(layer.lora_down, 0, layer.rank)
-                up = ResizedWeight.of(layer.lora_up, 1, layer.rank)
-                layer.lora_down, layer.lora_up = down.new, up.new
-                follow(optimizer, RankChange((down, up)))
+            for stack in net.all_stacks:
+                sides = stack.move_to(stack.ranks)
+                stack.take(*sides)
+                follow(optimizer, RankChange(sides))
+                assert not any(side.grew or side.new is side.old for side in sides)
         toy.random_steps(net, optimizer, 3)
         states.append(toy.snapshot(net, optimizer))
     for first, second in zip(*states, strict=True):

@@ -124,8 +124,8 @@ def test_many_moments_fit_into_eight_bits(tmp_path: Path):
     first = job(path)
     finish(at_draw(first, 7, first.stop))
     kept = checkpoint.read(checkpoints(path)[0], first.run_hash)
-    parameters = kept.state["trainer"]["optimizer"]["parameters"]
-    assert any(state["state1"].dtype == torch.uint8 for state in parameters.values())
+    components = kept.state["trainer"]["optimizer"]["components"]
+    assert any(state["state1"].dtype == torch.uint8 for state in components.values())
     check_same_end(finish(job(path)), reference)
 
 

@@ -10,69 +10,82 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lora2_pack.lora2_core import lora_file
-from lora2_pack.lora2_core.adapters.rank_change import RankChange, ResizedWeight
+from lora2_pack.lora2_core.adapters.rank_change import RankChange
+from lora2_pack.lora2_core.adapters.stacks import WeightStack
 from lora2_pack.lora2_core.config.ranks import RankConfig
 from lora2_pack.lora2_core.config.train import OptimizerConfig
 from lora2_pack.lora2_core.training.ema import AveragedWeights
 from lora2_pack.lora2_core.training.optimizers.make import make_optimizer
 from lora2_pack.lora2_core.training.trainer import Trainer
 from lora2_pack.tests.core import toy, toy_job
+from lora2_pack.tests.core.stacked import by_component
 from torch import Tensor, nn
 
 torch.set_num_threads(1)
 
 
-def parameters() -> list[nn.Parameter]:
-    return [nn.Parameter(toy.noise(*shape, seed=9)) for shape in ((3, 4), (5, 2), (1, 1))]
+def stacks() -> list[WeightStack]:
+    """Of three and of one component; the rows of the first stack are padded to four each."""
+    made = [
+        WeightStack(components, *widths, ranks, torch.float32, torch.device("cpu"))
+        for components, widths, ranks in (((2, 0, 3), (4, 5), (3, 4, 1)), ((1,), (2, 1), (1,)))
+    ]
+    made[0].keep_apart(16)
+    moved(made, 0)
+    return made
 
 
-def moved(weights: list[nn.Parameter], step: int) -> None:
-    with torch.no_grad():
-        for n, weight in enumerate(weights):
-            weight.copy_(toy.noise(*weight.shape, seed=10 * step + n))
+def weights_of(made: list[WeightStack]) -> list[nn.Parameter]:
+    return [stack.down for stack in made] + [stack.up for stack in made]
 
 
-def averages(average: AveragedWeights, weights: list[nn.Parameter]) -> list[Tensor]:
-    with average.swapped(weights):
-        return [weight.detach().clone() for weight in weights]
+@torch.no_grad()
+def moved(made: list[WeightStack], step: int) -> None:
+    for n, weight in enumerate(weights_of(made)):
+        weight.copy_(toy.noise(*weight.shape, seed=10 * step + n))
+
+
+def averages(average: AveragedWeights) -> list[Tensor]:
+    with average.swapped():
+        return [weight.detach().clone() for weight in weights_of(list(average.stacks))]
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.floats(0.01, 0.9999), st.integers(1, 60))
 def test_the_average_is_the_weighted_sum_of_all_steps(decay: float, steps: int) -> None:
     """Written out: each step's share is (1 − d) of its own times the decays since."""
-    weights = parameters()
-    average = AveragedWeights(weights, decay)
+    made = stacks()
+    average = AveragedWeights(made, decay)
     decays = [min(decay, n / (9 + n)) for n in range(steps)]
-    wanted = [torch.zeros(w.shape, dtype=torch.float64) for w in weights]
+    wanted = [torch.zeros(w.shape, dtype=torch.float64) for w in weights_of(made)]
     for step in range(steps):
-        moved(weights, step)
-        average.update(weights)
+        moved(made, step)
+        average.update()
         share = 1 - decays[step]
         for later in decays[step + 1 :]:
             share *= later
-        for total, weight in zip(wanted, weights, strict=True):
+        for total, weight in zip(wanted, weights_of(made), strict=True):
             total += share * weight.detach().double()
-    for found, total in zip(averages(average, weights), wanted, strict=True):
+    for found, total in zip(averages(average), wanted, strict=True):
         assert found.dtype == torch.float32
         torch.testing.assert_close(found.double(), total, rtol=1e-5, atol=1e-6)
 
 
 def test_the_random_start_is_forgotten_at_once() -> None:
-    weights = parameters()
-    average = AveragedWeights(weights, 0.999)
-    moved(weights, 1)
-    average.update(weights)
-    for found, weight in zip(averages(average, weights), weights, strict=True):
+    made = stacks()
+    average = AveragedWeights(made, 0.999)
+    moved(made, 1)
+    average.update()
+    for found, weight in zip(averages(average), weights_of(made), strict=True):
         assert torch.equal(found, weight.detach())
 
 
 def test_weights_that_rest_are_their_average() -> None:
-    weights = parameters()
-    average = AveragedWeights(weights, 0.99)
+    made = stacks()
+    average = AveragedWeights(made, 0.99)
     for _ in range(50):
-        average.update(weights)
-    for found, weight in zip(averages(average, weights), weights, strict=True):
+        average.update()
+    for found, weight in zip(averages(average), weights_of(made), strict=True):
         torch.testing.assert_close(found, weight.detach())
 
 
@@ -81,76 +94,81 @@ def test_weights_that_rest_are_their_average() -> None:
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_afterwards_the_weights_are_as_before_bit_by_bit(fails: bool) -> None:
-    weights = parameters()
-    average = AveragedWeights(weights, 0.9)
+    made = stacks()
+    average = AveragedWeights(made, 0.9)
     for step in range(5):
-        moved(weights, step)
-        average.update(weights)
+        moved(made, step)
+        average.update()
+    weights = weights_of(made)
     before = [(w.detach().clone(), w.data_ptr(), id(w)) for w in weights]
-    inside = averages(average, weights)
+    inside = averages(average)
     try:
-        with average.swapped(weights):
+        with average.swapped():
             assert all(torch.equal(w, a) for w, a in zip(weights, inside, strict=True))
             assert not any(torch.equal(w, b) for w, (b, *_) in zip(weights, before, strict=True))
+            assert torch.equal(
+                made[0].lora_down(1), inside[0][made[0].slots[1].rows]
+            )  # views show it, too
             if fails:
                 raise KeyError("x")
     except KeyError:
         assert fails
-    for weight, (values, address, name) in zip(weights, before, strict=True):
+    for weight, (values, address, name) in zip(weights_of(made), before, strict=True):
         assert torch.equal(weight, values)
         assert (weight.data_ptr(), id(weight)) == (address, name)
         assert weight.requires_grad
-    assert all(torch.equal(a, b) for a, b in zip(averages(average, weights), inside, strict=True))
-
-
-def test_a_wrong_number_of_weights_leaves_them_alone() -> None:
-    weights = parameters()
-    average = AveragedWeights(weights[:2], 0.9)
-    moved(weights, 3)
-    before = [weight.detach().clone() for weight in weights]
-    with pytest.raises(ValueError), average.swapped(weights):
-        raise AssertionError("never inside")
-    assert all(torch.equal(w, b) for w, b in zip(weights, before, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(averages(average), inside, strict=True))
 
 
 def test_the_average_shares_nothing_with_the_weights() -> None:
-    weights = parameters()
-    average = AveragedWeights(weights, 0.9)
-    start = averages(average, weights)
-    moved(weights, 1)
-    assert all(torch.equal(a, b) for a, b in zip(averages(average, weights), start, strict=True))
+    made = stacks()
+    average = AveragedWeights(made, 0.9)
+    start = averages(average)
+    moved(made, 1)
+    assert all(torch.equal(a, b) for a, b in zip(averages(average), start, strict=True))
 
 
 # --- a change of rank -------------------------------------------------------------------------
 
 
+RANKS = st.lists(st.integers(1, 8), min_size=3, max_size=3)
+
+
 @settings(max_examples=30, deadline=None)
-@given(st.integers(1, 8), st.integers(1, 8), st.integers(0, 1))
+@given(RANKS, RANKS, st.sampled_from([1, 8]))
 def test_rows_that_stay_keep_their_average_and_new_ones_begin_at_their_weight(
-    old: int, new: int, dim: int
+    old: list[int], new: list[int], multiple: int
 ) -> None:
-    shape = (old, 5) if dim == 0 else (5, old)
-    weights = [nn.Parameter(toy.noise(*shape)), nn.Parameter(toy.noise(2, 2, seed=1))]
-    average = AveragedWeights(weights, 0.9)
+    device = torch.device("cpu")
+    first = WeightStack((0, 1, 2), 5, 6, old, torch.float32, device)
+    first._multiple = multiple
+    first.take(*first.move_to(old))
+    made = [first, WeightStack((3,), 2, 2, [2], torch.float32, device)]
+    average = AveragedWeights(made, 0.9)
     for step in range(4):
-        moved(weights, step)
-        average.update(weights)
-    before = averages(average, weights)
-    resize = ResizedWeight.of(weights[0], dim, new)
-    grown, keep = resize.new, min(old, new)
-    if new > old:
-        with torch.no_grad():
-            grown.narrow(dim, old, new - old).fill_(7.0)
-    average.follow(RankChange((resize,)))
-    first, second = averages(average, [grown, weights[1]])
-    assert torch.equal(first.narrow(dim, 0, keep), before[0].narrow(dim, 0, keep))
-    assert torch.equal(second, before[1])
-    assert (first.narrow(dim, keep, new - keep) == (7.0 if new > old else 0)).all()
+        moved(made, step)
+        average.update()
+    before, slots = averages(average), first.slots
+    change = first.move_to(new)
+    first.take(*change)
     with torch.no_grad():
-        grown.fill_(3.0)
-    average.update([grown, weights[1]])
-    assert first.shape == averages(average, [grown, weights[1]])[0].shape
-    assert grown.shape == first.shape
+        for place, (was, now) in enumerate(zip(old, new, strict=True)):
+            first.lora_down(place)[was:now] = 7.0
+            first.lora_up(place)[:, was:now] = 8.0
+    average.follow(RankChange(change))
+    after = averages(average)
+    assert [a.shape for a in after] == [w.shape for w in weights_of(made)]
+    for place in range(3):
+        keep, was = min(old[place], new[place]), slots[place].start
+        start = first.slots[place].start
+        for n, fill in ((0, 7.0), (2, 8.0)):
+            assert torch.equal(after[n][start : start + keep], before[n][was : was + keep])
+            assert (after[n][start + keep : start + new[place]] == fill).all()
+            padding = after[n][start + new[place] : start + first.slots[place].capacity]
+            assert not padding.any()
+    assert torch.equal(after[1], before[1]) and torch.equal(after[3], before[3])
+    average.update()
+    assert [a.shape for a in averages(average)] == [w.shape for w in weights_of(made)]
 
 
 def test_a_network_that_changes_its_ranks_takes_its_average_along() -> None:
@@ -159,23 +177,24 @@ def test_a_network_that_changes_its_ranks_takes_its_average_along() -> None:
     toy.freeze(model, seed=0)
     net = toy.adapt(model, "", target_rank=6.0, hysteresis=False, growth="random")
     optimizer = make_optimizer(OptimizerConfig(), [(net.weights(), 1e-2)])
-    average = AveragedWeights(net.weights(), 0.9)
+    average = AveragedWeights(net.all_stacks, 0.9)
     for _ in range(3):
         toy.random_steps(net, optimizer, 1)
-        average.update(net.weights())
-    before, old = averages(average, net.weights()), net.ranks
+        average.update()
+
+    def parts() -> list[Tensor]:
+        with average.swapped():
+            return [part.clone() for part in by_component(net)]
+
+    before, old = parts(), net.ranks
     average.follow(toy.resize(net, [3.0, 8.0, 11.0], optimizer))
     assert net.ranks == [3, 8, 11] != old
-    after = averages(average, net.weights())
-    for place, (was, now) in enumerate(zip(before, after, strict=True)):
-        layer, dim = place % 3, place // 3
-        keep = min(old[layer], net.ranks[layer])
-        assert torch.equal(now.narrow(dim, 0, keep), was.narrow(dim, 0, keep))
-        weight = net.weights()[place].detach()
+    for n, (was, now, weight) in enumerate(zip(before, parts(), by_component(net), strict=True)):
+        keep = min(old[n // 2], net.ranks[n // 2])
+        assert torch.equal(now[:keep], was[:keep])
         assert now.shape == weight.shape
-        new = slice(keep, None) if dim == 0 else (slice(None), slice(keep, None))
-        assert torch.equal(now[new], weight[new])
-    average.update(net.weights())
+        assert torch.equal(now[keep:], weight[keep:])
+    average.update()
 
 
 # --- an end of the process --------------------------------------------------------------------
@@ -183,22 +202,30 @@ def test_a_network_that_changes_its_ranks_takes_its_average_along() -> None:
 
 @pytest.mark.parametrize("cut", [0, 1, 7])
 def test_a_loaded_average_goes_on_bit_by_bit(cut: int) -> None:
-    weights = parameters()
-    whole = AveragedWeights(weights, 0.95)
+    made, others = stacks(), stacks()
+    others[0]._multiple = 1  # laid out otherwise
+    others[0].take(*others[0].move_to(others[0].ranks))
+    whole = AveragedWeights(made, 0.95)
     for step in range(cut):
-        moved(weights, step)
-        whole.update(weights)
+        moved(made, step)
+        whole.update()
     saved = copy.deepcopy(whole.state())
-    others = [nn.Parameter(weight.detach().clone()) for weight in weights]
     new = AveragedWeights(others, 0.95)
     new.load_state(saved)
-    for name in map(str, range(3)):
+    assert set(saved) == {"steps", *map(str, range(8))}
+    for name in map(str, range(8)):
         saved[name].fill_(99.0)  # the file may go
     for step in range(cut, cut + 15):
-        moved(weights, step), moved(others, step)
-        whole.update(weights), new.update(others)
-    for a, b in zip(averages(whole, weights), averages(new, others), strict=True):
-        assert torch.equal(a, b)
+        moved(made, step)
+        for old_stack, new_stack in zip(made, others, strict=True):
+            new_stack.become(
+                [old_stack.lora_down(n) for n in range(len(old_stack.slots))],
+                [old_stack.lora_up(n) for n in range(len(old_stack.slots))],
+            )
+        whole.update(), new.update()
+    one, two = whole.state(), new.state()
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[str(n)], two[str(n)]) for n in range(8))
     assert new.steps == whole.steps == cut + 15
 
 
@@ -219,15 +246,15 @@ def test_a_run_saves_the_average_and_not_its_last_weights(tmp_path: Path) -> Non
     net, steps = twin.setup.network, []
     trainer = Trainer(net, twin.setup.task, settings)
     for _event in trainer.run():
-        steps.append([w.detach().double().clone() for w in net.weights()])
+        steps.append([part.double() for part in by_component(net)])
     wanted = [torch.zeros_like(w) for w in steps[0]]
     for n, weights in enumerate(steps):
         decay = min(0.8, n / (9 + n))
         wanted = [decay * a + (1 - decay) * w for a, w in zip(wanted, weights, strict=True)]
     toy_job.finish(job)
-    state, count = lora_file.load(job.path).state, len(net.layers)
+    state = lora_file.load(job.path).state
     for n, target in enumerate(net.targets):
         delta = toy.stored_delta(state, lora_file.kohya_key(target.name))
-        average, last = (side[count + n] @ side[n] for side in (wanted, steps[-1]))
+        average, last = (side[2 * n + 1].t() @ side[2 * n] for side in (wanted, steps[-1]))
         assert (delta - average).norm() < 2e-3 * average.norm()
         assert (last - average).norm() > 0.05 * average.norm(), "they do not differ"

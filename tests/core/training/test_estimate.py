@@ -54,7 +54,8 @@ def kept_by_autograd(network: AdaptiveRankNetwork, task: Any, size: int) -> int:
         network.refresh()
         batch = task.draw(torch.Generator().manual_seed(0), size)
         loss = sum(loss_parts(task.predict(batch)))
-    weights = {w.untyped_storage().data_ptr() for w in task.model.parameters()}
+    learnt = network.weights()
+    weights = {w.untyped_storage().data_ptr() for w in (*task.model.parameters(), *learnt)}
     assert loss.requires_grad
     return sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in weights)
 
@@ -99,13 +100,19 @@ def test_more_of_anything_takes_more(blocks: int, size: int, width: int):
     assert all(a > b for a, b in zip(deeper, parts, strict=True))
 
 
-def test_with_checkpointing_one_block_counts_and_the_inputs_of_all():
+def test_with_checkpointing_one_block_counts_the_inputs_of_all_and_what_is_folded():
     checkpointed = dataclasses.replace(PLAIN, gradient_checkpointing=True)
-    shallow, deep = (Parts(blocks, 64).memory(checkpointed).activations for blocks in (4, 8))
+    shallow, deep = (Parts(blocks, 64) for blocks in (4, 8))
     inputs = 1.45 * 4 * TransformerTask(Transformer(width=64)).draw(torch.Generator(), 1)[0].numel()
-    assert 4 * inputs <= deep - shallow + 4 < 1.3 * 4 * inputs  # the rest: Λ of more layers
-    kept_shallow, kept_deep = (Parts(blocks, 64).memory().activations for blocks in (4, 8))
-    assert kept_deep - kept_shallow > 4 * (deep - shallow)
+
+    def of(parts: Parts, config: TrainConfig = PLAIN) -> float:
+        """Without ΛA, which is there for all layers in any case."""
+        folded = sum(stack.down.numel() for stack in parts.network.all_stacks)
+        return parts.memory(config).activations - 1.45 * 4 * folded
+
+    more = of(deep, checkpointed) - of(shallow, checkpointed)
+    assert 4 * inputs <= more + 4 < 1.3 * 4 * inputs  # the rest: Λ of more layers
+    assert of(deep) - of(shallow) > 4 * more
 
 
 def test_the_entropy_takes_its_share():
@@ -196,8 +203,9 @@ def test_weights_without_data_can_be_counted():
     task.matrix = task.matrix.to("meta")
     found = counted(network, task, None, {"unet": model}, list(model.blocks), PLAIN, batch)
     assert (found.frozen, found.learning) == (real.frozen, real.learning)
-    # Attention keeps other tensors where there is no device to say how it is computed.
-    assert found.activations == pytest.approx(real.activations, rel=0.15)
+    # Attention keeps other tensors where there is no device to say how it is computed: q and k
+    # scaled, beside the one tensor in which they lie with v.
+    assert found.activations == pytest.approx(real.activations, rel=0.25)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ import torch
 from lora2_pack.lora2_core.adapters.budget import file_bytes
 from lora2_pack.lora2_core.adaptive_rank import denoising_loss
 from lora2_pack.tests.core import toy
+from lora2_pack.tests.core.stacked import by_component
+from torch import nn
 
 torch.set_num_threads(1)
 
@@ -16,31 +18,34 @@ def test_fixed_mode_is_a_plain_lora(monkeypatch: pytest.MonkeyPatch) -> None:
     student = toy.Parallel(3, 16)
     task = toy.TeacherTask(student, [0, 2, 5])
     net = toy.adapt(student, "layers", mode="fixed", target_rank=4.0)
-    state = [p.detach().clone().requires_grad_() for p in net.weights()]
-    count, first = len(net.layers), [p.detach().clone() for p in state]
+    first = [part.clone() for part in by_component(net)]
+    state = [part.clone().requires_grad_() for part in first]  # A, (rank, in), B transposed, …
     plain = torch.optim.Adam(state, lr=1e-2)
     drawn = []
     draw = task.draw
     monkeypatch.setattr(task, "draw", lambda *a: drawn.append(draw(*a)) or drawn[-1])
     before = net.log_nu.detach().clone()
     events = toy.run(net, task, steps=6)
-    trained = [p.detach().clone() for p in net.weights()]
+    trained = [part.clone() for part in by_component(net)]
     for batch in drawn:
-        for layer, down, up in zip(net.layers, state[:count], state[count:], strict=True):
-            layer.lora_down, layer.lora_up = (torch.nn.Parameter(p) for p in (down, up))
-        said = task.predict(batch)
-        loss = denoising_loss(said.value, said.target)
-        grads = torch.autograd.grad(loss, net.weights())
-        for weight, grad in zip(state, grads, strict=True):
-            weight.grad = grad
+        outputs = [
+            nn.functional.linear(batch[:, n], layer.base.weight + up.t() @ down, layer.base.bias)
+            for n, (layer, down, up) in enumerate(
+                zip(net.layers, state[::2], state[1::2], strict=True)
+            )
+        ]
+        target = task.predict(batch).target
+        plain.zero_grad()
+        denoising_loss(torch.stack(outputs, 1), target).backward()
         plain.step()
+    assert len(drawn) == 6
     assert torch.equal(net.log_nu, before)
     assert {event.ranks for event in events} == {(4, 4, 4)}
     assert {event.rank_term for event in events} == {0.0}
     assert all(torch.equal(layer.importance, torch.ones(4)) for layer in net.layers)
     assert any(not torch.equal(a, b) for a, b in zip(trained, first, strict=True))
     for weight, expected in zip(trained, state, strict=True):
-        torch.testing.assert_close(weight, expected, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(weight, expected.detach(), rtol=1e-5, atol=1e-7)
 
 
 def test_a_fixed_rank_is_held_to_each_layers_own_size() -> None:
