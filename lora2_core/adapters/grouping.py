@@ -138,8 +138,8 @@ def joined(
 ) -> list[list[int]]:
     """The places of layers that compute together, in their order.
 
-    Convolutions, layers of unequal width or type and such of large ``ranks`` stay alone: zeros beside
-    their B would cost more than what calls cost.
+    Convolutions, layers of unequal width or type and such of large ``ranks`` stay alone: zeros
+    beside their B would cost more than what calls cost.
     """
     groups = []
     for places in groups_of(names):

@@ -144,9 +144,8 @@ class AdaptiveRankNetwork(nn.Module):
         8-bit moments share one scale a block: a component that grows must not move those of
         another. Makes new parameters where rows have to move.
         """
-        for stack in self.all_stacks:
-            stack.keep_apart(numbers)
-        self._index_ranks()
+        if any([stack.keep_apart(numbers) for stack in self.all_stacks]):
+            self._index_ranks()
 
     def refresh(self) -> None:
         """Recompute every Λ (eq. 10), and what layers compute with, for the step to come."""

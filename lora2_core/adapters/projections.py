@@ -96,8 +96,8 @@ class _Merged(torch.autograd.Function):
 
 
 def _cut(whole: Tensor, count: int, rank: int = 0) -> Sequence[Tensor]:
-    """(…, out + rank) → (…, out / count) each, and (…, rank). They lie side by side, but a model
-    may change its own in place: autograd refuses that for views which a function of ours returns."""
+    """(…, out + rank) → (…, out / count) each, and (…, rank). They lie side by side, and a model may
+    change its own in place, which autograd refuses for views that a function of ours returns."""
     if count == 1 and not rank:
         return [whole]
     sizes = [(whole.shape[-1] - rank) // count] * count
@@ -106,5 +106,5 @@ def _cut(whole: Tensor, count: int, rank: int = 0) -> Sequence[Tensor]:
 
 def _joined(grads: Sequence[Tensor]) -> Tensor:
     """(…, out / count) each → (tokens, out)."""
-    grad = grads[0] if len(grads) == 1 else torch.cat(grads, -1)
+    grad = grads[0] if len(grads) == 1 else torch.cat(list(grads), -1)
     return grad.reshape(-1, grad.shape[-1])

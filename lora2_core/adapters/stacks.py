@@ -89,11 +89,17 @@ class WeightStack(nn.Module):
             self.lora_down(place).copy_(down)
             self.lora_up(place).copy_(up)
 
-    def keep_apart(self, numbers: int) -> None:
-        """Lay rows out so that no block of so many numbers belongs to two components."""
+    def keep_apart(self, numbers: int) -> bool:
+        """Lay rows out so that no block of so many numbers belongs to two components; whether
+        they had to move."""
+        multiple = self._multiple
         for weight in (self.down, self.up):
-            self._multiple = math.lcm(self._multiple, numbers // math.gcd(numbers, weight.shape[1]))
+            multiple = math.lcm(multiple, numbers // math.gcd(numbers, weight.shape[1]))
+        if multiple == self._multiple:
+            return False
+        self._multiple = multiple
         self.take(*self.move_to(self.ranks))
+        return True
 
     @property
     def padded(self) -> bool:

@@ -138,7 +138,8 @@ def _kept(
         looking = entropy.collecting() if entropy else nullcontext()
         with torch.enable_grad(), counter.counting(blocks), looking:
             network.refresh()
-            counter.leave_out(part for part in network.folded() if part.element_size() == 2)
+            counter.begin_with(part for part in network.folded() if part.element_size() > 2)
+            counter.leave_out(network.folded())
             total = sum(loss_parts(task.predict(batch)))
             if entropy:
                 total = total + entropy.value()
@@ -161,6 +162,11 @@ class _Counter:
         self._seen: set[StorageWeakRef] = set()
         self.leave_out(own)
         self._block: int | None = None
+
+    def begin_with(self, tensors: Iterable[Tensor]) -> None:
+        """Count these, which outlast every block."""
+        for tensor in tensors:
+            self._pack(tensor)
 
     def leave_out(self, tensors: Iterable[Tensor]) -> None:
         """Do not count these."""
