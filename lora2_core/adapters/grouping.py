@@ -46,7 +46,7 @@ class ProjectionGroup:
         self._plain = all(_is_plain(layer.base) for layer in layers)
         # Looked up once: hundreds of lookups a step through modules would show on small models.
         self._weight, self._bias = _in_one(layers)  # (Σ out, in), (Σ out,)
-        self._beside = attended and self._plain and self._bias is None
+        self._beside = attended and self._plain and self._bias is None and _calls_cost(self._weight)
         self._wide = self._with_down = self._weight  # with room for ΛA below, and with ΛA
         self._asked: tuple[object, ...] = ()  # what the outputs at hand were computed for
         self._ready: dict[int, Tensor] = {}
@@ -151,6 +151,12 @@ def joined(
         else:
             groups += [[place] for place in places]
     return sorted(groups)
+
+
+def _calls_cost(weight: Tensor) -> bool:
+    """Whether a call saved is worth that outputs lie apart in memory: not on a CPU, where the
+    attention of SDXL's width takes 4 % longer to read them (bench/step.py)."""
+    return weight.device.type != "cpu"
 
 
 def _kind(layer: AdaptiveLoRA) -> tuple[object, ...]:

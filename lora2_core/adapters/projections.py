@@ -96,7 +96,7 @@ class _Merged(torch.autograd.Function):
 
 
 def _cut(whole: Tensor, count: int, rank: int = 0) -> Sequence[Tensor]:
-    """(…, out + rank) → (…, out / count) each, and (…, rank). They lie side by side, and a model may
+    """(…, out + rank) → (…, out / count) each, and (…, rank). They lie side by side; a model may
     change its own in place, which autograd refuses for views that a function of ours returns."""
     if count == 1 and not rank:
         return [whole]
