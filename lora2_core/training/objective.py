@@ -18,6 +18,7 @@ from ..adaptive_rank import denoising_loss
 # Attention scores computed at once. On a CPU 16 MB in fp32, which caches nearly hold; on a GPU
 # 64 MB: there calls cost more than what they compute, so that maps alike are gathered up to that.
 _SCORES_CPU, _SCORES = 1 << 22, 1 << 24
+_SMALL_MAP_CPU = 1 << 17  # scores up to which copying maps together costs a CPU less than calls
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ class CrossAttentionEntropy:
 
         def add_term(_module: nn.Module, _args: object, output: Tensor) -> None:
             q = query.pop()
-            if self.gathers and 2 * _scores(q, output, heads) <= _at_once(q):
+            if self.gathers and _scores(q, output, heads) <= _small_map(q):
                 alike = heads, q.shape, output.shape, q.dtype
                 self._waiting.setdefault(alike, []).append((q, output))
             else:
@@ -174,6 +175,10 @@ class CrossAttentionEntropy:
 
 def _at_once(tensor: Tensor) -> int:
     return _SCORES_CPU if tensor.device.type == "cpu" else _SCORES
+
+
+def _small_map(tensor: Tensor) -> int:
+    return _SMALL_MAP_CPU if tensor.device.type == "cpu" else _SCORES // 2
 
 
 def _scores(query: Tensor, key: Tensor, heads: int) -> int:
