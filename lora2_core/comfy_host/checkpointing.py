@@ -7,7 +7,7 @@ works on the blocks of a private copy, whose names, classes and weights stay as 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
@@ -24,13 +24,17 @@ _KINDS: dict[Level, str] = {"block": "BasicTransformerBlock", "transformer": "Sp
 
 
 def checkpoint_blocks(
-    model: nn.Module, level: Level = "block", entropy: CrossAttentionEntropy | None = None
+    model: nn.Module,
+    level: Level = "block",
+    entropy: CrossAttentionEntropy | None = None,
+    which: Collection[int] | None = None,
 ) -> None:
     """Let the blocks of a private U-Net forget their activations until the backward pass.
 
     ``level``: a checkpoint for every block, or only one for all blocks of a spatial transformer,
-    which keeps less still. ``entropy``: whose terms the blocks yield while it collects. May be
-    called again, with another level too. Gradients stay exactly the same. Raises ValueError for a
+    which keeps less still. ``entropy``: whose terms the blocks yield while it collects.
+    ``which``: numbers of the blocks, in their order; None for all. May be called again, with
+    another level too. Gradients stay exactly the same. Raises ValueError for a
     model without such blocks.
     """
     remove_checkpoints(model)
@@ -40,9 +44,11 @@ def checkpoint_blocks(
             f"{type(model).__name__} has no {_KINDS[level]} to checkpoint; switch "
             "gradient_checkpointing off."
         )
-    if entropy is not None:
-        entropy.gathers = False  # a gathered map would live on outside of its block
-    for block in blocks:
+    chosen = [block for n, block in enumerate(blocks) if which is None or n in which]
+    if entropy is not None:  # a gathered map would live on outside of its block
+        inside = {module for block in chosen for module in block.modules()}
+        entropy.apart = inside.intersection(entropy.layers)
+    for block in chosen:
         block.forward = _Checkpoint(block, entropy)
 
 

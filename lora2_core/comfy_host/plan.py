@@ -6,6 +6,7 @@ cuts of the photos and the layers to adapt come first.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import nn
 from ..adapters import budget
 from ..adapters.budget import RankBudget, plan_budget
 from ..adapters.targets import Target, find_targets
+from ..config.presets import AUTO
 from ..config.train import TrainConfig
 from ..data.cache import TensorCache
 from ..data.cropping import Crop, crops
@@ -52,6 +54,7 @@ class TrainingPlan:
     live: TextEncoders | None  # text encoders to be trained
     targets: tuple[Target, ...]
     budget: RankBudget
+    follows_memory: bool = False  # gradient checkpointing of as many blocks as memory asks for
 
     @property
     def roots(self) -> dict[str, nn.Module]:
@@ -109,6 +112,9 @@ def plan_training(
     DatasetError for a mask that its photo's cut leaves out, and ValueError for targets and ranks
     that the model does not have.
     """
+    follows_memory = config.gradient_checkpointing == AUTO
+    if follows_memory:  # how a run is computed decides nothing of it
+        config = dataclasses.replace(config, gradient_checkpointing=False)
     check_settings(model, config)
     if paints(config, class_photos):
         surface.need(Part.PAINTING)
@@ -126,7 +132,7 @@ def plan_training(
         encoder.text("")  # says when the CLIP is of another family; every run needs it
     return TrainingPlan(
         model, vae, tuple(photos), tuple(class_photos), config, disk,
-        encoder, cuts, private, live, targets, planned,
+        encoder, cuts, private, live, targets, planned, follows_memory,
     )  # fmt: skip
 
 

@@ -32,7 +32,7 @@ from .loading.fitting import remember_base_hash
 from .models import DTYPES, prediction_of, put_in_place
 from .painting import Painter
 from .plan import TrainingPlan, plan_training
-from .running import raise_if_cancelled
+from .running import free_memory, raise_if_cancelled
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -85,10 +85,15 @@ def carry_out(plan: TrainingPlan) -> TrainingSetup:
     options = {"optimized_attention_override": _plain_attention}
     task = DenoisingTask(private, samples, texts, options, prediction, config, extra)
     measured = cross if config.entropy_weight > 0 else None
-    expected = attempt(network, task, measured, roots, blocks_of(unet), config)
+    blocks = blocks_of(unet)
+    free = free_memory() if plan.follows_memory else None
+    expected = attempt(network, task, measured, roots, blocks, config, free)
     checkpoint = partial(checkpoint_blocks, unet, entropy=cross)
     if config.gradient_checkpointing:
         checkpoint()
+    elif plan.follows_memory and expected is not None and expected.twice:
+        checkpoint(which=expected.twice)
+    all_twice = expected is not None and len(expected.twice) == len(blocks)
     return TrainingSetup(
         config=dataclasses.replace(config, precision=_name_of(unet.dtype)),
         network=network,
@@ -103,6 +108,7 @@ def carry_out(plan: TrainingPlan) -> TrainingSetup:
             "sampling": content_key(prediction, sampling),
         },
         painter=painter if config.samples.prompts else None,
+        checkpointing=bool(config.gradient_checkpointing) or all_twice,
         enable_checkpointing=checkpoint,
         estimate=expected,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from .checks import ConfigError
 from .ranks import RankConfig
@@ -21,7 +21,7 @@ from .train import (
 )
 
 AS_SET = "as set above"
-AUTO = "auto"  # of an option: the preset's own choice, or else the default
+AUTO: Literal["auto"] = "auto"  # of an option: the preset's own choice, or else the default
 
 # The paper, appendix A1: 1024 px, batch 1, learning rate 5e-5, fp16 mixed precision, gradient
 # checkpointing, 8-bit Adam; section 4: λ_r = λ_e = 1e-4, 500 steps on SDXL and 800 on KOALA-700m.
@@ -157,12 +157,14 @@ def _optimizer(named: dict[str, Any], preset: str, options: Options) -> Optimize
     return dataclasses.replace(config, name=name)
 
 
-def _checkpointing(named: dict[str, Any], preset: str, options: Options) -> bool:
+def _checkpointing(named: dict[str, Any], preset: str, options: Options) -> bool | Literal["auto"]:
     wanted = named.pop("gradient_checkpointing", None)
     asked = options.gradient_checkpointing
     if wanted is not None and asked not in (None, wanted):
         raise _contradiction(preset, "gradient_checkpointing", "on", "off")
-    return bool(asked if wanted is None else wanted)
+    if wanted is None:
+        return AUTO if asked is None else asked
+    return bool(wanted)
 
 
 def _agree(preset: str, ranks: dict[str, Any], named: Mapping[str, Any], options: Options) -> None:

@@ -154,7 +154,8 @@ class TrainConfig:
     resolution: int = 1024  # px, multiple of 32; the paper: 1024
     seed: int = 0  # of weights, noise, timesteps and the order of images
     precision: Precision = "auto"  # of the frozen model; adapters and ν are always fp32
-    gradient_checkpointing: bool = False  # recompute each block in backward; the paper: on
+    # Recompute blocks in backward; the paper: on. "auto": as few as the free memory asks for.
+    gradient_checkpointing: bool | Literal["auto"] = False
     entropy_weight: float = 1e-4  # λ_e of eq. 14; 0 switches the term off
     probes: int = 25  # measurements of the loss on fixed noise and timesteps during a run
     targets: str = "attention"  # preset of targets.PRESETS or a regular expression
@@ -179,7 +180,8 @@ class TrainConfig:
             )
         checks.whole("seed", self.seed, 0, 2**63 - 1, "any number in it gives a valid run")
         checks.choice("precision", self.precision, PRECISIONS)
-        checks.is_a("gradient_checkpointing", self.gradient_checkpointing, bool)
+        if self.gradient_checkpointing != "auto":
+            checks.is_a("gradient_checkpointing", self.gradient_checkpointing, bool)
         checks.number("entropy_weight", self.entropy_weight, 0, 1e6, "the paper uses 0.0001")
         checks.whole("probes", self.probes, 0, 10_000, "25 is enough for a curve")
         _text("targets", self.targets, "use 'attention'")

@@ -74,7 +74,7 @@ class Run:
         self.setup, self.config, self.files, self.keeper = setup, setup.config, files, run_keeper
         self.progress, self.gate, self.watch = progress, gate, watch
         self.trainer = Trainer(setup.network, setup.task, setup.config, setup.entropy)
-        self.checkpointing = setup.config.gradient_checkpointing
+        self.checkpointing = setup.checkpointing or bool(setup.config.gradient_checkpointing)
         # A name that was not free from the start is no news at the end.
         self.taken = files.lora.name if files.lora.exists() else None
         self.resumed: Path | None = None  # where the interrupted run wrote, or was to

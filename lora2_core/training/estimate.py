@@ -10,7 +10,7 @@ import logging
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import nn
 from ..adapters.network import AdaptiveRankNetwork
 from ..config.train import PROBE_DRAWS, TrainConfig
 from ..files.header import first_line
-from .memory import Memory, counted, size
+from .memory import Memory, kept, lasting, size
 from .objective import CrossAttentionEntropy
 
 # A step in forward passes without gradient. Measured on the demo model and on two blocks of SDXL's
@@ -35,13 +35,16 @@ class Estimate:
     seconds: float
     file: int  # bytes
     file_shrinks: bool = False  # ranks start at their largest, so that ``file`` is a bound
+    twice: tuple[int, ...] = ()  # blocks to compute twice, for ``memory`` to fit
+    blocks: int = 0  # in all
 
     def text(self) -> str:
         """One line for people."""
         bound = "at most " if self.file_shrinks else ""
+        twice = f", {len(self.twice)} of {self.blocks} blocks computed twice" if self.twice else ""
         return (
             f"about {size(self.memory.total)} of memory and {_duration(self.seconds)}, "
-            f"give or take a third, and a file of {bound}{size(self.file)}"
+            f"give or take a third, and a file of {bound}{size(self.file)}{twice}"
         )
 
 
@@ -67,18 +70,29 @@ def estimate(
     roots: Mapping[str, nn.Module],
     blocks: Sequence[nn.Module],
     config: TrainConfig,
+    free: int | None = None,
 ) -> Estimate:
     """What ``config`` takes on the models of ``roots``, adapters in and checkpoints not yet.
 
-    ``blocks``: those that gradient checkpointing computes twice. Draws nothing from any generator
-    of the run.
+    ``blocks``: those that gradient checkpointing computes twice; ``free``: bytes that are free
+    now, to choose as few of them as that asks for, None for what ``config`` says. Draws nothing
+    from any generator of the run.
     """
     batch = _largest(task, config)
+    found = kept(network, task, entropy, roots, blocks, batch)
+    parameters = sum(weight.numel() for weight in network.weights())
+    held = lasting(roots, parameters, config)
+    twice = tuple(range(len(blocks))) if config.gradient_checkpointing else ()
+    if free is not None and not twice:
+        to_come = held.learning - 4 * parameters  # A and B themselves are there
+        twice = found.fewest_twice(free - to_come)
     return Estimate(
-        memory=counted(network, task, entropy, roots, blocks, config, batch),
-        seconds=_seconds(network, task, batch, config),
+        memory=replace(held, activations=found.activations(twice)),
+        seconds=_seconds(network, task, batch, config, len(twice) / max(1, len(blocks))),
         file=network.expected_bytes(),
         file_shrinks=config.rank.mode == "paper" and config.rank.target_megabytes is None,
+        twice=twice,
+        blocks=len(blocks),
     )
 
 
@@ -91,8 +105,11 @@ def _largest(task: Any, config: TrainConfig) -> Any:
         task.load_state(before)
 
 
-def _seconds(network: AdaptiveRankNetwork, task: Any, batch: Any, config: TrainConfig) -> float:
-    """Of the whole run: from the second of two forward passes, the first one warms up."""
+def _seconds(
+    network: AdaptiveRankNetwork, task: Any, batch: Any, config: TrainConfig, twice: float
+) -> float:
+    """Of the whole run: from the second of two forward passes, the first one warms up. ``twice``:
+    share of the blocks that are computed so."""
     one = 0.0
     with torch.no_grad():
         network.refresh()
@@ -102,7 +119,7 @@ def _seconds(network: AdaptiveRankNetwork, task: Any, batch: Any, config: TrainC
             task.predict(batch)
             _synchronize(network.log_nu.device)
             one = time.perf_counter() - started
-    passes = _PASSES_CHECKPOINTED if config.gradient_checkpointing else _PASSES
+    passes = _PASSES + twice * (_PASSES_CHECKPOINTED - _PASSES)
     steps = config.steps * config.optimizer.accumulation * passes
     images = max(1, config.batch_size)
     probes = (config.probes + 1) * PROBE_DRAWS / images if config.probes else 0

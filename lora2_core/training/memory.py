@@ -6,7 +6,7 @@ will want. What other settings would make of that are ratios, see :func:`scaled`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -50,6 +50,32 @@ class Memory:
 SDXL = Memory(5_135_000_000, 372_000_000, 8_533_000_000)  # counted with TrainConfig(), 16 bits
 
 
+@dataclass(frozen=True)
+class Kept:
+    """Bytes that a forward pass keeps for the backward pass, by transformer block."""
+
+    outside: int
+    inside: tuple[int, ...]  # of each block
+    inputs: tuple[int, ...]  # of each block: what is kept of it if it is computed twice
+
+    def activations(self, twice: Collection[int]) -> int:
+        """What is taken at the peak, to spare included, where blocks ``twice`` are computed twice:
+        of them one is there whole at a time."""
+        whole = sum(size for block, size in enumerate(self.inside) if block not in twice)
+        again = max((self.inside[block] for block in twice), default=0)
+        inputs = sum(self.inputs[block] for block in twice)
+        return int(_SPARE * (self.outside + whole + inputs + again))
+
+    def fewest_twice(self, room: int) -> tuple[int, ...]:
+        """The fewest blocks to compute twice, so that activations fit into ``room`` bytes; all of
+        them where even that is too much."""
+        largest = sorted(range(len(self.inside)), key=lambda block: -self.inside[block])
+        for count in range(len(largest) + 1):
+            if self.activations(largest[:count]) <= room:
+                return tuple(sorted(largest[:count]))
+        return tuple(range(len(self.inside)))
+
+
 def counted(
     network: AdaptiveRankNetwork,
     task: Any,
@@ -63,12 +89,10 @@ def counted(
 
     Adapters are in and checkpoints not yet; ``blocks``: those that checkpointing computes twice.
     """
-    outside, inside, inputs = _kept(network, task, entropy, roots, blocks, batch)
-    kept = outside + sum(inside.values())
-    if config.gradient_checkpointing:
-        kept = outside + inputs + max(inside.values(), default=0)
+    found = kept(network, task, entropy, roots, blocks, batch)
+    twice = range(len(blocks)) if config.gradient_checkpointing else ()
     parameters = sum(weight.numel() for weight in network.weights())
-    return replace(lasting(roots, parameters, config), activations=int(_SPARE * kept))
+    return replace(lasting(roots, parameters, config), activations=found.activations(twice))
 
 
 def lasting(roots: Mapping[str, nn.Module], parameters: int, config: TrainConfig) -> Memory:
@@ -123,19 +147,19 @@ def _factors(config: TrainConfig) -> tuple[float, float, float]:
     return value * (1 + text), ranks * _learning_bytes(config.optimizer), activations
 
 
-def _kept(
+def kept(
     network: AdaptiveRankNetwork,
     task: Any,
     entropy: CrossAttentionEntropy | None,
     roots: Mapping[str, nn.Module],
     blocks: Sequence[nn.Module],
     batch: Any,
-) -> tuple[int, dict[int, int], int]:
-    """Bytes kept for the backward pass outside of ``blocks``, in each of them, and their inputs."""
+) -> Kept:
+    """What one forward pass of ``batch`` keeps, arguments as :func:`counted` takes them."""
     frozen = [weight for root in roots.values() for weight in _weights(root)]
     counter = _Counter([*frozen, *network.weights()])
     try:
-        looking = entropy.collecting() if entropy else nullcontext()
+        looking = entropy.each_in_its_place() if entropy else nullcontext()
         with torch.enable_grad(), counter.counting(blocks), looking:
             network.refresh()
             counter.begin_with(part for part in network.folded() if part.element_size() > 2)
@@ -145,7 +169,11 @@ def _kept(
                 total = total + entropy.value()
     finally:
         network.refresh()  # not of the graph whose tensors are gone
-    return counter.outside, counter.inside, counter.inputs
+    count = range(len(blocks))
+    inside, inputs = (
+        [by.get(block, 0) for block in count] for by in (counter.inside, counter.inputs)
+    )
+    return Kept(counter.outside, tuple(inside), tuple(inputs))
 
 
 class _Counter:
@@ -156,8 +184,9 @@ class _Counter:
     """
 
     def __init__(self, own: Sequence[Tensor]):
-        self.outside, self.inputs = 0, 0
+        self.outside = 0
         self.inside: dict[int, int] = {}
+        self.inputs: dict[int, int] = {}
         # Weak references keep the identity of a storage from being given to a later one.
         self._seen: set[StorageWeakRef] = set()
         self.leave_out(own)
@@ -188,7 +217,7 @@ class _Counter:
     def _entering(self, number: int) -> Callable[..., None]:
         def enter(_module: nn.Module, args: tuple[Any, ...]) -> None:
             self._block = number
-            self.inputs += sum(_bytes(part) for part in args[:1] if torch.is_tensor(part))
+            self.inputs[number] = sum(_bytes(part) for part in args[:1] if torch.is_tensor(part))
 
         return enter
 

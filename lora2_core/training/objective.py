@@ -6,7 +6,7 @@ The rank terms of eq. 12 are in :mod:`..adaptive_rank` since they are about ν a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
@@ -101,6 +101,7 @@ class CrossAttentionEntropy:
     def __init__(self, layers: list[nn.Module]):
         self.layers = layers
         self.gathers = True  # maps alike; False computes each where it arises
+        self.apart: Collection[nn.Module] = ()  # layers of which each is computed so
         self._terms: list[Tensor] = []
         self._gathered = 0  # layers beyond one a term
         self._waiting: dict[tuple, list[tuple[Tensor, Tensor]]] = {}
@@ -120,6 +121,16 @@ class CrossAttentionEntropy:
                 yield
         finally:
             self._collects = False
+
+    @contextmanager
+    def each_in_its_place(self) -> Iterator[None]:
+        """Collects as :meth:`collecting` does, but gathers nothing: for who counts by block."""
+        gathers, self.gathers = self.gathers, False
+        try:
+            with self.collecting():
+                yield
+        finally:
+            self.gathers = gathers
 
     def repeating(self, layers: Sequence[nn.Module]) -> AbstractContextManager[None]:
         """Inside, ``layers`` compute their terms once more, and nobody collects them.
@@ -163,7 +174,8 @@ class CrossAttentionEntropy:
 
         def add_term(_module: nn.Module, _args: object, output: Tensor) -> None:
             q = query.pop()
-            if self.gathers and _scores(q, output, heads) <= _small_map(q):
+            gathers = self.gathers and layer not in self.apart
+            if gathers and _scores(q, output, heads) <= _small_map(q):
                 alike = heads, q.shape, output.shape, q.dtype
                 self._waiting.setdefault(alike, []).append((q, output))
             else:

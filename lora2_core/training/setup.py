@@ -41,5 +41,6 @@ class TrainingSetup:
     data_hash: str = ""  # changes with any photo, caption, mask, class image, VAE, CLIP or sampling
     data_parts: Mapping[str, str] = field(default_factory=dict)  # a digest of each kind of these
     painter: Painter | None = None  # of validation samples; None when none is asked for
+    checkpointing: bool = False  # whether every block is computed twice already
     enable_checkpointing: Callable[[], None] | None = None  # for a run that is short of memory
     estimate: Estimate | None = None  # of memory, time and file size; None where it cannot be told

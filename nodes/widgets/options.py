@@ -260,7 +260,8 @@ def safety() -> list[io.WidgetInput]:
             default=AUTO,
             tooltip=(
                 "Computes every transformer block twice, in a fraction of the memory and about 1.5 "
-                "times the time. auto: where the preset says so, or when memory runs out."
+                "times the time. auto: as the preset says, or else as few blocks as the free "
+                "memory asks for."
             ),
         ),
         io.Int.Input(

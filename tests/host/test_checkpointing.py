@@ -145,6 +145,18 @@ def test_gradients_are_the_same_to_the_bit(
     check_equal(setting.gradients(entropy_weight), wanted)
 
 
+@pytest.mark.parametrize("which", [(), (0,), (1, 3, 4), (2, 99)])
+def test_any_of_the_blocks_may_be_checkpointed(model: Any, which: tuple[int, ...]):
+    setting = Setting(model)
+    wanted = setting.gradients(1.0)
+    setting.entropy.gathers = True  # of blocks that are computed once
+    checkpoint_blocks(setting.unet, entropy=setting.entropy, which=which)
+    twice = [n for n, block in enumerate(setting.blocks) if is_checkpointed(block)]
+    assert twice == [n for n in which if n < len(setting.blocks)]
+    for found, expected in zip(setting.gradients(1.0), wanted, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-8)
+
+
 @pytest.mark.parametrize("level", LEVELS)
 def test_the_entropy_has_a_gradient_of_its_own(model: Any, level: Level):
     setting = Setting(model)

@@ -14,7 +14,8 @@ import torch
 from lora2_pack.lora2_core import comfy_host
 from lora2_pack.lora2_core.adapters.network import AdaptiveRankNetwork
 from lora2_pack.lora2_core.adapters.targets import find_targets
-from lora2_pack.lora2_core.comfy_host.checkpointing import blocks_of
+from lora2_pack.lora2_core.comfy_host import prepare
+from lora2_pack.lora2_core.comfy_host.checkpointing import blocks_of, is_checkpointed
 from lora2_pack.lora2_core.config.presets import build_config
 from lora2_pack.lora2_core.config.train import TrainConfig
 from lora2_pack.lora2_core.data.samples import Sample, Text
@@ -22,6 +23,7 @@ from lora2_pack.lora2_core.training import estimate
 from lora2_pack.lora2_core.training.denoising import CachedTexts, DenoisingTask
 from lora2_pack.lora2_core.training.memory import SDXL, Memory, counted, scaled
 from lora2_pack.lora2_core.training.objective import CrossAttentionEntropy
+from lora2_pack.lora2_core.training.trainer import train
 from lora2_pack.tests.host.demo import photos, settings
 from lora2_pack.tests.host.test_family import on_meta
 from torch import Tensor
@@ -146,3 +148,48 @@ def test_what_is_asked_for_is_in_the_time(parts: tuple[Any, Any, Any]):
 def test_the_line_that_people_read(nbytes: tuple[float, float, float], seconds: float, text: str):
     found = estimate.Estimate(Memory(*map(int, nbytes)), seconds, 45_000_000).text()
     assert found == f"{text}, give or take a third, and a file of 45 MB"
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_as_few_blocks_are_computed_twice_as_the_free_memory_asks_for(
+    parts: tuple[Any, Any, Any], share: float, monkeypatch: pytest.MonkeyPatch
+):
+    """Of what all save, so much has to be saved; the run is the same, and so are its settings."""
+    plain, whole = (
+        comfy_host.prepare_training(*parts, photos(), settings(gradient_checkpointing=on))
+        for on in (False, True)
+    )
+    assert plain.estimate is not None and whole.estimate is not None
+    taken = [setup.estimate.memory.activations for setup in (plain, whole)]
+    parameters = sum(weight.numel() for weight in plain.network.weights())
+    to_come = plain.estimate.memory.learning - 4 * parameters
+    free = to_come + int(taken[0] - share * (taken[0] - taken[1]))
+    monkeypatch.setattr(prepare, "free_memory", lambda: free)
+    setup = comfy_host.prepare_training(*parts, photos(), settings(gradient_checkpointing="auto"))
+    told = setup.estimate
+    assert told is not None and told.blocks == len(blocks_of(setup.task.model.diffusion_model))
+    assert (len(told.twice) / told.blocks, setup.checkpointing) == (
+        (0, False)
+        if not share
+        else (1, True)
+        if share == 1
+        else (pytest.approx(0.4, abs=0.35), False)
+    )
+    assert told.memory.activations <= free - to_come
+    unet = setup.task.model.diffusion_model
+    assert [n for n, b in enumerate(blocks_of(unet)) if is_checkpointed(b)] == list(told.twice)
+    assert ("computed twice" in told.text()) == bool(share)
+    assert setup.config == plain.config
+    ends = [
+        [event.loss for event in train(s.network, s.task, s.config, s.entropy)]
+        for s in (setup, plain)
+    ]
+    assert ends[0] == pytest.approx(ends[1], rel=1e-4)
+
+
+def test_where_memory_is_not_told_no_block_is_computed_twice(
+    parts: tuple[Any, Any, Any], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(prepare, "free_memory", lambda: None)
+    setup = comfy_host.prepare_training(*parts, photos(), settings(gradient_checkpointing="auto"))
+    assert not is_checkpointed(setup.task.model.diffusion_model) and not setup.checkpointing

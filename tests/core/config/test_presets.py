@@ -10,6 +10,7 @@ import pytest
 from lora2_pack.lora2_core.config.checks import ConfigError
 from lora2_pack.lora2_core.config.presets import (
     AS_SET,
+    AUTO,
     PRESETS,
     Options,
     build_config,
@@ -59,8 +60,9 @@ def test_without_a_preset_widgets_count_as_they_are():
     for name in set(WIDGETS) - {"mode", "target_rank", "target_megabytes", "max_rank"}:
         assert getattr(found, name) == WIDGETS[name], name
     assert found.rank == RankConfig.fixed(target_rank=5.0, max_rank=20)
-    assert not found.gradient_checkpointing
-    rest = {f.name for f in dataclasses.fields(TrainConfig)} - set(WIDGETS) - {"rank"}
+    assert found.gradient_checkpointing == "auto"
+    rest = {f.name for f in dataclasses.fields(TrainConfig)} - set(WIDGETS)
+    rest -= {"rank", "gradient_checkpointing"}
     assert {name: getattr(found, name) for name in rest} == {
         name: getattr(TrainConfig(), name) for name in rest
     }
@@ -181,7 +183,7 @@ def test_checkpointing_must_agree_with_the_preset(asked: bool | None, preset: st
             build_config(WIDGETS, preset, options)
         return
     found = build_config(WIDGETS, preset, options).gradient_checkpointing
-    assert found == (preset != AS_SET or asked is True)
+    assert found == (True if preset != AS_SET else AUTO if asked is None else asked)
 
 
 def test_the_pull_on_ranks_must_agree_with_the_paper():
