@@ -10,6 +10,7 @@ import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
+import comfy.supported_models
 import torch
 from lora2_pack.lora2_core import comfy_host
 from lora2_pack.lora2_core.config.ranks import RankConfig
@@ -107,3 +108,23 @@ def sample(base: comfy.model_base.BaseModel) -> Tensor:
             c_crossattn=torch.randn(1, 77, config["context_dim"], generator=generator),
             y=torch.randn(1, config["adm_in_channels"], generator=generator),
         )
+
+
+def weights_of(model: Any, through: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Of the U-Net in fp32, rounded to another type on the way."""
+    weights = model.model.diffusion_model.state_dict()
+    return {n: w.to(through).float() if through else w.float().clone() for n, w in weights.items()}
+
+
+def stored(
+    model: Any, dtype: torch.dtype, computes: torch.dtype
+) -> comfy.model_patcher.ModelPatcher:
+    """The MODEL with its weights stored in ``dtype``, as ComfyUI loads a checkpoint that way."""
+    config = comfy.supported_models.SDXL(dict(UNET_CONFIG))
+    config.set_inference_dtype(dtype, computes)
+    with torch.inference_mode():
+        base = config.get_model({}, "", CPU)
+        rounded = {name: value.to(dtype) for name, value in weights_of(model).items()}
+        base.diffusion_model.load_state_dict(rounded)
+    assert {p.dtype for p in base.diffusion_model.parameters()} == {dtype}
+    return comfy.model_patcher.ModelPatcher(base, load_device=CPU, offload_device=CPU)

@@ -16,7 +16,6 @@ import comfy.supported_models
 import pytest
 import torch
 import torch.nn.functional as F
-from comfy.model_patcher import ModelPatcher
 from lora2_pack.lora2_core import comfy_host
 from lora2_pack.lora2_core.comfy_host.checkpointing import is_checkpointed
 from lora2_pack.lora2_core.config.ranks import RankConfig
@@ -230,24 +229,6 @@ class Reference:
         return grads, float(loss.detach())
 
 
-def _weights(model: Any, through: torch.dtype | None = None) -> dict[str, Tensor]:
-    weights = model.model.diffusion_model.state_dict()
-    return {n: w.to(through).float() if through else w.float().clone() for n, w in weights.items()}
-
-
-def _stored(model: Any, dtype: torch.dtype, computes: torch.dtype) -> ModelPatcher:
-    """The MODEL with its weights stored in ``dtype``, as ComfyUI loads a checkpoint that way."""
-    config = comfy.supported_models.SDXL(dict(UNET_CONFIG))
-    config.set_inference_dtype(dtype, computes)
-    cpu = torch.device("cpu")
-    with torch.inference_mode():
-        base = config.get_model({}, "", cpu)
-        rounded = {name: value.to(dtype) for name, value in _weights(model).items()}
-        base.diffusion_model.load_state_dict(rounded)
-    assert {p.dtype for p in base.diffusion_model.parameters()} == {dtype}
-    return ModelPatcher(base, load_device=cpu, offload_device=cpu)
-
-
 # --- comparing --------------------------------------------------------------------------------
 
 
@@ -290,7 +271,7 @@ def check_equal(found: Grads, wanted: Grads) -> None:
 )
 def test_fp32(parts: Any, model: Any, targets: str, rank: RankConfig):
     step = _step(parts, targets=targets, rank=rank)
-    wanted, loss = Reference(_weights(model), step).gradients()
+    wanted, loss = Reference(demo.weights_of(model), step).gradients()
     assert step.loss == pytest.approx(loss, rel=1e-5)
     check_near(step.grads, wanted, FP32, FP32)
 
@@ -299,7 +280,7 @@ def test_gradient_checkpointing(parts: Any, model: Any):
     plain, step = _step(parts), _step(parts, gradient_checkpointing=True)
     unets = [found.setup.task.model.diffusion_model for found in (plain, step)]
     assert [is_checkpointed(unet) for unet in unets] == [False, True]
-    wanted, loss = Reference(_weights(model), step).gradients()
+    wanted, loss = Reference(demo.weights_of(model), step).gradients()
     assert step.loss == pytest.approx(loss, rel=1e-5)
     check_near(step.grads, wanted, FP32, FP32)
     check_near(step.grads, plain.grads, ACCUMULATED, FP32)
@@ -307,7 +288,7 @@ def test_gradient_checkpointing(parts: Any, model: Any):
 
 def test_without_entropy(parts: Any, model: Any):
     step, other = _step(parts, entropy_weight=0.0), _step(parts)
-    wanted, _ = Reference(_weights(model), step).gradients()
+    wanted, _ = Reference(demo.weights_of(model), step).gradients()
     check_near(step.grads, wanted, FP32, FP32)
     assert _errors(other.grads["nu"], wanted["nu"])[0] > 10 * FP32, "the entropy does not count"
 
@@ -321,10 +302,10 @@ def test_bf16_weights(parts: Any, model: Any):
         assert {p.dtype for p in base.parameters()} == {torch.bfloat16}
         assert {p.dtype for p in step.setup.network.weights()} == {torch.float32}
         assert {g.dtype for part in step.grads.values() for g in part} == {torch.float32}
-        wanted, loss = Reference(_weights(model, torch.bfloat16), step).gradients()
+        wanted, loss = Reference(demo.weights_of(model, torch.bfloat16), step).gradients()
         assert step.loss == pytest.approx(loss, rel=0.02)
         check_near(step.grads, wanted, BF16, BF16_EACH)
-        plain, _ = Reference(_weights(model), step, torch.bfloat16).gradients()
+        plain, _ = Reference(demo.weights_of(model), step, torch.bfloat16).gradients()
         for kind, part in wanted.items():
             both = (_errors(grads[kind], part)[0] for grads in (step.grads, plain))
             errors.setdefault(kind, []).append(tuple(both))
@@ -338,13 +319,13 @@ def test_bf16_weights(parts: Any, model: Any):
     [(torch.float32, FP32, FP32), (torch.bfloat16, BF16, BF16_EACH)],
 )
 def test_fp8_weights(parts: Any, model: Any, computes: torch.dtype, overall: float, each: float):
-    stored = _stored(model, torch.float8_e4m3fn, computes)
+    stored = demo.stored(model, torch.float8_e4m3fn, computes)
     step = _step((stored, *parts[1:]))
     kept = {p.dtype for p in step.setup.task.model.diffusion_model.parameters()}
     assert kept == {computes}
-    rounded = _weights(stored)
+    rounded = demo.weights_of(stored)
     assert not torch.equal(
-        rounded["input_blocks.0.0.weight"], _weights(model)["input_blocks.0.0.weight"]
+        rounded["input_blocks.0.0.weight"], demo.weights_of(model)["input_blocks.0.0.weight"]
     )
     wanted, _ = Reference(rounded, step).gradients()
     check_near(step.grads, wanted, overall, each)
@@ -368,7 +349,7 @@ def test_accumulation(parts: Any, model: Any):
     assert (len(two.batches), len(one.batches)) == (2, 1)
     assert two.loss == pytest.approx(one.loss, rel=1e-5)
     check_near(two.grads, one.grads, ACCUMULATED, FP32)
-    wanted, _ = Reference(_weights(model), two).gradients()
+    wanted, _ = Reference(demo.weights_of(model), two).gradients()
     check_near(two.grads, wanted, FP32, FP32)
 
 
