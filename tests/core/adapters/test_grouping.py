@@ -265,6 +265,27 @@ def test_the_gradient_of_a_pass_is_that_of_separate_layers(wide: bool) -> None:
     torch.testing.assert_close(together.grad, apart.grad, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("width", "wide"), [(16, False), (64, False), (64, True)])
+def test_a_model_may_change_what_it_is_given_in_place(width: int, wide: bool) -> None:
+    """Before its neighbours are asked for: theirs, and every gradient, stay what they are."""
+    layers, x = attention(width, wide=wide), toy.noise(2, 5, width).requires_grad_()
+    found, wanted = [], []
+    for layer in layers:
+        for out, kept in ((layer(x), found), (by_itself(layer, x), wanted)):
+            out += 1
+            out.mul_(out.detach().sign())
+            kept.append(out)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    inputs = [*learns(layers[0]), x]
+    grads = (
+        torch.autograd.grad(sum(out.square().mean() for out in outputs), inputs)
+        for outputs in (found, wanted)
+    )
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
 # --- what is left behind ----------------------------------------------------------------------
 
 
