@@ -19,7 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 torch.set_num_threads(1)
 
 # Where weights are merged; where they go through their ranks; and where that is the only way.
-KINDS = [(16, torch.float32, 1e-5), (96, torch.float32, 1e-5), (32, torch.bfloat16, 0.05)]
+KINDS = [(16, torch.float32, 1e-5), (96, torch.float32, 1e-5), (32, torch.bfloat16, 0.02)]
 TYPES = pytest.mark.parametrize(("width", "dtype", "tolerance"), KINDS)
 # Ranks of the 16 layers of two blocks, after one another: up by a few rows, beyond the room of
 # the first 32, down, and up again. None is above 16, the width of the narrowest.
@@ -110,9 +110,12 @@ def test_whatever_computes_together_is_each_layer_by_itself(
         wanted = plain.asked()
         assert all(part.any() for part in wanted)
         assert_alike(found.asked(), wanted, tolerance)
-        found.net.refresh()
-        found.net.let_go()
-        assert_alike(found.asked(), wanted, tolerance)
+        for one in (plain, found):
+            one.net.refresh()
+            one.net.let_go()
+        alone = plain.asked()  # each output is rounded twice then, which bf16 shows
+        assert_alike(alone, wanted, 4 * tolerance)
+        assert_alike(found.asked(), alone, tolerance)
 
 
 @TYPES
