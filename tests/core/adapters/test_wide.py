@@ -156,6 +156,11 @@ def test_growth_lets_go_of_the_room_that_was_too_small() -> None:
     move_to(found, [16.0] * 16, 0.1)
     gc.collect()
     assert old[0].expired() and len(large[0]._wide) == 3 * 32 + 64
+    rooms = [group._wide for group in found.wide()]
+    spare = [len(g._wide) - len(g._weight) - g.rows for g in found.wide()]
+    assert 0 in spare and max(spare) > 0
+    found.net.refresh()  # nothing is made anew, also where there is not a row to spare
+    assert all(a is group._wide for a, group in zip(rooms, found.wide(), strict=True))
 
 
 @pytest.mark.parametrize("wide", [False, True])
