@@ -157,6 +157,25 @@ def test_rows_in_use_are_those_of_ranks_in_their_order(ranks: list[int], numbers
 
 
 @settings(deadline=None, max_examples=30)
+@given(RANKS, st.lists(st.sampled_from([1, 5, 7, 10, 35, 64]), min_size=1, max_size=4))
+def test_rows_that_lie_apart_stay_where_they_are(ranks: list[int], blocks: list[int]) -> None:
+    """Optimizers and averages go on with the very parameters, unless it says that they moved."""
+    made, net = stack_of(ranks), toy.adapt(toy.Parallel(2, 16), "layers", target_rank=4.0)
+    for numbers in blocks:
+        for again in (False, True):
+            weights, slots = (made.down, made.up), made.slots
+            moved = made.keep_apart(numbers)
+            assert not (again and moved) and made.ranks == ranks
+            assert all(s.start * width % numbers == 0 for s in made.slots for width in (5, 7))
+            if not moved:
+                assert made.slots is slots
+                assert made.down is weights[0] and made.up is weights[1]
+    before = net.weights()
+    net.keep_apart(1)
+    assert all(a is b for a, b in zip(before, net.weights(), strict=True))
+
+
+@settings(deadline=None, max_examples=30)
 @given(RANKS, RANKS, st.sampled_from([1, 16, 256]))
 def test_new_weights_are_what_they_were_given(
     ranks: list[int], others: list[int], numbers: int
@@ -350,6 +369,18 @@ def test_a_huge_network_is_split_and_computes_the_same(
         )
     whole.load_state(parts.state())
     assert_alike(whole, parts)
+
+
+def test_layers_of_another_type_have_stacks_of_their_own() -> None:
+    """Or one half would be folded anew by each of its layers."""
+    made = toy.Parallel(4, 16)
+    for n in (0, 2):
+        made.layers[n].half()
+    net = toy.adapt(made, "layers", target_rank=4.0)
+    assert [stack.components for stack in net.all_stacks] == [(0, 2), (1, 3)]
+    assert [stack.dtype for stack in net.all_stacks] == [torch.float16, torch.float32]
+    assert [layer.group[0].takes(toy.noise(3, 16)) for layer in net.layers] == 2 * [False, True]
+    assert [layer(toy.noise(3, 16).half()).dtype for layer in net.layers[::2]] == [torch.half] * 2
 
 
 def test_text_encoders_have_stacks_of_their_own() -> None:

@@ -163,6 +163,16 @@ def test_growth_lets_go_of_the_room_that_was_too_small() -> None:
     assert all(a is group._wide for a, group in zip(rooms, found.wide(), strict=True))
 
 
+def test_nothing_is_copied_below_weights_of_another_type() -> None:
+    """As fp32 below those of a text encoder in fp16 would be, and nobody would read it."""
+    found = adapted(32, torch.bfloat16)
+    for group in found.groups():
+        room = group.room_for(group._down)
+        assert (room is None) == (group not in found.wide())
+        assert room is None or (room.dtype == torch.bfloat16 and torch.equal(room, group._down))
+        assert group.room_for(group._down.float()) is None
+
+
 @pytest.mark.parametrize("wide", [False, True])
 def test_what_is_let_go_of_takes_no_memory(wide: bool) -> None:
     found = adapted(32, torch.bfloat16, wide)
