@@ -1,9 +1,10 @@
 """How many kernels a training step launches, and how many bytes it holds at its peak.
 
 ``.venv/bin/python bench/kernels.py [--json] [--sdxl] [--quick]``. Counted are calls of PyTorch's
-operators that are no views, in one step that has been taken before: on a fast card a step of small layers
-costs what its launches cost. ``--sdxl`` counts on SDXL's real shapes, 560 components at 1024 px,
-with fake tensors, which have shapes and take no memory. Every figure is the same on every run.
+operators that are no views, in one step that has been taken before: on a fast card a step of
+small layers costs what its launches cost. ``--sdxl`` counts on SDXL's real shapes, 560 components
+at 1024 px, with meta tensors, which have shapes and take no memory. Every figure is the same on
+every run.
 """
 
 from __future__ import annotations

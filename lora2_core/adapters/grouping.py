@@ -89,9 +89,13 @@ class ProjectionGroup:
 
     def folded(self, place: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """ΛA and B transposed of the layer at ``place``, for what ``takes`` refuses."""
-        if len(self.layers) > 1 or self._down.dtype != dtype:
+        if self._down.dtype != dtype:
             return self.stack.folded_alone(self.places[place], dtype)
-        return self._down, self._up
+        if len(self.layers) == 1:
+            return self._down, self._up
+        first, own = (self.stack.slots[self.places[n]] for n in (0, place))
+        rows = slice(own.start - first.start, own.start - first.start + own.rank)
+        return self._down[rows], self._up.chunk(len(self.layers), 1)[place][rows]
 
     def output(self, place: int, x: Tensor) -> Tensor:
         """The output of the layer at ``place`` for ``x``: (…, in) → (…, out)."""

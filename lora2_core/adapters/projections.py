@@ -96,10 +96,11 @@ class _Merged(torch.autograd.Function):
 
 
 def _cut(whole: Tensor, count: int, rank: int = 0) -> Sequence[Tensor]:
-    """(…, out + rank) → (…, out / count) each, and (…, rank). They lie side by side; a model may
-    change its own in place, which autograd refuses for views that a function of ours returns."""
-    if count == 1 and not rank:
-        return [whole]
+    """(…, out + rank) → (…, out / count) each, and (…, rank).
+
+    They lie side by side, and a model may change its own in place, which autograd refuses for views
+    that a function of ours returns; a product with a bias is one already.
+    """
     sizes = [(whole.shape[-1] - rank) // count] * count
     return torch.unsafe_split_with_sizes(whole, [*sizes, rank] if rank else sizes, -1)
 

@@ -32,6 +32,8 @@ class Draws:
 
     def look_ahead(self) -> None:
         """Make the next draw now. One that fails is left to the step that it is for."""
+        if self._ahead is not None:
+            return
         before = self.position
         try:
             self._ahead = self.task.draw(self.generator, self.size), before

@@ -52,14 +52,17 @@ def move(old: Sequence[int], new: Sequence[int], multiple: int = 1) -> RowMove:
 
 
 def held(
-    layers: Sequence[AdaptiveLoRA], ranks: Sequence[int], dtype: torch.dtype = torch.float32
+    layers: Sequence[AdaptiveLoRA],
+    ranks: Sequence[int],
+    dtype: torch.dtype = torch.float32,
+    attended: bool = False,
 ) -> WeightStack:
     """Have adapters of equal widths in one stack, one group of them all."""
-    widths = layers[0].in_features, layers[0].out_features
-    stack = WeightStack(range(len(layers)), *widths, ranks, dtype, torch.device("cpu"))
+    widths, count = (layers[0].in_features, layers[0].out_features), len(layers)
+    stack = WeightStack(range(count), *widths, ranks, dtype, torch.device("cpu"), count)
     for place, layer in enumerate(layers):
         layer.hold(stack, place)
-    group = ProjectionGroup(layers, stack, range(len(layers)))
+    group = ProjectionGroup(layers, stack, range(count), attended)
     for place, layer in enumerate(layers):
         layer.group = group, place
     return stack
@@ -69,7 +72,9 @@ def begin_step(layers: Sequence[AdaptiveLoRA]) -> None:
     """Fold the stack of :func:`held` for a step, as the network does it."""
     stack, group = layers[0]._held[0], layers[0].group[0]
     down, up = stack.folded(stack.importance)
-    group.compute_with(down, up.split([slot.capacity for slot in stack.slots]))  # type: ignore
+    group.compute_with(down, up)
+    if (room := group.room_for(down)) is not None:
+        room.copy_(down.detach())
 
 
 def alone(base: nn.Module, rank: int) -> AdaptiveLoRA:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import weakref
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -97,49 +98,77 @@ def test_only_plain_linear_layers_of_one_shape_are_joined() -> None:
         "a patch": Patched(8, 8),
         "a convolution": nn.Conv2d(8, 8, 1),
         "another width": nn.Linear(8, 9),
-        "no bias": nn.Linear(8, 8, bias=False),
         "another type": nn.Linear(8, 8).half(),
     }
     for other in others.values():
         layers = [wrap(base) for base in (nn.Linear(8, 8), other)]
-        assert grouping.joined(["unet.attn1.to_q", "unet.attn1.to_k"], layers) == [[0], [1]]
-    for bias in (True, False):
-        layers = [wrap(nn.Linear(8, 8, bias=bias)) for _ in range(3)]
+        names = ["unet.attn1.to_q", "unet.attn1.to_k"]
+        assert grouping.joined(names, layers, [4, 4]) == [[0], [1]]
+    for biases in ((True, True, True), (False, False, False), (True, True, False)):
+        layers = [wrap(nn.Linear(8, 8, bias=bias)) for bias in biases]
         names = ["unet.attn1.to_v", "unet.ff", "unet.attn1.to_q"]
-        assert grouping.joined(names, layers) == [[1], [2, 0]]
+        assert grouping.joined(names, layers, [4, 4, 4]) == [[1], [2, 0]]
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_joined_weights_are_there_once(bias: bool) -> None:
+@pytest.mark.parametrize("last", [64, 65])
+def test_groups_of_many_ranks_stay_apart(last: int) -> None:
+    """Above 192 the zeros beside their B cost more than calls do; a layer alone has none."""
+    layers = [wrap(nn.Linear(256, 256)) for _ in range(4)]
+    names = ["unet.attn1.to_q", "unet.attn1.to_k", "unet.attn1.to_v", "unet.ff"]
+    found = grouping.joined(names, layers, [64, 64, last, 256])
+    assert found == ([[0, 1, 2], [3]] if last == 64 else [[0], [1], [2], [3]])
+
+
+BIASES = [(True, True, True), (False, False, False), (True, False, True), (False, False, True)]
+
+
+@pytest.mark.parametrize("biases", BIASES)
+@pytest.mark.parametrize("wide", [False, True])
+def test_joined_weights_are_there_once(biases: tuple[bool, ...], wide: bool) -> None:
     """The layers hold views of the one tensor that computes them, and are what they were."""
-    before = [layer.base.weight.clone() for layer in attention(bias=bias)]
-    layers = attention(bias=bias)
-    group = layers[0].group[0]
-    for name, whole in (("weight", group._weight), ("bias", group._bias)):
-        if whole is None:
-            assert not bias and name == "bias"
-            continue
-        parts = [getattr(layer.base, name) for layer in layers]
-        assert torch.equal(torch.cat(list(parts)), whole)
-        assert len({p.untyped_storage().data_ptr() for p in (whole, *parts)}) == 1
-        assert not any(p.requires_grad for p in parts)
-    for layer, weight in zip(layers, before, strict=True):
-        assert torch.equal(layer.base.weight, weight)
+    layers = attention(biases=biases, wide=wide)
+    whole = layers[0].group[0]._weight
+    parts = [layer.base.weight for layer in layers]
+    assert torch.equal(torch.cat(parts), whole)
+    assert len({p.untyped_storage().data_ptr() for p in (whole, *parts)}) == 1
+    for n, layer in enumerate(layers):
+        plain = nn.Linear(64, 64, bias=layer.base.bias is not None)
+        toy.freeze(plain, seed=n)
+        found = layer.base.state_dict()
+        assert found.keys() == plain.state_dict().keys()
+        assert all(torch.equal(found[name], value) for name, value in plain.state_dict().items())
+        assert not any(p.requires_grad for p in layer.base.parameters())
+
+
+@pytest.mark.parametrize("width", [16, 64])
+@pytest.mark.parametrize("biases", BIASES[2:])
+def test_a_layer_without_bias_among_others_adds_none(biases, width: int) -> None:
+    layers = attention(width, biases=biases)
+    assert [layer.base.bias is not None for layer in layers] == list(biases)
+    x = toy.noise(2, 5, width).requires_grad_()
+    for layer in layers:
+        assert_right(layer, x)
 
 
 # --- what comes out ---------------------------------------------------------------------------
 
 
-def attention(width: int = 64, rank: int = 2, bias: bool = True) -> list[AdaptiveLoRA]:
-    """q, k and v of a self-attention, joined; sizes at which they go through their ranks."""
-    layers = []
-    for n in range(3):
+def attention(
+    width: int = 64, rank: int = 2, biases: Sequence[bool] = (True, True, True), wide: bool = False
+) -> list[AdaptiveLoRA]:
+    """q, k and v of a self-attention, joined; sizes at which they go through their ranks.
+
+    ``wide``: with ΛA below their frozen weights, as those without a bias are.
+    """
+    layers, biases = [], (False,) * 3 if wide else biases
+    for n, bias in enumerate(biases):
         base = nn.Linear(width, width, bias=bias)
         toy.freeze(base, seed=n)
         layers.append(wrap(base))
     names = [f"unet.attn1.{name}" for name in NAMES]
-    assert grouping.joined(names, layers) == [[0, 1, 2]]
-    stack = stacked.held(layers, [rank, rank + 1, rank])
+    ranks = [rank, rank + 1, rank]
+    assert grouping.joined(names, layers, ranks) == [[0, 1, 2]]
+    stack = stacked.held(layers, ranks, attended=wide)
     stacked.randomise(layers, std=1 / width**0.5)
     stack.importance = toy.noise(stack.rows, seed=30).requires_grad_()
     stacked.begin_step(layers)
@@ -178,21 +207,23 @@ def assert_right(layer: AdaptiveLoRA, x: Tensor) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("width", [16, 64])  # merged, and through the ranks
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
-def test_any_order_gives_each_its_own(order: tuple[int, ...], width: int) -> None:
-    layers = attention(width)
+def test_any_order_gives_each_its_own(order: tuple[int, ...], width: int, wide: bool) -> None:
+    layers = attention(width, wide=wide)
     for seed in range(2):
         x = toy.noise(2, 5, width, seed=seed).requires_grad_()
         for place in order:
             assert_right(layers[place], x)
 
 
-def test_a_pass_computes_once_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_pass_computes_once_for_all(wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     plain = grouping.project
     monkeypatch.setattr(grouping, "project", lambda x, *a: calls.append(x) or plain(x, *a))
-    layers = attention()
+    layers = attention(wide=wide)
     for x in (toy.noise(5, 64), toy.noise(5, 64, seed=1)):
         for layer in layers:
             layer(x)
@@ -211,8 +242,9 @@ def test_any_calls_with_any_inputs_are_right(calls: list[tuple[int, int]]) -> No
         torch.testing.assert_close(layers[place](x), by_itself(layers[place], x))
 
 
-def test_an_input_of_another_kind_goes_the_plain_way() -> None:
-    layers = attention()
+@pytest.mark.parametrize("wide", [False, True])
+def test_an_input_of_another_kind_goes_the_plain_way(wide: bool) -> None:
+    layers = attention(wide=wide)
     for layer in layers:
         layer.base.double()
     x = toy.noise(4, 64).double()
@@ -222,14 +254,36 @@ def test_an_input_of_another_kind_goes_the_plain_way() -> None:
         torch.testing.assert_close(out, by_itself(layer, x))
 
 
-def test_the_gradient_of_a_pass_is_that_of_separate_layers() -> None:
-    layers = attention()
+@pytest.mark.parametrize("wide", [False, True])
+def test_the_gradient_of_a_pass_is_that_of_separate_layers(wide: bool) -> None:
+    layers = attention(wide=wide)
     together, apart = toy.noise(2, 5, 64), toy.noise(2, 5, 64)
     for x in (together.requires_grad_(), apart.requires_grad_()):
         q, k, v = (layer(x) if x is together else by_itself(layer, x) for layer in layers)
         nn.functional.scaled_dot_product_attention(q, k, v).square().sum().backward()
     assert together.grad is not None and apart.grad is not None
     torch.testing.assert_close(together.grad, apart.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("width", "wide"), [(16, False), (64, False), (64, True)])
+def test_a_model_may_change_what_it_is_given_in_place(width: int, wide: bool) -> None:
+    """Before its neighbours are asked for: theirs, and every gradient, stay what they are."""
+    layers, x = attention(width, wide=wide), toy.noise(2, 5, width).requires_grad_()
+    found, wanted = [], []
+    for layer in layers:
+        for out, kept in ((layer(x), found), (by_itself(layer, x), wanted)):
+            out += 1
+            out.mul_(out.detach().sign())
+            kept.append(out)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    inputs = [*learns(layers[0]), x]
+    grads = (
+        torch.autograd.grad(sum(out.square().mean() for out in outputs), inputs)
+        for outputs in (found, wanted)
+    )
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 # --- what is left behind ----------------------------------------------------------------------
@@ -245,9 +299,10 @@ def halfway(layers: list[AdaptiveLoRA], x: Tensor) -> None:
         raise Halted
 
 
-def test_a_pass_that_was_interrupted_leaves_nothing_wrong() -> None:
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_pass_that_was_interrupted_leaves_nothing_wrong(wide: bool) -> None:
     """The next one, with the same input and other weights, computes anew."""
-    layers, x = attention(), toy.noise(4, 64)
+    layers, x = attention(wide=wide), toy.noise(4, 64)
     halfway(layers, x)
     another_step(layers)
     for layer in layers:
@@ -277,9 +332,9 @@ def test_a_look_without_gradients_takes_none_from_the_pass_after_it(order, new_s
 
 
 @pytest.mark.parametrize("learns", [False, True])
-@pytest.mark.parametrize("width", [16, 64])
-def test_nothing_is_kept_alive_after_a_whole_pass(width: int, learns: bool) -> None:
-    layers = attention(width)
+@pytest.mark.parametrize(("width", "wide"), [(16, False), (64, False), (64, True)])
+def test_nothing_is_kept_alive_after_a_whole_pass(width: int, wide: bool, learns: bool) -> None:
+    layers = attention(width, wide=wide)
     x = toy.noise(3, width).requires_grad_(learns)
     outputs = [layer(x) for layer in layers]
     watched = [weakref.ref(tensor) for tensor in (x, *outputs)]

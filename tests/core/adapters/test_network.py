@@ -97,7 +97,7 @@ def test_only_adapters_and_nu_learn() -> None:
     assert not [name for name, p in model.named_parameters() if p.requires_grad]
     own = [p for p in net.parameters() if p.requires_grad and p is not net.log_nu]
     assert {id(p) for p in own} == {id(p) for p in net.weights()}
-    assert len(own) == 2 * len(net.all_stacks) == 4  # widths: (16, 16), (12, 16)
+    assert len(own) == 2 * len(net.all_stacks) == 6  # 3 of (16, 16), 1 of them, 2 of (12, 16)
     numbers = [layer.rank * (layer.in_features + layer.out_features) for layer in net.layers]
     assert sum(p.numel() for p in own) == sum(numbers)
     stacked.randomise(net.layers)

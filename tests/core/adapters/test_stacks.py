@@ -24,9 +24,13 @@ RANKS = st.lists(st.integers(1, 9), min_size=1, max_size=4)
 
 
 def stack_of(
-    ranks: list[int], inner: int = 5, out: int = 7, dtype: torch.dtype = torch.float32
+    ranks: list[int],
+    inner: int = 5,
+    out: int = 7,
+    dtype: torch.dtype = torch.float32,
+    together: int = 1,
 ) -> WeightStack:
-    made = WeightStack(range(len(ranks)), inner, out, ranks, dtype, CPU)
+    made = WeightStack(range(len(ranks)), inner, out, ranks, dtype, CPU, together)
     with torch.no_grad():
         made.down.copy_(toy.noise(made.rows, inner))
         made.up.copy_(toy.noise(made.rows, out, seed=1))
@@ -63,6 +67,50 @@ def test_what_is_folded_is_lambda_a_and_b_and_so_are_its_gradients(
     for a, b in zip(one, two, strict=True):
         assert a.dtype == torch.float32
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+GROUPS = st.integers(1, 3).flatmap(
+    lambda count: st.lists(
+        st.lists(st.integers(1, 9), min_size=count, max_size=count), min_size=1, max_size=3
+    )
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    GROUPS,
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+    st.lists(st.sampled_from(["grow", "shrink", "keep apart", "become"]), max_size=3),
+)
+def test_b_of_layers_with_one_input_lies_along_a_diagonal(
+    groups: list[list[int]], dtype: torch.dtype, changes: list[str]
+) -> None:
+    """Of each group; value and gradient are those of plain autograd, bit by bit, whatever has
+    become of the rows."""
+    ranks, count = [rank for group in groups for rank in group], len(groups[0])
+    made = stack_of(ranks, dtype=dtype, together=count)
+    for change in changes:
+        made.folded(None)  # what is remembered of the rows must not outlast them
+        if change == "keep apart":
+            made.keep_apart(8)
+        elif change == "become":
+            ranks = [1 + rank % 5 for rank in ranks]
+            made.become([toy.noise(r, 5) for r in ranks], [toy.noise(7, r, seed=r) for r in ranks])
+        else:
+            ranks = [r + 2 - n % 2 if change == "grow" else -(-r // 2) for n, r in enumerate(ranks)]
+            made.take(*made.move_to(ranks))
+    rows = [slot.capacity for slot in made.slots]
+
+    def plainly() -> list[Tensor]:
+        ups = made.up.to(dtype).split(rows)
+        return [torch.block_diag(*ups[n : n + count]) for n in range(0, len(ups), count)]
+
+    found, wanted = made.folded(None)[1], torch.cat(plainly())
+    assert found.dtype == dtype and torch.equal(found, wanted)
+    assert found.shape == (made.rows, count * 7) and made.ranks == ranks
+    grad = toy.noise(*found.shape, seed=3).to(dtype)
+    one, two = (torch.autograd.grad(part, made.up, grad)[0] for part in (found, wanted))
+    assert one.dtype == torch.float32 and one.any(1).all() and torch.equal(one, two)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -106,6 +154,25 @@ def test_rows_in_use_are_those_of_ranks_in_their_order(ranks: list[int], numbers
     assert used is made.down or made.padded
     grads = torch.autograd.grad(used.sum(), made.down)[0]
     assert grads.sum() == used.numel()
+
+
+@settings(deadline=None, max_examples=30)
+@given(RANKS, st.lists(st.sampled_from([1, 5, 7, 10, 35, 64]), min_size=1, max_size=4))
+def test_rows_that_lie_apart_stay_where_they_are(ranks: list[int], blocks: list[int]) -> None:
+    """Optimizers and averages go on with the very parameters, unless it says that they moved."""
+    made, net = stack_of(ranks), toy.adapt(toy.Parallel(2, 16), "layers", target_rank=4.0)
+    for numbers in blocks:
+        for again in (False, True):
+            weights, slots = (made.down, made.up), made.slots
+            moved = made.keep_apart(numbers)
+            assert not (again and moved) and made.ranks == ranks
+            assert all(s.start * width % numbers == 0 for s in made.slots for width in (5, 7))
+            if not moved:
+                assert made.slots is slots
+                assert made.down is weights[0] and made.up is weights[1]
+    before = net.weights()
+    net.keep_apart(1)
+    assert all(a is b for a, b in zip(before, net.weights(), strict=True))
 
 
 @settings(deadline=None, max_examples=30)
@@ -283,7 +350,7 @@ def test_a_huge_network_is_split_and_computes_the_same(
         outputs[-1].square().sum().backward()
         nets.append(net)
     whole, parts = nets
-    assert len(whole.all_stacks) == 2 < len(parts.all_stacks)
+    assert len(whole.all_stacks) == 3 < len(parts.all_stacks)
     torch.testing.assert_close(*outputs)
     assert_alike(whole, parts)
     assert_alike(whole, parts, stacked.grad_of)
@@ -302,6 +369,18 @@ def test_a_huge_network_is_split_and_computes_the_same(
         )
     whole.load_state(parts.state())
     assert_alike(whole, parts)
+
+
+def test_layers_of_another_type_have_stacks_of_their_own() -> None:
+    """Or one half would be folded anew by each of its layers."""
+    made = toy.Parallel(4, 16)
+    for n in (0, 2):
+        made.layers[n].half()
+    net = toy.adapt(made, "layers", target_rank=4.0)
+    assert [stack.components for stack in net.all_stacks] == [(0, 2), (1, 3)]
+    assert [stack.dtype for stack in net.all_stacks] == [torch.float16, torch.float32]
+    assert [layer.group[0].takes(toy.noise(3, 16)) for layer in net.layers] == 2 * [False, True]
+    assert [layer(toy.noise(3, 16).half()).dtype for layer in net.layers[::2]] == [torch.half] * 2
 
 
 def test_text_encoders_have_stacks_of_their_own() -> None:

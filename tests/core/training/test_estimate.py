@@ -106,9 +106,13 @@ def test_with_checkpointing_one_block_counts_the_inputs_of_all_and_what_is_folde
     inputs = 1.45 * 4 * TransformerTask(Transformer(width=64)).draw(torch.Generator(), 1)[0].numel()
 
     def of(parts: Parts, config: TrainConfig = PLAIN) -> float:
-        """Without ΛA, which is there for all layers in any case."""
-        folded = sum(stack.down.numel() for stack in parts.network.all_stacks)
-        return parts.memory(config).activations - 1.45 * 4 * folded
+        """Without ΛA, B among zeros and whose rows are whose, there for all layers in any case."""
+        stacks = parts.network.all_stacks
+        folded = sum(4 * stack.down.numel() for stack in stacks)
+        for stack in stacks:
+            if (count := stack.together) > 1:
+                folded += 4 * count * stack.up.numel() + stack.rows * (4 * count + 8)
+        return parts.memory(config).activations - 1.45 * folded
 
     more = of(deep, checkpointed) - of(shallow, checkpointed)
     assert 4 * inputs <= more + 4 < 1.3 * 4 * inputs  # the rest: Λ of more layers

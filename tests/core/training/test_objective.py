@@ -83,7 +83,7 @@ def test_prior_of_unit_width_is_half_the_squares() -> None:
 def test_entropy_is_that_of_a_naive_softmax(
     shape: tuple[int, ...], elements: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(objective, "_CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr(objective, "_SCORES_CPU", elements)
     query, key = random_qk(shape)
     got = objective.attention_entropy(query, key, shape[3])
     assert float(got) == pytest.approx(
@@ -96,7 +96,7 @@ def test_entropy_is_that_of_a_naive_softmax(
 def test_entropy_gradient_is_that_of_float64_autograd(
     shape: tuple[int, ...], elements: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(objective, "_CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr(objective, "_SCORES_CPU", elements)
     query, key = (t.requires_grad_() for t in random_qk(shape))
     (3 * objective.attention_entropy(query, key, shape[3])).backward()
     exact = [t.detach().double().requires_grad_() for t in (query, key)]
@@ -107,7 +107,7 @@ def test_entropy_gradient_is_that_of_float64_autograd(
 
 
 def test_small_chunks_really_split_the_map(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(objective, "_CHUNK_ELEMENTS", 40)
+    monkeypatch.setattr(objective, "_SCORES_CPU", 40)
     rows = []
     plain = objective._log_attention
     monkeypatch.setattr(
@@ -117,17 +117,19 @@ def test_small_chunks_really_split_the_map(monkeypatch: pytest.MonkeyPatch) -> N
     assert rows == [3, 3, 1]
 
 
-def test_the_map_is_not_kept_for_the_backward_pass() -> None:
-    query, key = (t.requires_grad_() for t in random_qk((1, 64, 64, 1, 4)))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_map_is_not_kept_for_the_backward_pass(dtype: torch.dtype) -> None:
+    """Only what is as small as q and k, in their type."""
+    query, key = (t.to(dtype).requires_grad_() for t in random_qk((1, 64, 64, 1, 4)))
     kept = []
 
     def pack(tensor: Tensor) -> Tensor:
-        kept.append(tensor.numel())
+        kept.append(tensor.nbytes)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         objective.attention_entropy(query, key, 1)
-    assert sum(kept) == query.numel() + key.numel()
+    assert sum(kept) == query.nbytes + key.nbytes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -192,28 +194,76 @@ def test_collected_entropy_is_the_mean_over_the_cross_attentions() -> None:
     assert float(entropy.value()) == pytest.approx(np.mean(naive), rel=1e-5)
 
 
-@pytest.mark.parametrize("small", [0, 2 * 6 * 5 * 2, 1 << 20])
+@pytest.mark.parametrize(
+    ("at_once", "calls"), [(60, 3), (239, 3), (240, 2), (359, 2), (360, 1), (1 << 22, 1)]
+)
 def test_maps_gathered_and_maps_alone_are_the_same(
-    small: int, monkeypatch: pytest.MonkeyPatch
+    at_once: int, calls: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Maps of 120 scores: none, all and all of them small."""
-    monkeypatch.setattr(objective, "_SMALL_MAP", small)
+    """Three maps of 120 scores: in chunks of rows, alone, two and one, and all at once."""
+    monkeypatch.setattr(objective, "_SCORES_CPU", at_once)
+    plain, made = objective.attention_entropy, []
+    monkeypatch.setattr(
+        objective, "attention_entropy", lambda *a: made.append(a[0].shape[0]) or plain(*a)
+    )
     model = toy.Transformer(blocks=3)
     network = toy.adapt(model, target_rank=4)
     found = []
     for gathers in (True, False):
         entropy = collector(model)
-        entropy.gathers = gathers
+        entropy.gathers, before = gathers, len(made)
         network.refresh()
         with entropy.collecting():
             model(*inputs())
+        # Two that do not fit at once are not gathered: they are computed where they arise.
+        assert len(made) - before == (3 if calls == 3 or not gathers else 0)
         value = entropy.value()
         gradients = torch.autograd.grad(value, network.weights())
         of = dict(zip(network.weights(), gradients, strict=True))
         found.append([value, entropy.value(), *by_component(network, of.__getitem__)])
+    assert len(made) == calls + 3 and sum(made) == 2 * 2 * 3
     assert sum(bool(part.any()) for part in found[0]) > 10
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-9)
+
+
+class Maps(torch.nn.Module):
+    """A cross-attention whose q and k are given, so that both can be leaves."""
+
+    def __init__(self, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.to_q, self.to_k = torch.nn.Identity(), torch.nn.Identity()
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.sampled_from([(1, 4, 3, 1, 2), (2, 4, 3, 1, 2), (1, 4, 3, 2, 1)]), min_size=1),
+    st.sampled_from([1, 7, 12, 24, 30, 48, 60, 1000]),
+)
+def test_maps_of_any_kinds_have_the_mean_entropy_and_its_gradient(
+    shapes: list[tuple[int, ...]], at_once: int
+) -> None:
+    """Of 12 and 24 scores, some alike but for their heads: gathered, in parts, row by row."""
+    pairs = [tuple(t.requires_grad_() for t in random_qk(s, n)) for n, s in enumerate(shapes)]
+    layers = [Maps(shape[3]) for shape in shapes]
+    entropy = objective.CrossAttentionEntropy(list(layers))
+    with pytest.MonkeyPatch.context() as patch, entropy.collecting():
+        patch.setattr(objective, "_SCORES_CPU", at_once)
+        for layer, (query, key) in zip(layers, pairs, strict=True):
+            layer.to_q(query), layer.to_k(key)
+        found = entropy.value()
+    exact = [[t.detach().double().requires_grad_() for t in pair] for pair in pairs]
+    terms = [entropy_in_autograd(*pair, s[3]) for pair, s in zip(exact, shapes, strict=True)]
+    wanted = torch.stack(terms).mean()
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-5)
+    (3 * found).backward()
+    (3 * wanted).backward()
+    for own, other in zip(pairs, exact, strict=True):
+        for got, expected in zip(own, other, strict=True):
+            assert got.grad is not None and expected.grad is not None
+            error = (got.grad.double() - expected.grad).norm()
+            assert float(error) <= 1e-5 * float(expected.grad.norm()) + 1e-9
 
 
 def test_each_collection_forgets_the_last() -> None:

@@ -305,8 +305,8 @@ def test_importance_of_the_network_is_one_call_a_step(monkeypatch: pytest.Monkey
     calls.clear()
     for event in train(net, task, setting(net, steps=40, probes=4)):
         extra = (event.resized > 0) + (event.probe is not None)  # without gradients
-        before = 2 * (event.step == 1)  # a layout, and what the loss is to be judged by
-        assert calls == [False] * before + [True] + [False] * extra
+        first = event.step == 1  # what the loss is to be judged by
+        assert calls == [False] * first + [True] + [False] * extra
         calls.clear()
 
 
