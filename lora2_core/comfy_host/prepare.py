@@ -20,7 +20,7 @@ from ..data.cropping import Crop
 from ..data.photos import Photo
 from ..data.samples import Sample
 from ..training.denoising import CachedTexts, DenoisingTask, TextSource
-from ..training.estimate import attempt
+from ..training.estimate import Estimate, attempt
 from ..training.objective import CrossAttentionEntropy
 from ..training.optimizers.make import block_of
 from ..training.setup import TrainingSetup
@@ -77,23 +77,15 @@ def carry_out(plan: TrainingPlan) -> TrainingSetup:
     painted_by = content_key(base_hash, identity)
     classes = class_images(plan.class_photos, painter, config, painted_by, plan.disk)
     extra = class_samples(encoder, classes, samples, config)
-    roots = plan.roots
-    network = AdaptiveRankNetwork(roots, plan.targets, config.rank, config.seed, plan.budget)
+    network = AdaptiveRankNetwork(plan.roots, plan.targets, config.rank, config.seed, plan.budget)
     network.keep_apart(block_of(config.optimizer))
     cross = _cross_attention(unet)
     # The default on the CPU splits the attention into chunks, slow to differentiate.
     options = {"optimized_attention_override": _plain_attention}
     task = DenoisingTask(private, samples, texts, options, prediction, config, extra)
     measured = cross if config.entropy_weight > 0 else None
-    blocks = blocks_of(unet)
     free = free_memory() if plan.follows_memory else None
-    expected = attempt(network, task, measured, roots, blocks, config, free)
-    checkpoint = partial(checkpoint_blocks, unet, entropy=cross)
-    if config.gradient_checkpointing:
-        checkpoint()
-    elif plan.follows_memory and expected is not None and expected.twice:
-        checkpoint(which=expected.twice)
-    all_twice = expected is not None and len(expected.twice) == len(blocks)
+    expected = attempt(network, task, measured, plan.roots, blocks_of(unet), config, free)
     return TrainingSetup(
         config=dataclasses.replace(config, precision=_name_of(unet.dtype)),
         network=network,
@@ -108,10 +100,23 @@ def carry_out(plan: TrainingPlan) -> TrainingSetup:
             "sampling": content_key(prediction, sampling),
         },
         painter=painter if config.samples.prompts else None,
-        checkpointing=bool(config.gradient_checkpointing) or all_twice,
-        enable_checkpointing=checkpoint,
+        checkpointing=_checkpointed(plan, unet, cross, expected),
+        enable_checkpointing=partial(checkpoint_blocks, unet, entropy=cross),
         estimate=expected,
     )
+
+
+def _checkpointed(
+    plan: TrainingPlan, unet: nn.Module, cross: CrossAttentionEntropy, expected: Estimate | None
+) -> bool:
+    """Checkpoint the blocks that settings or free memory ask for; whether these are all."""
+    if plan.config.gradient_checkpointing:
+        checkpoint_blocks(unet, entropy=cross)
+        return True
+    if expected is None or not expected.twice:
+        return False
+    checkpoint_blocks(unet, entropy=cross, which=expected.twice)
+    return len(expected.twice) == expected.blocks
 
 
 def _name_of(dtype: torch.dtype) -> str:

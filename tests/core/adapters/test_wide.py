@@ -26,6 +26,18 @@ TYPES = pytest.mark.parametrize(("width", "dtype", "tolerance"), KINDS)
 PLAN = [[4.0] * 16, [5.0, 3.0] * 8, [16.0, 14.0] * 8, [2.0] * 16, [1.0, 12.0] * 8]
 
 
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a call saved is worth that outputs lie apart."""
+    monkeypatch.setattr(grouping, "_calls_cost", lambda _: True)
+
+
+def test_on_a_cpu_nothing_is_wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    model = blocks(16, torch.float32)
+    assert not Adapted(model, toy.adapt(model, target_rank=4)).wide()
+
+
 def blocks(width: int, dtype: torch.dtype) -> toy.Transformer:
     """Two; the second has a bias in one of the three layers that read one input."""
     made = toy.Transformer(2, width, 16)

@@ -202,6 +202,7 @@ def test_maps_gathered_and_maps_alone_are_the_same(
 ) -> None:
     """Three maps of 120 scores: in chunks of rows, alone, two and one, and all at once."""
     monkeypatch.setattr(objective, "_SCORES_CPU", at_once)
+    monkeypatch.setattr(objective, "_SMALL_MAP_CPU", at_once // 2)  # as on a GPU
     plain, made = objective.attention_entropy, []
     monkeypatch.setattr(
         objective, "attention_entropy", lambda *a: made.append(a[0].shape[0]) or plain(*a)
