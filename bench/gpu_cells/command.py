@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import math
 import os
 import re
@@ -30,8 +31,9 @@ def main(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own talk
     try:
+        started = time.monotonic()
         comfyui = _enter(options.device)
-        return _measure(options, comfyui, arguments)
+        return _measure(options, comfyui, arguments, started)
     except Unable as error:
         print(error, file=sys.stderr)
         return WAITED
@@ -95,16 +97,18 @@ def _enter(device: str) -> Path:
             f"The ComfyUI in {comfyui} cannot be loaded ({error}): run this with the Python that "
             f'runs it, or install what it needs: pip install -r "{comfyui / "requirements.txt"}".'
         ) from error
+    gc.freeze()  # what was imported need not be looked through after every contestant
     return comfyui
 
 
-def _measure(options: argparse.Namespace, comfyui: Path, arguments: Sequence[str]) -> int:
+def _measure(
+    options: argparse.Namespace, comfyui: Path, arguments: Sequence[str], started: float
+) -> int:
     from . import plan, record, table
     from .meters import meter
     from .rows import FAILED, Row
     from .running import TINY, Bench, Rounds
 
-    started = time.monotonic()
     measured = meter(options.device)
     until = started + 60 * options.minutes
     bench = Bench(measured, TINY if options.tiny else Rounds(), until, options.tiny, say)

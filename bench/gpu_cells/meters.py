@@ -13,6 +13,10 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+_COPIES = ("Memcpy", "Memset")
+# What spans kernels on a card's own line of a profile, or waits for them.
+_SPANS = ("Optimizer.", "ProfilerStep", "Context Sync", "Stream Sync", "Event Sync", "Stream Wait")
+
 
 @dataclass
 class Profile:
@@ -93,7 +97,7 @@ class Cpu:
         found = Profile()
         with profile(activities=[ProfilerActivity.CPU]) as running:
             yield found
-        found.kernels = operators(running.events() or [])
+        found.kernels = operators(raw_events(running))
 
 
 class Cuda:
@@ -133,7 +137,7 @@ class Cuda:
         with profile(activities=[ProfilerActivity.CUDA]) as running:
             yield found
             torch.cuda.synchronize(self.device)
-        kernels, busy = on_card(running.events() or [])
+        kernels, busy = on_card(raw_events(running))
         if kernels:  # none: this user may not profile the card
             found.kernels, found.busy = kernels, busy
 
@@ -157,9 +161,15 @@ def meter(device: str) -> Meter:
     return Cuda(found)
 
 
+def raw_events(running: profile) -> list[Any]:
+    """What the profiler has seen, as it has it: ``events()`` takes seconds to make its tree."""
+    results = running.profiler and running.profiler.kineto_results
+    return list(results.events()) if results else []
+
+
 def operators(events: Iterable[Any]) -> int:
     """How many of a profile's events are calls of PyTorch's operators."""
-    return sum(event.name.startswith("aten::") for event in events)
+    return sum(event.name().startswith("aten::") for event in events)
 
 
 def on_card(events: Iterable[Any]) -> tuple[int, float]:
@@ -169,16 +179,16 @@ def on_card(events: Iterable[Any]) -> tuple[int, float]:
     side by side count once in the time.
     """
     work = [event for event in events if _is_work(event)]
-    spans = sorted((event.time_range.start, event.time_range.end) for event in work)
-    busy, until = 0.0, float("-inf")
-    for start, end in spans:
-        busy += max(0.0, end - max(start, until))
+    busy, until = 0, 0
+    for start, length in sorted((event.start_ns(), event.duration_ns()) for event in work):
+        end = start + length
+        busy += max(0, end - max(start, until))
         until = max(until, end)
-    kernels = sum(not event.name.startswith(("Memcpy", "Memset")) for event in work)
-    return kernels, busy / 1e6
+    kernels = sum(not event.name().startswith(_COPIES) for event in work)
+    return kernels, busy / 1e9
 
 
 def _is_work(event: Any) -> bool:
-    named = getattr(event, "is_user_annotation", False)
-    spans = event.name.startswith(("Optimizer.", "ProfilerStep", "record_param_comms"))
-    return event.device_type == DeviceType.CUDA and not named and not spans
+    if event.device_type() != DeviceType.CUDA or event.name().startswith(_SPANS):
+        return False
+    return not (hasattr(event, "is_user_annotation") and event.is_user_annotation())

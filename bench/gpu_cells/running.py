@@ -24,6 +24,7 @@ from .weights import Frozen
 
 _MOST_WARM_UP = 12  # steps, where the scaler of fp16 skips so many
 _FULL = 0.92  # of the card, above which contestants are not put side by side
+_LITTLE = 0.1  # of the weights, what PyTorch and the libraries of a card may keep for themselves
 ALONE = "timed alone: side by side they would fill the card"
 _FEWEST = 3  # rounds, below which the times of a contestant alone are the better ones
 
@@ -130,6 +131,10 @@ class Bench:
         before = self.meter.held() or 0
         contestant = self.make(cell, frozen)
         found = _Alone(told=contestant.estimate, note=contestant.note)
+        left = before - frozen.nbytes
+        if left > _LITTLE * frozen.nbytes:
+            others = f"{left / 1e6:,.0f} MB of others were still on the card"
+            found.note = "; ".join(filter(None, (found.note, others)))
         contestant.drive(self._watching(contestant, found))
         found.own -= before
         return found
