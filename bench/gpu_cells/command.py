@@ -119,7 +119,12 @@ def _measure(
         taken = round(time.monotonic() - started, 1)
         circumstances = {"minutes": options.minutes, "seconds": taken, "tiny": options.tiny}
         kept = record.record(rows, measured.device, comfyui, arguments, **circumstances)
-        record.write(kept, options.json)
+        try:
+            record.write(kept, options.json)
+        except OSError as error:
+            raise Unable(
+                f"--json is {options.json}, which cannot be written ({error}): name another file."
+            ) from error
         return kept
 
     found = keep()  # a place that cannot be written to is known before, not after ten minutes
@@ -135,6 +140,8 @@ def _measure(
 
 def say(row: Any) -> None:
     """One line for who waits."""
+    if row.status == "not reached":  # the table counts these
+        return
     figure = f"{row.step_ms:,.1f} ms" if row.step_ms else row.status
     where = f"{row.model}, {row.size_px} px, batch {row.batch}, {row.precision}"
     print(f"{where}: {row.contestant}: {figure}", file=sys.stderr, flush=True)

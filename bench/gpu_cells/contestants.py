@@ -135,7 +135,7 @@ class PlainLora(nn.Module):
     """A LoRA of one linear layer by the method of kohya's script: A and B in fp32, a module a
     layer, which takes the place of its ``forward``; autocast chooses what is computed in."""
 
-    def __init__(self, layer: nn.Linear, rank: int):
+    def __init__(self, layer: Any, rank: int):  # of nn.Linear
         super().__init__()
         device = layer.weight.device
         self.down = nn.Linear(layer.in_features, rank, bias=False, device=device)

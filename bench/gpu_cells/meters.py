@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, supported_activities
 
 _COPIES = ("Memcpy", "Memset")
 # What spans kernels on a card's own line of a profile, or waits for them.
@@ -134,6 +133,9 @@ class Cuda:
     @contextmanager
     def profiling(self) -> Iterator[Profile]:
         found = Profile()
+        if ProfilerActivity.CUDA not in supported_activities():
+            yield found  # this PyTorch was built without what watches a card
+            return
         with profile(activities=[ProfilerActivity.CUDA]) as running:
             yield found
             torch.cuda.synchronize(self.device)
@@ -189,6 +191,6 @@ def on_card(events: Iterable[Any]) -> tuple[int, float]:
 
 
 def _is_work(event: Any) -> bool:
-    if event.device_type() != DeviceType.CUDA or event.name().startswith(_SPANS):
+    if event.device_type().name != "CUDA" or event.name().startswith(_SPANS):
         return False
     return not (hasattr(event, "is_user_annotation") and event.is_user_annotation())

@@ -104,7 +104,8 @@ class Bench:
                 _forget(error)
             self.meter.release()
         times, said = self._together(found)
-        self.meter.release()
+        if times or said:
+            self.meter.release()
         for cell, alone in found.items():
             if cell in times:
                 found[cell] = replace(alone, times=times[cell])
