@@ -211,7 +211,12 @@ def _node(cell: plan.Cell, frozen: Frozen) -> Contestant:
         raise Missing(f"this ComfyUI has no TrainLoraNode that can be loaded ({error})") from error
     if not hasattr(node, "trange"):
         raise Missing("the loop of this ComfyUI's TrainLoraNode is not one that can be timed")
-    model = patcher.ModelPatcher(frozen.base(), frozen.device, frozen.device)
+
+    def anew(**_: bool) -> Any:
+        return patcher.ModelPatcher(frozen.base(), frozen.device, frozen.device)
+
+    model = anew()
+    model.cached_patcher_init = (anew, ())  # newer nodes train a model of their own
     settings = _node_settings(cell, frozen, schema)
 
     def drive(turns: Iterable[None]) -> None:
