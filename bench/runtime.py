@@ -18,14 +18,31 @@ ROOT = Path(__file__).resolve().parent.parent
 def enter() -> None:
     """Make comfy importable, on the CPU, and the pack as ``lora2_pack``."""
     tool = _tool("comfyui")
-    comfyui = tool.find(os.environ.get("LORA2_COMFYUI")) or tool.ensure(dev=True).path
+    enter_comfyui(tool.find(os.environ.get("LORA2_COMFYUI")) or tool.ensure(dev=True).path)
+    _tool("pack").register()
+
+
+def enter_comfyui(comfyui: Path, cpu: bool = True) -> None:
+    """Make comfy of the ComfyUI in the folder ``comfyui`` importable, on the CPU or on a card.
+
+    Raises ImportError where it, or a package that it needs to start, is not there.
+    """
     sys.path.insert(0, str(comfyui))
     options: Any = importlib.import_module("comfy.options")
     options.enable_args_parsing(False)  # the arguments are the benchmark's
     arguments: Any = importlib.import_module("comfy.cli_args").args
-    arguments.cpu = True
+    arguments.cpu = cpu
     importlib.import_module("utils.extra_config")  # before nodes.py puts comfy/ on the path
-    _tool("pack").register()
+
+
+def present_comfyui() -> Path | None:
+    """The folder of a ComfyUI that is there already: nothing is set up. None where there is none.
+
+    Raises the tools' SetupError where ``LORA2_COMFYUI`` names something else.
+    """
+    tool = _tool("comfyui")
+    found = tool.find(os.environ.get("LORA2_COMFYUI")) or ROOT / ".comfyui"
+    return found if tool.is_comfyui(found) else None
 
 
 def rerun_in_environment() -> None:

@@ -24,8 +24,8 @@ FAMILY: dict[str, tuple[list[int], int, list[int]]] = {
 }
 
 
-def on_meta(name: str, dtype: torch.dtype = torch.float32) -> Any:
-    """The BaseModel of a member of the family, without data."""
+def on_meta(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """The BaseModel of a member of the family, without data; ``changes``: to its configuration."""
     from ....lora2_core.comfy_host.copies.structure import plain
 
     supported: Any = importlib.import_module("comfy.supported_models")
@@ -36,7 +36,7 @@ def on_meta(name: str, dtype: torch.dtype = torch.float32) -> Any:
         "transformer_depth_middle": middle,
         "transformer_depth_output": list(up),
     }
-    config = getattr(supported, name)({**_COMMON, **depths})
+    config = getattr(supported, name)({**_COMMON, **depths, **changes})
     config.set_inference_dtype(dtype, None)
     config.custom_operations = plain()  # ComfyUI's own can lack weights until these are loaded
     return config.get_model({}, "", torch.device("meta"))

@@ -1,0 +1,1 @@
+"""The parts of bench/gpu.py: what is measured (plan), whom (contestants), and how (meters)."""
