@@ -19,7 +19,7 @@ from torch.nn.grad import conv2d_input
 _LARGEST = 448.0  # of float8_e4m3fn
 # What the largest size can be in eight bits, but for a power of two.
 _TOPS = (448.0, 416.0, 384.0, 352.0, 320.0, 288.0, 256.0, 240.0)
-_NEAR = 2**-8  # relative: twice what bf16 rounds, an eighth of what eight bits do
+_NEAR = 0.008  # relative: what bf16 rounds, twice; an eighth of what eight bits do
 _LOOK = 4096  # numbers by which a weight that is not in eight bits yet is told
 _FEWEST = 4096  # numbers of a weight that is worth it
 
