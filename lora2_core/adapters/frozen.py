@@ -8,6 +8,7 @@ gradients are those of the cast weight, exactly. Names and classes of layers sta
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -35,7 +36,17 @@ class EightBits(NamedTuple):
     def cast(self, dtype: torch.dtype) -> Tensor:
         """The weight in ``dtype``, rounded once."""
         # Eight bits fit into every type; a scale that is no tensor is not rounded to ``dtype``.
-        return self.numbers.to(dtype).mul_(self.scale)
+        if self.numbers.device.type != "cpu":
+            return self.numbers.to(dtype).mul_(self.scale)
+        # From a table: PyTorch's own cast takes five times as long on a CPU.
+        places = self.numbers.view(torch.uint8).flatten().int()
+        return (_table(dtype) * self.scale).index_select(0, places).view(self.numbers.shape)
+
+
+@cache
+def _table(dtype: torch.dtype) -> Tensor:
+    """All that eight bits can say, (256,)."""
+    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(dtype)
 
 
 def can_hold(device: torch.device, dtype: torch.dtype) -> str:
