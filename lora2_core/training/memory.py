@@ -31,7 +31,7 @@ _SPARE = 1.45
 _TEXT = 0.32  # both text encoders to the U-Net
 _CHECKPOINTED, _ENTROPY = 0.18, 1.05  # activations with it to those without
 _TARGETS = {"attention+ff": 1.9, "attention+ff+conv": 2.6, "cross-attention": 0.5}  # to attention
-_EIGHT_BITS = 1.03  # bytes of a weight in fp8, with what stays in 16 bits and one that is cast
+_EIGHT_BITS = 1.024  # bytes of a weight in fp8, with what stays in 16 bits and one that is cast
 _MEGABYTES_PER_RANK = 2.9  # of attention, in a file
 
 
