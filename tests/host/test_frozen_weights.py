@@ -9,17 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from lora2_pack.lora2_core import comfy_host
+from lora2_pack.lora2_core import comfy_host, lora_file
 from lora2_pack.lora2_core.adapters.frozen import eight_bits, is_in_eight_bits
 from lora2_pack.lora2_core.comfy_host import class_images
 from lora2_pack.lora2_core.comfy_host.painting import Painter
 from lora2_pack.lora2_core.config.train import DataConfig, SampleConfig, TrainConfig
+from lora2_pack.lora2_core.jobs.job import TrainingJob
 from lora2_pack.lora2_core.training.memory import SDXL, Memory, scaled
 from lora2_pack.lora2_core.training.setup import TrainingSetup
 from lora2_pack.lora2_core.training.trainer import Trainer
 from lora2_pack.tests.host import demo
 from lora2_pack.tests.host.test_estimate import _memory_on_meta
 from lora2_pack.tests.host.test_gradients import FP32, Reference, _step, check_equal, check_near
+from lora2_pack.tests.host.test_training import check_same_through_both
 from torch import Tensor, nn
 
 FP8 = torch.float8_e4m3fn
@@ -195,6 +197,24 @@ def test_it_learns_as_much(trained: Parts):
     assert learnt[0] > 0.05
     assert learnt[1] == pytest.approx(learnt[0], rel=0.15)
     assert learnt[1] == pytest.approx(learnt[2], rel=0.15)
+
+
+def test_the_lora_goes_onto_the_user_s_model(parts: Parts, model: Any, tmp_path: Path):
+    """By our loader and by ComfyUI's own, and it is no other base to it than without fp8."""
+    path = tmp_path / "cat.safetensors"
+    config = demo.settings(precision="bf16", frozen_weights="fp8")
+    job = TrainingJob(_prepare(parts, config), path, guard=comfy_host.deaf_to_cancel)
+    job.start()
+    assert job.wait(60) and job.progress.error is None
+    file = lora_file.load(path)
+    assert file.metadata["ss_fp8_base"] == "True"
+    assert '"frozen_weights": "fp8"' in file.metadata["lora2.config"]
+    applied = comfy_host.apply_lora(model, None, file, 1.0, 1.0, path.name)
+    assert len(applied.model.patches) == len(lora_file.component_keys(file.state))
+    assert "another base" not in applied.note
+    check_same_through_both(model, path)
+    _prepare(parts, demo.settings(precision="bf16"))
+    assert applied.note == comfy_host.apply_lora(model, None, file, 1.0, 1.0, path.name).note
 
 
 # --- what goes on with it ---------------------------------------------------------------------
