@@ -27,6 +27,7 @@ from .copies.structure import casting, free_of_holders, new_unet, plain, put_obj
 from .copies.weights import Weights
 from .errors import HostError
 from .loading import bypass
+from .running import raise_if_cancelled
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -109,7 +110,11 @@ def keep_in_eight_bits(private: comfy.model_base.BaseModel) -> None:
     Only layers that the copy was made with: one that a node has put there may use its weight in
     ways of its own.
     """
-    in_eight_bits(private.diffusion_model, (plain().Linear, plain().Conv2d))
+    kinds = plain().Linear, plain().Conv2d
+    for layer in private.diffusion_model.modules():
+        if isinstance(layer, kinds):
+            raise_if_cancelled()  # half a minute for SDXL on a slow machine
+            in_eight_bits(layer, kinds)
 
 
 def check_frozen_weights(model: ModelPatcher, config: TrainConfig) -> None:
