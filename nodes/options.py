@@ -90,12 +90,13 @@ class LoRA2SafetyOptions(io.ComfyNode):
             "LoRA2SafetyOptions",
             "LoRA² safety options",
             "Memory, checkpoints, and samples painted meanwhile.",
-            [*widgets.safety(), *widgets.samples()],
+            [*widgets.safety(), *widgets.samples(), *widgets.frozen()],
         )
 
     @classmethod
     def execute(cls, options: Options | None = None, **settings: Any) -> io.NodeOutput:
         checkpointing = {"on": True, "off": False}.get(settings["gradient_checkpointing"])
+        frozen = settings.get("frozen_weights", AUTO)  # graphs of before do not have it
         keep = ("checkpoint_steps", "checkpoint_minutes", "resume")
         prompts = [line.strip() for line in settings["sample_prompts"].splitlines()]
         samples = SampleConfig(
@@ -108,6 +109,7 @@ class LoRA2SafetyOptions(io.ComfyNode):
         return io.NodeOutput(
             (options or Options()).joined(
                 gradient_checkpointing=checkpointing,
+                frozen_weights=None if frozen == AUTO else frozen,
                 keep=KeepConfig(**{name: settings[name] for name in keep}),
                 samples=samples,
             )

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .frozen import is_in_eight_bits
 from .layers import AdaptiveLoRA
 from .projections import project
 from .stacks import WeightStack
@@ -194,7 +195,10 @@ def _hold_in(layers: Sequence[AdaptiveLoRA], weight: Tensor) -> None:
 def _is_plain(base: nn.Module) -> bool:
     """Whether a layer is W x + b and no more, so that it can be computed from its weight.
 
-    ComfyUI's layers may hold their weight elsewhere, or patch it on the way.
+    ComfyUI's layers may hold their weight elsewhere, or patch it on the way; ours may keep it in
+    eight bits.
     """
+    if is_in_eight_bits(base):
+        return False
     patches = getattr(base, "weight_function", None) or getattr(base, "bias_function", None)
     return isinstance(base, nn.Linear) and torch.is_tensor(base.weight) and not patches

@@ -18,6 +18,7 @@ from .. import adaptive_rank
 from ..config.ranks import RankConfig
 from ..files.component import Component
 from .budget import RankBudget, expected_bytes, plan_budget
+from .frozen import computes_in
 from .grouping import ATTENDED, ProjectionGroup, joined
 from .layers import AdaptiveLoRA, wrap
 from .rank_change import RankChange
@@ -320,8 +321,7 @@ class AdaptiveRankNetwork(nn.Module):
 
 def _computes_in(base: nn.Module) -> torch.dtype:
     """What a layer is expected to be asked in: its own type, unless nothing is computed in that."""
-    weight = base.weight
-    found = weight.dtype if torch.is_tensor(weight) else torch.float32
+    found = computes_in(base)
     return found if found in _COMPUTED_IN else torch.float32
 
 

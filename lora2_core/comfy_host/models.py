@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..adapters.frozen import can_hold, in_eight_bits
+from ..config.train import AS_PRECISION, TrainConfig
 from ..files.header import first_line
 from ..training.out_of_memory import is_out_of_memory
 from . import surface
@@ -25,6 +27,7 @@ from .copies.structure import casting, free_of_holders, new_unet, plain, put_obj
 from .copies.weights import Weights
 from .errors import HostError
 from .loading import bypass
+from .running import raise_if_cancelled
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -99,6 +102,31 @@ def put_in_place(private: comfy.model_base.BaseModel, model: ModelPatcher) -> No
         # (unless ComfyUI was told to keep everything there).
         comfy.model_management.unload_all_models()
     private.diffusion_model.to(model.load_device)
+
+
+def keep_in_eight_bits(private: comfy.model_base.BaseModel) -> None:
+    """Halve what the frozen weights of a copy take, before it is moved to where it is trained.
+
+    Only layers that the copy was made with: one that a node has put there may use its weight in
+    ways of its own.
+    """
+    kinds = plain().Linear, plain().Conv2d
+    for layer in private.diffusion_model.modules():
+        if isinstance(layer, kinds):
+            raise_if_cancelled()  # half a minute for SDXL on a slow machine
+            in_eight_bits(layer, kinds)
+
+
+def check_frozen_weights(model: ModelPatcher, config: TrainConfig) -> None:
+    """Raises HostError unless the device of ``model`` can keep weights as ``config`` says."""
+    if config.frozen_weights != "fp8":
+        return
+    dtype = DTYPES.get(config.precision) or _training_dtype(model)
+    if reason := can_hold(model.load_device, dtype):
+        raise HostError(
+            f"frozen_weights is fp8, and {model.load_device} cannot keep weights in it "
+            f"({reason[:200]}); choose '{AS_PRECISION}'."
+        )
 
 
 def check_precision(model: ModelPatcher, precision: str) -> None:

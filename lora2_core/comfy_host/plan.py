@@ -20,7 +20,7 @@ from ..adapters.budget import RankBudget, plan_budget
 from ..adapters.targets import Target, find_targets
 from ..config.presets import AUTO
 from ..config.train import TrainConfig
-from ..data.cache import TensorCache
+from ..data.cache import TensorCache, weights_hash
 from ..data.cropping import Crop, crops
 from ..data.photos import Photo
 from ..training.memory import Memory, lasting
@@ -29,7 +29,13 @@ from . import surface
 from .class_images import paints
 from .copies.text_encoders import TextEncoders
 from .encoding import Encoder
-from .models import check_model, check_precision, copy_in_ram
+from .models import (
+    check_frozen_weights,
+    check_model,
+    check_precision,
+    copy_in_ram,
+    keep_in_eight_bits,
+)
 from .running import raise_if_cancelled
 from .surface import Part
 
@@ -51,6 +57,7 @@ class TrainingPlan:
     encoder: Encoder
     cuts: tuple[tuple[Photo, Crop], ...]
     private: BaseModel
+    base_hash: str
     live: TextEncoders | None  # text encoders to be trained
     targets: tuple[Target, ...]
     budget: RankBudget
@@ -84,7 +91,8 @@ def check_settings(model: ModelPatcher, config: TrainConfig) -> None:
     """What settings alone decide on this machine, in a few milliseconds.
 
     Raises HostError for a model of another family, a part of ComfyUI that is not there, and a
-    precision that the device does not know; OptimizerError for an optimizer that cannot work.
+    precision or a kind of frozen weights that the device does not know; OptimizerError for an
+    optimizer that cannot work.
     """
     surface.need(Part.TRAINING)
     if config.text.learning_rate:
@@ -93,6 +101,7 @@ def check_settings(model: ModelPatcher, config: TrainConfig) -> None:
         surface.need(Part.PAINTING)
     check_model(model)
     check_precision(model, config.precision)
+    check_frozen_weights(model, config)
     check_optimizer(config, model.load_device)
 
 
@@ -124,6 +133,9 @@ def plan_training(
         cuts = tuple(crops(photos, config))
         raise_if_cancelled()
         private = copy_in_ram(model, config.precision)
+        base_hash = weights_hash(private.diffusion_model)  # the same in eight bits and in more
+        if config.frozen_weights == "fp8":
+            keep_in_eight_bits(private)
         trains_text = config.text.learning_rate > 0
         live = TextEncoders(clip, torch.device("cpu")) if trains_text else None
         targets = _targets(_roots(private, live), config)
@@ -132,7 +144,7 @@ def plan_training(
         encoder.text("")  # says when the CLIP is of another family; every run needs it
     return TrainingPlan(
         model, vae, tuple(photos), tuple(class_photos), config, disk,
-        encoder, cuts, private, live, targets, planned, follows_memory,
+        encoder, cuts, private, base_hash, live, targets, planned, follows_memory,
     )  # fmt: skip
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.network import AdaptiveRankNetwork
-from ..config.train import TrainConfig
-from ..data.cache import content_key, digest_of_each, named_weights_hash, weights_hash
+from ..config.train import AS_PRECISION, TrainConfig
+from ..data.cache import content_key, digest_of_each, named_weights_hash
 from ..data.captions import variants
 from ..data.cropping import Crop
 from ..data.photos import Photo
@@ -69,12 +69,13 @@ def carry_out(plan: TrainingPlan) -> TrainingSetup:
         plan.live.move_to(plan.live.load_device)
     put_in_place(private, plan.model)
     unet = private.diffusion_model
-    base_hash, prediction = _base_hash(plan.model, unet, config), prediction_of(plan.model)
+    _remember_base(plan)
+    prediction = prediction_of(plan.model)
     sampling = private.model_sampling.sigmas.float()
     identity = content_key(encoder.identity, prediction, sampling)  # of all beside the U-Net
     texts: TextSource = plan.live or CachedTexts(encoder.texts, next(unet.parameters()).device)
     painter = Painter(private, plan.vae, texts) if paints(config, plan.class_photos) else None
-    painted_by = content_key(base_hash, identity)
+    painted_by = content_key(_painted_with(plan), identity)
     classes = class_images(plan.class_photos, painter, config, painted_by, plan.disk)
     extra = class_samples(encoder, classes, samples, config)
     network = AdaptiveRankNetwork(plan.roots, plan.targets, config.rank, config.seed, plan.budget)
@@ -92,7 +93,7 @@ def carry_out(plan: TrainingPlan) -> TrainingSetup:
         task=task,
         entropy=cross,
         captions=tuple(photo.caption for photo in plan.photos),
-        base_hash=base_hash,
+        base_hash=plan.base_hash,
         data_hash=content_key(identity, _data_hash(plan.photos, classes)),
         data_parts={
             **_data_parts(plan.photos, plan.class_photos),
@@ -149,11 +150,16 @@ def _cross_attention(unet: nn.Module) -> CrossAttentionEntropy:
     return CrossAttentionEntropy([layer for layer in layers if isinstance(layer, kind)])
 
 
-def _base_hash(model: ModelPatcher, unet: nn.Module, config: TrainConfig) -> str:
-    found = weights_hash(unet)
+def _remember_base(plan: TrainingPlan) -> None:
+    model = plan.model
     if not model.patches and not bypass.branches_of(model):  # else it is not that of the base alone
-        remember_base_hash(model, config.precision, found)
-    return found
+        remember_base_hash(model, plan.config.precision, plan.base_hash)
+
+
+def _painted_with(plan: TrainingPlan) -> str:
+    """The weights that class images are painted with."""
+    kept = plan.config.frozen_weights
+    return plan.base_hash if kept == AS_PRECISION else f"{plan.base_hash} in {kept}"
 
 
 def _data_hash(photos: Sequence[Photo], classes: Sequence[Photo]) -> str:

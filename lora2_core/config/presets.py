@@ -10,7 +10,9 @@ from typing import Any, Literal
 from .checks import ConfigError
 from .ranks import RankConfig
 from .train import (
+    AS_PRECISION,
     DataConfig,
+    FrozenWeights,
     KeepConfig,
     ObjectiveConfig,
     OptimizerConfig,
@@ -77,6 +79,7 @@ class Options:
     text: TextConfig | None = None
     rank: tuple[tuple[str, Any], ...] = ()  # changes to the RankConfig of the mode
     gradient_checkpointing: bool | None = None
+    frozen_weights: FrozenWeights | None = None
     keep: KeepConfig | None = None
     samples: SampleConfig | None = None
 
@@ -112,6 +115,7 @@ def build_config(
     options = options or Options()
     optimizer = _optimizer(named, preset, options)
     checkpointing = _checkpointing(named, preset, options)
+    frozen = _frozen_weights(named, preset, options)
     settings = {**widgets, **named}
     ranks = {name: settings.pop(name, 0) for name in ("target_rank", "target_megabytes")}
     ranks["max_rank"] = settings.pop("max_rank", 0)
@@ -128,6 +132,7 @@ def build_config(
         keep=options.keep or KeepConfig(),
         samples=options.samples or SampleConfig(),
         gradient_checkpointing=checkpointing,
+        frozen_weights=frozen,
         **settings,
     )
 
@@ -165,6 +170,14 @@ def _checkpointing(named: dict[str, Any], preset: str, options: Options) -> bool
     if wanted is None:
         return AUTO if asked is None else asked
     return bool(wanted)
+
+
+def _frozen_weights(named: dict[str, Any], preset: str, options: Options) -> FrozenWeights:
+    wanted = named.pop("frozen_weights", None)
+    asked = options.frozen_weights
+    if wanted is not None and asked not in (None, wanted):
+        raise _contradiction(preset, "frozen_weights", wanted, str(asked))
+    return wanted or asked or AS_PRECISION
 
 
 def _agree(preset: str, ranks: dict[str, Any], named: Mapping[str, Any], options: Options) -> None:

@@ -16,6 +16,9 @@ from .ranks import RankConfig
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 PRECISIONS: tuple[Precision, ...] = ("auto", "fp32", "bf16", "fp16")
+AS_PRECISION = "as precision"
+FrozenWeights = Literal["as precision", "fp8"]
+FROZEN_WEIGHTS: tuple[FrozenWeights, ...] = (AS_PRECISION, "fp8")
 Schedule = Literal["constant", "cosine", "linear"]
 SCHEDULES: tuple[Schedule, ...] = ("constant", "cosine", "linear")
 OptimizerName = Literal["adamw", "adamw8bit", "prodigy"]
@@ -154,6 +157,7 @@ class TrainConfig:
     resolution: int = 1024  # px, multiple of 32; the paper: 1024
     seed: int = 0  # of weights, noise, timesteps and the order of images
     precision: Precision = "auto"  # of the frozen model; adapters and ν are always fp32
+    frozen_weights: FrozenWeights = AS_PRECISION  # how the U-Net's are kept; fp8: in half of bf16
     # Recompute blocks in backward; the paper: on. "auto": as few as the free memory asks for.
     gradient_checkpointing: bool | Literal["auto"] = False
     entropy_weight: float = 1e-4  # λ_e of eq. 14; 0 switches the term off
@@ -180,6 +184,7 @@ class TrainConfig:
             )
         checks.whole("seed", self.seed, 0, 2**63 - 1, "any number in it gives a valid run")
         checks.choice("precision", self.precision, PRECISIONS)
+        checks.choice("frozen_weights", self.frozen_weights, FROZEN_WEIGHTS)
         if self.gradient_checkpointing != "auto":
             checks.is_a("gradient_checkpointing", self.gradient_checkpointing, bool)
         checks.number("entropy_weight", self.entropy_weight, 0, 1e6, "the paper uses 0.0001")

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from ..config.patterns import Pattern, PatternError
-from ..config.train import OptimizerConfig, TrainConfig
+from ..config.train import AS_PRECISION, OptimizerConfig, TrainConfig
 from .component import Component
 from .encode import STORED_ALPHA, kohya_key
 from .header import one_line, shown_key
@@ -23,6 +23,9 @@ from .keys import plain_name
 
 FORMAT_VERSION = "1"  # of LoRA files
 VERSION, COMPONENTS = "lora2.format_version", "lora2.components"
+# Settings that came later, as they were before: left out where they are still so, as a run of then
+# has to go on, and files stay what they were.
+LATER = {"frozen_weights": AS_PRECISION}
 RUN = "lora2.run"  # the hash of the run that a file is of
 ADAPTER = "lora_adapter_metadata"  # of diffusers: PEFT's settings of each network
 _ARGUMENTS = "ss_network_args"
@@ -44,9 +47,15 @@ _CLASSES = {
 
 
 def deciding(config: TrainConfig) -> dict[str, Any]:
-    """The settings that decide what a file holds: all but how a run is kept and watched."""
-    settings = config.as_dict()
-    return {name: value for name, value in settings.items() if name not in ("keep", "samples")}
+    """The settings that decide what a file holds: all but how a run is kept and watched.
+
+    Without those of :data:`LATER` that are as they ever were.
+    """
+    return {
+        name: value
+        for name, value in config.as_dict().items()
+        if name not in ("keep", "samples") and not (name in LATER and value == LATER[name])
+    }
 
 
 def describe_run(
@@ -69,6 +78,7 @@ def describe_run(
         **({RUN: run} if run else {}),
         **_kohya(config, captions, title, len(losses)),
         **_kohya_options(config),
+        **({"ss_fp8_base": "True"} if config.frozen_weights == "fp8" else {}),
         **_model_spec(config, captions, title),
     }
 

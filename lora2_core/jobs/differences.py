@@ -9,7 +9,7 @@ from typing import Any
 from ..data.cache import digest_of_each
 from ..files.checkpoint import Label
 from ..files.header import one_line
-from ..files.metadata import deciding
+from ..files.metadata import LATER, deciding
 from ..training.setup import TrainingSetup
 
 _NAMED = 3  # differences that are told one by one
@@ -31,7 +31,7 @@ _GROUPS = {
 # One for each photo: where photos come or go, all of these differ.
 _OF_EACH = ("photos", "captions", "masks", "repeats")
 # Settings that decide what class images the base model paints.
-_PAINTING = ("resolution", "precision", "class_prompt", "class_images")
+_PAINTING = ("resolution", "precision", "frozen_weights", "class_prompt", "class_images")
 _OTHER_NAMES = {
     "rank mode": "mode",
     "optimizer name": "optimizer",
@@ -73,7 +73,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     it is another one cannot be told. Photos are told by a sample of their pixels; where only the
     whole of the data differs, it is photos.
     """
-    old, new = (dict(_flat(made.get(_SETTINGS, {}))) for made in (before, now))
+    settings = (made.get(_SETTINGS) for made in (before, now))
+    old, new = (dict(_flat({**LATER, **found} if found else {})) for found in settings)
     changed = [name for name in new if name not in old or old[name] != new[name]] if old else []
     known = [kind for kind in (*_GROUPS, _DATA) if kind in before and kind in now]
     other = {kind for kind in known if before[kind] != now[kind]}

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from ..adapters.frozen import largest_cast
 from ..adapters.network import AdaptiveRankNetwork
 from ..config.train import OptimizerConfig, TrainConfig
 from .objective import CrossAttentionEntropy, loss_parts
@@ -30,6 +31,7 @@ _SPARE = 1.45
 _TEXT = 0.32  # both text encoders to the U-Net
 _CHECKPOINTED, _ENTROPY = 0.18, 1.05  # activations with it to those without
 _TARGETS = {"attention+ff": 1.9, "attention+ff+conv": 2.6, "cross-attention": 0.5}  # to attention
+_EIGHT_BITS = 1.024  # bytes of a weight in fp8, with what stays in 16 bits and one that is cast
 _MEGABYTES_PER_RANK = 2.9  # of attention, in a file
 
 
@@ -37,7 +39,7 @@ _MEGABYTES_PER_RANK = 2.9  # of attention, in a file
 class Memory:
     """Bytes that a run holds on its device."""
 
-    frozen: int  # weights that stay as they are
+    frozen: int  # weights that stay as they are, and the largest one cast of those in 8 bits
     learning: int  # A and B, their gradients, and the optimizer's memory
     activations: int  # kept from the forward pass for the backward pass, with some to spare
 
@@ -100,7 +102,8 @@ def lasting(roots: Mapping[str, nn.Module], parameters: int, config: TrainConfig
     computed. ``parameters``: numbers in A and B."""
     frozen = {id(p): p for root in roots.values() for p in _weights(root) if not p.requires_grad}
     return Memory(
-        frozen=sum(_bytes(weight) for weight in frozen.values()),
+        frozen=sum(_bytes(weight) for weight in frozen.values())
+        + max(map(largest_cast, roots.values()), default=0),
         learning=int(_learning_bytes(config.optimizer) * parameters),
         activations=0,
     )
@@ -133,6 +136,7 @@ def _factors(config: TrainConfig) -> tuple[float, float, float]:
     """How settings scale frozen weights, what learns, and activations. Only the ratios between two
     configurations mean something."""
     value = 4 if config.precision == "fp32" else 2
+    frozen = _EIGHT_BITS if config.frozen_weights == "fp8" else value
     text = _TEXT * (config.text.learning_rate > 0)
     rank = config.rank
     if rank.target_megabytes is not None:
@@ -144,7 +148,7 @@ def _factors(config: TrainConfig) -> tuple[float, float, float]:
     activations = value * images * config.resolution**2
     activations *= _ENTROPY if config.entropy_weight else 1
     activations *= _CHECKPOINTED if config.gradient_checkpointing else 1
-    return value * (1 + text), ranks * _learning_bytes(config.optimizer), activations
+    return frozen + value * text, ranks * _learning_bytes(config.optimizer), activations
 
 
 def kept(

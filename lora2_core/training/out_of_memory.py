@@ -132,6 +132,8 @@ def _changes(
         yield text, replace(config, batch_size=1)
     if config.precision == "fp32":
         yield "set precision to bf16", replace(config, precision="bf16")
+    if config.frozen_weights != "fp8":
+        yield "set frozen_weights to fp8", replace(config, frozen_weights="fp8")
     if optimizer.name != "adamw8bit":
         leaner = replace(optimizer, name="adamw8bit")
         yield "set optimizer to adamw8bit", replace(config, optimizer=leaner)

@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ...lora2_core.config.presets import AUTO
 from ...lora2_core.config.ranks import GROUPS
-from ...lora2_core.config.train import MAX_PROMPTS, OPTIMIZERS
+from ...lora2_core.config.train import FROZEN_WEIGHTS, MAX_PROMPTS, OPTIMIZERS
 
 BY_SCHEDULE = -1.0  # the value of warm_up that leaves it to the schedule
 BY_MODE = -1.0  # of settings of ranks for which 0 is a value like others
@@ -326,5 +326,22 @@ def samples() -> list[io.WidgetInput]:
             max=100.0,
             step=0.5,
             tooltip="How closely samples follow their prompt (CFG).",
+        ),
+    ]
+
+
+def frozen() -> list[io.WidgetInput]:
+    """Optional and last, so that workflows from before there was one keep what they say."""
+    return [
+        io.Combo.Input(
+            "frozen_weights",
+            options=[AUTO, *FROZEN_WEIGHTS],
+            default=AUTO,
+            optional=True,
+            tooltip=(
+                "fp8 keeps the weights of the model that do not learn in 8 bits while it trains: "
+                "half the memory of 16 bits for them, a little slower, and the LoRA learns on "
+                "rounded weights. auto: what the preset says, else as precision."
+            ),
         ),
     ]

@@ -16,6 +16,8 @@ import comfy.supported_models
 import pytest
 import torch
 from lora2_pack.lora2_core import comfy_host, lora_file
+from lora2_pack.lora2_core.adapters.frozen import is_in_eight_bits
+from lora2_pack.lora2_core.comfy_host.models import copy_in_ram, keep_in_eight_bits
 from lora2_pack.lora2_core.tiny_sdxl.model import UNET_CONFIG
 from lora2_pack.lora2_core.training.trainer import Trainer
 from lora2_pack.tests.host import demo
@@ -128,6 +130,26 @@ def test_the_copy_has_the_base_s_numbers(base: Any, precision: str, caplog: Any)
     assert ("model is quantised" in caplog.text) == (kind not in PLAIN)
     assert NEWER.get(kind, "") in caplog.text
     assert _bytes(model) == before
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_copy_in_fp8_has_the_numbers_of_a_base_in_fp8(base: Any, precision: str):
+    """Of others it has what eight bits can say."""
+    kind, model, numbers = base
+    private = copy_in_ram(model, precision)
+    keep_in_eight_bits(private)
+    layers = private.diffusion_model.named_modules()
+    kept = {name: layer for name, layer in layers if is_in_eight_bits(layer)}
+    assert len(kept) > 200
+    # The mean of the scale's rounding, and the scale itself is an fp32 number.
+    rounding = {"fp32": 2.0**-22, "bf16": 2.0**-8}[precision]
+    for name, layer in kept.items():
+        wanted = numbers[f"{name}.weight"]
+        back = layer.forward.weight.cast(torch.float32)
+        exact = kind == "fp8" or (kind == "scaled fp8" and isinstance(layer, torch.nn.Linear))
+        share = rounding if exact else 1 / 16 + rounding
+        bound = share * wanted.abs() + (0 if exact else 2.0**-9 * layer.forward.scale)
+        assert ((back - wanted).abs() <= bound).all(), name
 
 
 def test_patches_are_in_the_copy(base: Any):

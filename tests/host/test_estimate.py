@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from lora2_pack.lora2_core import comfy_host
+from lora2_pack.lora2_core.adapters.frozen import in_eight_bits
 from lora2_pack.lora2_core.adapters.network import AdaptiveRankNetwork
 from lora2_pack.lora2_core.adapters.targets import find_targets
 from lora2_pack.lora2_core.comfy_host import prepare
@@ -50,6 +51,8 @@ def _memory_on_meta(name: str, config: TrainConfig) -> Memory:
     base = on_meta(name, torch.float16)
     base.diffusion_model.requires_grad_(False)
     unet = base.diffusion_model
+    if config.frozen_weights == "fp8":
+        in_eight_bits(unet)
     network = AdaptiveRankNetwork(unet, find_targets(unet), config.rank)
     side = config.resolution // 8
     sample = Sample(torch.zeros(4, side, side), torch.zeros(1536), ("",))

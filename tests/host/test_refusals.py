@@ -209,6 +209,11 @@ CASES = {
         lambda _: {"precision": "fp16"},
         lambda patch: patch.setitem(models.DTYPES, "fp16", torch.float8_e4m3fn),
     ),
+    "frozen weights": options(
+        r"frozen_weights is fp8, and cpu\S* cannot keep .*float8_e4m3fn\); choose 'as precision'",
+        lambda patch: patch.delattr(torch, "float8_e4m3fn"),
+        frozen_weights="fp8",
+    ),
     # layers and ranks
     "targets of nothing": plain("no_such_layer", targets="no_such_layer"),
     "broken targets": plain("regular expression", targets="("),

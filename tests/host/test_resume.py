@@ -54,6 +54,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "adamw": {"optimizer": OptimizerConfig(ema=0.9, accumulation=2, clip_norm=1.0)},
     "adamw8bit": {"optimizer": OptimizerConfig("adamw8bit", ema=0.9)},
     "prodigy": {"optimizer": OptimizerConfig("prodigy"), "learning_rate": 1.0},
+    "fp8": {"frozen_weights": "fp8", "gradient_checkpointing": True},
     "text encoders": {"text": TextConfig(learning_rate=5e-3), "gradient_checkpointing": True},
 }
 

@@ -200,6 +200,7 @@ def test_several_options_in_a_chain(studio: Studio, plain: Trained):
     ranks = {"cross_rank": 3.0, "self_rank": 1.0, "freeze_fraction": 0.5}
     safety = {
         "gradient_checkpointing": "on",
+        "frozen_weights": "fp8",
         "sample_prompts": "a photo of sks subject\n\n a cat ",
         "sample_every": 2,
         "sample_steps": 2,
@@ -218,6 +219,8 @@ def test_several_options_in_a_chain(studio: Studio, plain: Trained):
     assert (config["optimizer"]["accumulation"], config["optimizer"]["ema"]) == (2, 0.5)
     assert config["objective"]["min_snr_gamma"] == 5
     assert config["rank"]["group_targets"] == [["self", 1.0], ["cross", 3.0]]
+    assert config["frozen_weights"] == "fp8" and "frozen_weights" not in plain.config
+    assert found.metadata["ss_fp8_base"] == "True" and "ss_fp8_base" not in plain.metadata
     assert config["gradient_checkpointing"] and found.digest != plain.digest
     name = found.path.relative_to(studio.loras).with_suffix(".png")
     strip = studio.server.output / "lora2_samples" / name

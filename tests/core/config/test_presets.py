@@ -186,6 +186,17 @@ def test_checkpointing_must_agree_with_the_preset(asked: bool | None, preset: st
     assert found == (True if preset != AS_SET else AUTO if asked is None else asked)
 
 
+def test_frozen_weights_are_the_preset_s_or_the_options(monkeypatch: pytest.MonkeyPatch):
+    for preset in PRESETS:
+        assert build_config(WIDGETS, preset).frozen_weights == "as precision"
+        assert build_config(WIDGETS, preset, Options(frozen_weights="fp8")).frozen_weights == "fp8"
+    monkeypatch.setitem(PRESETS, "small", {**PRESETS["8 GB"], "frozen_weights": "fp8"})
+    for asked in (None, "fp8"):
+        assert build_config(WIDGETS, "small", Options(frozen_weights=asked)).frozen_weights == "fp8"
+    with pytest.raises(ConfigError, match=r"frozen_weights is as precision .* sets it to fp8: "):
+        build_config(WIDGETS, "small", Options(frozen_weights="as precision"))
+
+
 def test_the_pull_on_ranks_must_agree_with_the_paper():
     with pytest.raises(ConfigError, match=r"rank_weight is 0\.5 .* sets it to 0\.0001: choose"):
         build_config(WIDGETS, "paper (SDXL)", Options(rank=(("rank_weight", 0.5),)))

@@ -90,6 +90,7 @@ BAD: dict[type, dict[str, list[Any]]] = {
         "resolution": [0, 32, 63, 100, 513, 4128, 512.0],
         "seed": [-1, 2**63, 1.0, None],
         "precision": ["fp8", "float32", None],
+        "frozen_weights": ["auto", "fp16", True, None],
         "gradient_checkpointing": [1, "yes", None],
         "entropy_weight": [-1e-4, NAN, INFINITE, None],
         "probes": [-1, 10_001, 2.5],

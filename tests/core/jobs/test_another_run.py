@@ -17,6 +17,7 @@ from lora2_pack.lora2_core.config.train import DataConfig, KeepConfig, TrainConf
 from lora2_pack.lora2_core.files import checkpoint
 from lora2_pack.lora2_core.jobs.differences import differences, made_of
 from lora2_pack.lora2_core.jobs.job import TrainingJob
+from lora2_pack.lora2_core.jobs.keeper import run_hash
 from lora2_pack.tests.core import toy_job
 from lora2_pack.tests.core.toy_job import at_draw, config, finish
 
@@ -153,6 +154,7 @@ CHANGES: dict[str, tuple[Any, str]] = {
     "steps": (5, "steps 4 → 5"),
     "schedule": ("constant", "schedule cosine → constant"),
     "precision": ("bf16", "precision fp32 → bf16"),
+    "frozen_weights": ("fp8", "frozen_weights as precision → fp8"),
     "targets": ("x" * 100, f"targets attention → {'x' * 39}…"),
     "rank": (
         RankConfig.balanced(target_rank=2.5, max_rank=8, rank_learning_rate=0.1),
@@ -176,6 +178,17 @@ def test_exactly_what_differs_is_named(chosen: set[str], base: bool, data: bool)
     wanted |= {"other photos"} if data else set()
     found = differences(before, now)
     assert set(found) == wanted and len(found) == len(wanted)
+
+
+def test_a_setting_of_later_is_named_both_ways_and_changes_no_run_without_it():
+    plain, eight = (_made(config(steps=4, **kept)) for kept in ({}, {"frozen_weights": "fp8"}))
+    assert "frozen_weights" not in plain["settings"]
+    assert differences(eight, plain) == ["frozen_weights fp8 → as precision"]
+    runs = [TrainConfig(), TrainConfig(frozen_weights="fp8")]
+    hashes = [run_hash(one, ["a photo of sks cat"], "base", "data") for one in runs]
+    # As it was before there was this setting: checkpoints of then go on.
+    assert hashes[0] == "b3248fc665fcf91bfd727c0f9e533fd1389f9fc61ec28b45bf263c5356f5f85e"
+    assert hashes[1] != hashes[0]
 
 
 def _made(settings: TrainConfig, caption: str = "c") -> dict[str, Any]:

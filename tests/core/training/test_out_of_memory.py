@@ -11,7 +11,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lora2_pack.lora2_core.config.ranks import RankConfig
-from lora2_pack.lora2_core.config.train import DataConfig, OptimizerConfig, TextConfig, TrainConfig
+from lora2_pack.lora2_core.config.train import (
+    FROZEN_WEIGHTS,
+    DataConfig,
+    OptimizerConfig,
+    TextConfig,
+    TrainConfig,
+)
 from lora2_pack.lora2_core.files.raw.memory import free_ram
 from lora2_pack.lora2_core.training import out_of_memory
 from lora2_pack.lora2_core.training.estimate import Estimate
@@ -28,6 +34,7 @@ MPS = (
 )
 LEAN = TrainConfig(
     precision="bf16",
+    frozen_weights="fp8",
     gradient_checkpointing=True,
     resolution=256,
     entropy_weight=0.0,
@@ -87,6 +94,7 @@ configs = st.builds(
     resolution=st.sampled_from([64, 256, 512, 768, 1024, 2048]),
     precision=st.sampled_from(["auto", "fp32", "bf16"]),
     gradient_checkpointing=st.booleans(),
+    frozen_weights=st.sampled_from(FROZEN_WEIGHTS),
     entropy_weight=st.sampled_from([0.0, 1e-4]),
     targets=st.sampled_from(["attention", "attention+ff+conv", "cross-attention", "b-lora"]),
     rank=st.sampled_from(
@@ -117,6 +125,8 @@ def test_advice_helps_and_is_new(
     assert ("None" not in text) and all(advice.text in text for advice in found)
     if checkpointing or config.gradient_checkpointing:
         assert "set gradient_checkpointing on" not in text
+    if config.frozen_weights == "fp8":
+        assert "frozen_weights" not in text
     if config.batch_size == 1:
         assert "batch_size" not in text
     if config.optimizer.name == "adamw8bit":
@@ -159,6 +169,11 @@ def test_there_are_three_ways_out_of_usual_settings() -> None:
     assert len(suggestions(TrainConfig(precision="fp32"), checkpointing=True)) == 3
 
 
+def test_weights_that_do_not_learn_are_what_is_left_to_halve() -> None:
+    first, *_ = suggestions(TrainConfig(precision="bf16", gradient_checkpointing=True))
+    assert first.text.startswith("set frozen_weights to fp8") and 0.3 < first.saving < 0.4
+
+
 def test_at_the_leanest_it_says_so() -> None:
     assert suggestions(LEAN) == ()
     assert "at its leanest" in out_of_memory.message(LEAN, 1, None, None, True)
@@ -184,6 +199,7 @@ def test_the_lower_resolution_fits_by_its_tokens(resolution: int, needed: int, s
     "changes",
     [
         {"gradient_checkpointing": True},
+        {"frozen_weights": "fp8"},
         {"batch_size": 1},
         {"precision": "bf16"},
         {"optimizer": OptimizerConfig("adamw8bit")},

@@ -1,0 +1,231 @@
+"""Frozen layers that keep their weight in eight bits, half of bf16's memory, while others learn.
+
+A weight is float8_e4m3fn with one scale. Its layer casts it to the type of its input when it is
+used, and casts it again in the backward pass: nothing of a cast weight outlives its layer, and
+gradients are those of the cast weight, exactly. Names and classes of layers stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.grad import conv2d_input
+
+_LARGEST = 448.0  # of float8_e4m3fn
+# What the largest size can be in eight bits, but for a power of two.
+_TOPS = (448.0, 416.0, 384.0, 352.0, 320.0, 288.0, 256.0, 240.0)
+_NEAR = 0.008  # relative: what bf16 rounds, twice; an eighth of what eight bits do
+_LOOK = 4096  # numbers by which a weight that is not in eight bits yet is told
+_FEWEST = 4096  # numbers of a weight that is worth it
+
+Kinds = tuple[type[nn.Module], ...]
+
+
+class EightBits(NamedTuple):
+    """A weight as ``numbers``, float8_e4m3fn, times ``scale``, which is an fp32 number."""
+
+    numbers: Tensor
+    scale: float
+
+    def cast(self, dtype: torch.dtype) -> Tensor:
+        """The weight in ``dtype``, rounded once."""
+        # Eight bits fit into every type; a scale that is no tensor is not rounded to ``dtype``.
+        if self.numbers.device.type != "cpu":
+            return self.numbers.to(dtype).mul_(self.scale)
+        # From a table: PyTorch's own cast takes five times as long on a CPU.
+        places = self.numbers.view(torch.uint8).flatten().int()
+        return (_table(dtype) * self.scale).index_select(0, places).view(self.numbers.shape)
+
+
+@cache
+def _table(dtype: torch.dtype) -> Tensor:
+    """All that eight bits can say, (256,)."""
+    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(dtype)
+
+
+def can_hold(device: torch.device, dtype: torch.dtype) -> str:
+    """Why tensors on ``device`` cannot be kept in eight bits and cast to ``dtype``; empty where
+    they can."""
+    if not hasattr(torch, "float8_e4m3fn"):
+        return f"PyTorch {torch.__version__} has no float8_e4m3fn"
+    try:
+        kept = torch.ones(8, 8).to(torch.float8_e4m3fn).to(device)
+        float(EightBits(kept, 0.5).cast(dtype).sum())
+    except Exception as error:
+        return next(iter(str(error).splitlines()), type(error).__name__)
+    return ""
+
+
+@torch.no_grad()
+def in_eight_bits(model: nn.Module, kinds: Kinds = (nn.Linear, nn.Conv2d)) -> None:
+    """Keep the frozen weights of every Linear and Conv2d of ``model`` in eight bits, one by one.
+
+    ``kinds``: subclasses of these two to look at, whose ``forward`` is theirs. Biases stay as they
+    are, and so do weights of fewer than 4096 numbers, that are learnt, that are not finite, or
+    whose layer computes by a ``forward`` that somebody has put there.
+    """
+    made: dict[int, tuple[nn.Parameter, float]] = {}  # of weights that several layers share
+    for layer in model.modules():
+        if not isinstance(layer, kinds) or "forward" in vars(layer):
+            continue
+        weight: Any = layer.weight
+        if not _is_worth_it(weight):
+            continue
+        if id(weight) not in made:
+            found = eight_bits(weight.detach())
+            if found is None:
+                continue
+            made[id(weight)] = nn.Parameter(found.numbers, requires_grad=False), found.scale
+        numbers, scale = made[id(weight)]
+        kind = _Convolution if isinstance(layer, nn.Conv2d) else _Product
+        layer.forward = kind(layer, scale, weight.dtype)  # type: ignore[method-assign]
+        layer.weight = numbers
+
+
+def is_in_eight_bits(layer: nn.Module) -> bool:
+    """Whether the weight of ``layer`` is kept in eight bits by :func:`in_eight_bits`."""
+    return isinstance(layer.forward, _Casting)
+
+
+def computes_in(layer: nn.Module) -> torch.dtype | None:
+    """The type in which ``layer`` had its weight before: that of its model. None for a layer
+    without a weight."""
+    if isinstance(layer.forward, _Casting):
+        return layer.forward.dtype
+    weight = getattr(layer, "weight", None)
+    return weight.dtype if torch.is_tensor(weight) else None
+
+
+def largest_cast(model: nn.Module) -> int:
+    """Bytes of the largest weight that is there in the type of its input for a moment."""
+    return max((found.bytes_of_cast for found in _castings(model)), default=0)
+
+
+def eight_bits(weight: Tensor) -> EightBits | None:
+    """``weight`` in eight bits; None where it is not finite.
+
+    The scale is the largest size / 448, and 1 for zeros. Numbers that come from eight bits, as
+    those of a file in fp8, with a scale or without, are taken back to just these.
+    """
+    if weight.is_meta:  # counted, never computed
+        return EightBits(weight.to(torch.float8_e4m3fn), 1.0)
+    wide = weight.float()
+    largest = float(wide.abs().max())
+    if not largest < float("inf"):
+        return None
+    if found := _taken_back(wide, largest):
+        return found
+    scale = _in_fp32(largest / _LARGEST) or 1.0
+    return EightBits(_rounded(wide, scale), scale)
+
+
+def _taken_back(wide: Tensor, largest: float) -> EightBits | None:
+    """A weight that has been in eight bits before, whatever its scale was then, bit by bit."""
+    look = wide.flatten()[:_LOOK]
+    for top in _TOPS:
+        scale = _in_fp32(largest / top)
+        if not scale or not _near(look, _rounded(look, scale), scale):
+            continue
+        numbers = _rounded(wide, scale)
+        if not _near(wide, numbers, scale):
+            continue
+        # Their mean: the type they were kept in has rounded every one, the largest too.
+        sizes = (part.double().abs().sum() for part in (wide, numbers))
+        return EightBits(numbers, _in_fp32(float(torch.div(*sizes))))
+    return None
+
+
+def _near(wide: Tensor, numbers: Tensor, scale: float) -> bool:
+    back = EightBits(numbers, scale).cast(wide.dtype)
+    return bool(((back - wide).abs() <= _NEAR * wide.abs()).all())
+
+
+def _rounded(wide: Tensor, scale: float) -> Tensor:
+    # Beyond its largest float8_e4m3fn has only NaN.
+    return (wide / scale).clamp_(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn)
+
+
+def _in_fp32(number: float) -> float:
+    return float(torch.tensor(number, dtype=torch.float32))
+
+
+def _is_worth_it(weight: Any) -> bool:
+    frozen = type(weight) in (Tensor, nn.Parameter) and not weight.requires_grad
+    return frozen and weight.numel() >= _FEWEST and weight.dtype.itemsize > 1
+
+
+def _castings(model: nn.Module) -> Iterator[_Casting]:
+    for module in model.modules():
+        if isinstance(module.forward, _Casting):
+            yield module.forward
+
+
+class _Casting:
+    """Takes the place of a layer's ``forward``. ``dtype``: what the weight was kept in before."""
+
+    def __init__(self, layer: Any, scale: float, dtype: torch.dtype):
+        self.layer, self.scale, self.dtype = layer, scale, dtype
+
+    @property
+    def weight(self) -> EightBits:
+        return EightBits(self.layer.weight, self.scale)
+
+    @property
+    def bytes_of_cast(self) -> int:
+        return self.layer.weight.numel() * self.dtype.itemsize
+
+
+class _Product(_Casting):
+    def __call__(self, x: Tensor) -> Tensor:
+        return _Linear.apply(x, *self.weight, self.layer.bias)  # type: ignore[return-value]
+
+
+class _Convolution(_Casting):
+    def __call__(self, x: Tensor) -> Tensor:
+        layer, padding = self.layer, self.layer.padding
+        if x.dim() == 3:
+            return self(x[None])[0]
+        if layer.padding_mode != "zeros" or isinstance(padding, str):
+            mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+            x, padding = F.pad(x, layer._reversed_padding_repeated_twice, mode), 0
+        where = layer.stride, padding, layer.dilation, layer.groups
+        return _Convolve.apply(x, *self.weight, layer.bias, where)  # type: ignore[return-value]
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, numbers: Tensor, scale: float, bias: Tensor | None) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(numbers)
+        ctx.scale = scale
+        return F.linear(x, EightBits(numbers, scale).cast(x.dtype), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        (numbers,) = ctx.saved_tensors
+        weight = EightBits(numbers, ctx.scale).cast(grad.dtype)
+        return grad @ weight, None, None, None
+
+
+class _Convolve(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx, x: Tensor, numbers: Tensor, scale: float, bias: Tensor | None, where: tuple[Any, ...]
+    ) -> Tensor:
+        ctx.save_for_backward(numbers)
+        ctx.scale, ctx.where, ctx.shape = scale, where, x.shape
+        return F.conv2d(x, EightBits(numbers, scale).cast(x.dtype), bias, *where)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        (numbers,) = ctx.saved_tensors
+        weight = EightBits(numbers, ctx.scale).cast(grad.dtype)
+        grad_x = conv2d_input(ctx.shape, weight, grad, *ctx.where)
+        return grad_x, None, None, None, None
