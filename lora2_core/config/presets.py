@@ -53,14 +53,16 @@ _LEAN: dict[str, Any] = {
     "optimizer": "adamw8bit",
     "gradient_checkpointing": True,
 }
-# SDXL takes 6.9 GB at 1024 px and 6.2 GB at 768 px, as estimated (tests/host/test_estimate.py); a
-# card also holds its driver's memory and often a desktop, so that 8 GB get the smaller one.
+# SDXL takes 6.9 GB at 1024 px, 6.2 GB at 768 px and 3.7 GB with its weights in fp8, as estimated
+# (tests/host/test_estimate.py); a card also holds its driver's memory and often a desktop, so that
+# 8 GB get the smaller one.
 PRESETS: dict[str, dict[str, Any]] = {
     AS_SET: {},
     "paper (SDXL)": {**_PAPER, "steps": 500},
     "paper (KOALA-700m)": {**_PAPER, "steps": 800},
     "12 GB": {**_LEAN, "resolution": 1024},
     "8 GB": {**_LEAN, "resolution": 768},
+    "6 GB": {**_LEAN, "resolution": 768, "frozen_weights": "fp8"},
 }
 
 # What a preset's optimizer is replaced by where it cannot work: the same steps, but for what 8

@@ -31,7 +31,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
 # Bytes, one GB less than a card has: it also holds its driver's memory, and often a desktop.
-MOST = {"12 GB": 11e9, "8 GB": 7e9, "paper (SDXL)": 15e9}
+MOST = {"12 GB": 11e9, "8 GB": 7e9, "6 GB": 5e9, "paper (SDXL)": 15e9}
 
 
 def _config(preset: str, **changes: Any) -> TrainConfig:
@@ -76,12 +76,16 @@ def _memory_on_meta(name: str, config: TrainConfig) -> Memory:
 def test_sdxl_fits_where_a_preset_says_so(preset: str):
     config = _config(preset)
     memory = _memory_on_meta("SDXL", config)
-    assert 5.0e9 < memory.frozen < 5.3e9  # 2.57 billion weights of 2 bytes
+    halved = 2 if config.frozen_weights == "fp8" else 1
+    assert 5.0e9 < halved * memory.frozen < 5.3e9  # 2.57 billion weights of 2 bytes
     assert memory.total <= MOST[preset]
     # What settings make of it without counting anew; the paper's ranks begin at their largest.
     told = scaled(SDXL, TrainConfig(), config)
     assert told.frozen == pytest.approx(memory.frozen, rel=0.01)
-    assert told.activations == pytest.approx(memory.activations, rel=0.1)
+    if config.frozen_weights == "fp8":  # its convolutions keep no input, which nobody scales
+        assert 0.7 * told.activations < memory.activations < told.activations
+    else:
+        assert told.activations == pytest.approx(memory.activations, rel=0.1)
     if config.rank.mode == "balanced":
         assert told.learning == pytest.approx(memory.learning, rel=0.01)
 

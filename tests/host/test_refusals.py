@@ -335,7 +335,7 @@ def test_folders_that_a_run_can_do_without_are_told_of(monkeypatch: pytest.Monke
 # --- presets ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("preset", ["12 GB", "8 GB", "paper (SDXL)", "paper (KOALA-700m)"])
+@pytest.mark.parametrize("preset", ["12 GB", "8 GB", "6 GB", "paper (SDXL)", "paper (KOALA-700m)"])
 def test_a_preset_does_without_a_package(
     parts: Parts, monkeypatch: pytest.MonkeyPatch, preset: str
 ):

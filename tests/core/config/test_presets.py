@@ -19,6 +19,7 @@ from lora2_pack.lora2_core.config.presets import (
 )
 from lora2_pack.lora2_core.config.ranks import RankConfig
 from lora2_pack.lora2_core.config.train import (
+    AS_PRECISION,
     OPTIMIZERS,
     DataConfig,
     KeepConfig,
@@ -97,13 +98,14 @@ def test_the_paper_is_set_whole(preset: str, steps: int):
     )
 
 
-@pytest.mark.parametrize("preset", ["12 GB", "8 GB"])
+@pytest.mark.parametrize("preset", ["12 GB", "8 GB", "6 GB"])
 def test_a_card_s_preset_sets_what_memory_depends_on(preset: str):
     found = build_config(WIDGETS, preset)
     assert (found.batch_size, found.precision, found.targets) == (1, "auto", "attention")
     assert found.gradient_checkpointing and found.optimizer.name == "adamw8bit"
     assert found.rank == RankConfig.balanced(target_rank=5.0, max_rank=20)
-    assert found.resolution == {"12 GB": 1024, "8 GB": 768}[preset]
+    assert found.resolution == {"12 GB": 1024, "8 GB": 768, "6 GB": 768}[preset]
+    assert found.frozen_weights == ("fp8" if preset == "6 GB" else AS_PRECISION)
     assert (found.steps, found.learning_rate, found.schedule) == (77, 3e-4, "cosine")
 
 
@@ -186,15 +188,13 @@ def test_checkpointing_must_agree_with_the_preset(asked: bool | None, preset: st
     assert found == (True if preset != AS_SET else AUTO if asked is None else asked)
 
 
-def test_frozen_weights_are_the_preset_s_or_the_options(monkeypatch: pytest.MonkeyPatch):
+def test_frozen_weights_are_the_preset_s_or_the_options():
     for preset in PRESETS:
-        assert build_config(WIDGETS, preset).frozen_weights == "as precision"
+        own = "fp8" if preset == "6 GB" else AS_PRECISION
+        assert build_config(WIDGETS, preset).frozen_weights == own
         assert build_config(WIDGETS, preset, Options(frozen_weights="fp8")).frozen_weights == "fp8"
-    monkeypatch.setitem(PRESETS, "small", {**PRESETS["8 GB"], "frozen_weights": "fp8"})
-    for asked in (None, "fp8"):
-        assert build_config(WIDGETS, "small", Options(frozen_weights=asked)).frozen_weights == "fp8"
     with pytest.raises(ConfigError, match=r"frozen_weights is as precision .* sets it to fp8: "):
-        build_config(WIDGETS, "small", Options(frozen_weights="as precision"))
+        build_config(WIDGETS, "6 GB", Options(frozen_weights=AS_PRECISION))
 
 
 def test_the_pull_on_ranks_must_agree_with_the_paper():
