@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..adapters.frozen import can_hold, in_eight_bits
+from ..adapters.frozen import hold_a_little, in_eight_bits
 from ..config.train import AS_PRECISION, TrainConfig
 from ..files.header import first_line
 from ..training.out_of_memory import is_out_of_memory
@@ -122,11 +122,15 @@ def check_frozen_weights(model: ModelPatcher, config: TrainConfig) -> None:
     if config.frozen_weights != "fp8":
         return
     dtype = DTYPES.get(config.precision) or _training_dtype(model)
-    if reason := can_hold(model.load_device, dtype):
+    try:
+        hold_a_little(model.load_device, dtype)
+    except Exception as error:
+        if is_out_of_memory(error):  # for so little: what is loaded there will make room
+            return
         raise HostError(
             f"frozen_weights is fp8, and {model.load_device} cannot keep weights in it "
-            f"({reason[:200]}); choose '{AS_PRECISION}'."
-        )
+            f"({first_line(error)[:200]}); choose '{AS_PRECISION}'."
+        ) from error
 
 
 def check_precision(model: ModelPatcher, precision: str) -> None:

@@ -134,7 +134,7 @@ def _weights(model: Any) -> dict[str, Tensor]:
 
 def test_gradients_are_those_of_the_rounded_weights(parts: Parts, model: Any):
     """With convolutions adapted; and the same, bit by bit, with gradient checkpointing."""
-    settings = {"precision": "fp32", "targets": "attention+ff+conv", "frozen_weights": "fp8"}
+    settings = {"targets": "attention+ff+conv", "frozen_weights": "fp8"}
     step = _step(parts, **settings)
     with torch.inference_mode(False):
         wanted, loss = Reference(_weights(model), step).gradients()
