@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lora2_pack.lora2_core.jobs import run
 from lora2_pack.lora2_core.training.trainer import Trainer
 from lora2_pack.tests.core import toy_job
 from lora2_pack.tests.core.jobs.test_job import (
@@ -31,7 +32,7 @@ def test_jobs_that_draw_ahead_end_as_others_do(
     wanted, path = settings(), tmp_path / NAME
     reference = finish(toy_job.job(tmp_path / "plain" / NAME, wanted))
     with monkeypatch.context() as patch:
-        patch.setattr("lora2_pack.lora2_core.jobs.run.Trainer", DrawingAhead)
+        patch.setattr(run, "Trainer", DrawingAhead)
         for draw in (9, 14):  # ahead, while step 4 computes; and in its own step
             stopped(path, wanted, draw)
         check_same_end(finish(toy_job.job(path, wanted)), reference)
@@ -47,7 +48,7 @@ def test_an_error_of_a_draw_that_was_made_ahead_ends_no_run(
     """Once only: it is drawn again in its own step."""
     wanted = settings()
     reference = finish(toy_job.job(tmp_path / "plain" / NAME, wanted))
-    monkeypatch.setattr("lora2_pack.lora2_core.jobs.run.Trainer", DrawingAhead)
+    monkeypatch.setattr(run, "Trainer", DrawingAhead)
     job, met = toy_job.job(tmp_path / NAME, wanted), []
 
     def fail() -> None:
