@@ -19,13 +19,13 @@ import runtime
 
 WARM_UP = 8
 LIMITS = {
-    "floor_demo": 1.35,
-    "floor_sdxl_width": 1.15,
-    "train_lora_node": 0.5,
-    "peft": 1.0,
-    "fixed_rank": 1.1,
-    "memory_train_lora_node": 0.6,
-    "entropy": 1.12,
+    "floor_demo": 1.3,
+    "floor_sdxl_width": 1.05,
+    "train_lora_node": 0.42,
+    "peft": 0.95,
+    "fixed_rank": 1.05,
+    "memory_train_lora_node": 0.5,
+    "entropy": 1.05,
 }
 
 
