@@ -9,9 +9,10 @@ from typing import Any
 import comfy.ops
 import torch
 from comfy.ldm.modules.attention import BasicTransformerBlock, attention_pytorch
+from lora2_pack.bench.peft_lora import inject
 from lora2_pack.lora2_core import comfy_host
 from lora2_pack.lora2_core.adapters.network import AdaptiveRankNetwork
-from lora2_pack.lora2_core.adapters.targets import PRESETS, find_targets
+from lora2_pack.lora2_core.adapters.targets import find_targets
 from lora2_pack.lora2_core.adaptive_rank import denoising_loss
 from lora2_pack.lora2_core.config.ranks import RankConfig
 from lora2_pack.lora2_core.config.train import TrainConfig
@@ -89,7 +90,7 @@ def floor(parts: tuple[Any, Any, Any], precision: str = "fp32") -> Step:
 def peft_lora(parts: tuple[Any, Any, Any], precision: str = "fp32") -> Step:
     """PEFT's LoRA of the same rank on the same layers, with the same optimizer."""
     task, unet = _task(parts, precision)
-    adapters = _inject(unet)
+    adapters = inject(unet, RANK)
     optimizer = torch.optim.AdamW(adapters, RATE, weight_decay=0.0, fused=True)
     generator = torch.Generator().manual_seed(1)
 
@@ -257,16 +258,3 @@ def _task(parts: tuple[Any, Any, Any], precision: str) -> tuple[Any, nn.Module]:
 def _requiring_grad(sample: Any) -> Any:
     latent = sample.latent.clone().requires_grad_()
     return type(sample)(latent, sample.sizes, sample.captions)
-
-
-def _inject(model: nn.Module) -> list[nn.Parameter]:
-    from peft import LoraConfig, inject_adapter_in_model
-
-    pattern = ".*" + PRESETS["attention"]
-    inject_adapter_in_model(
-        LoraConfig(r=RANK, lora_alpha=RANK, target_modules=pattern, lora_dropout=0.0), model
-    )
-    adapters = [p for name, p in model.named_parameters() if "lora_" in name]
-    for parameter in adapters:
-        parameter.requires_grad_(True)
-    return adapters

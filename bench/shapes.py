@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from lora2_pack.bench.paper.bases.family import on_meta
+from lora2_pack.bench.peft_lora import inject
 from lora2_pack.lora2_core.adapters.network import AdaptiveRankNetwork
-from lora2_pack.lora2_core.adapters.targets import PRESETS, find_targets
+from lora2_pack.lora2_core.adapters.targets import find_targets
 from lora2_pack.lora2_core.adaptive_rank import denoising_loss
 from lora2_pack.lora2_core.comfy_host.checkpointing import checkpoint_blocks
 from lora2_pack.lora2_core.config.train import OptimizerConfig, TrainConfig
@@ -111,14 +112,8 @@ def ours(base: Any, config: TrainConfig) -> tuple[AdaptiveRankNetwork, Step, lis
 
 def peft_lora(base: Any, config: TrainConfig) -> Step:
     """PEFT's LoRA of the same rank on the same layers, with the same optimizer."""
-    from peft import LoraConfig, inject_adapter_in_model
-
-    unet, rank = base.diffusion_model, int(config.rank.target_rank)
-    pattern = ".*" + PRESETS[config.targets]
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=pattern), unet)
-    adapters = [p for name, p in unet.named_parameters() if "lora_" in name]
-    for parameter in adapters:
-        parameter.requires_grad_(True)
+    unet = base.diffusion_model
+    adapters = inject(unet, int(config.rank.target_rank), config.targets)
     task, optimizer = task_of(base, config), OneKernel(adapters)
     if config.gradient_checkpointing:
         checkpoint_blocks(unet)

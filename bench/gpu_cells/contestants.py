@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...lora2_core.adapters.network import AdaptiveRankNetwork
-from ...lora2_core.adapters.targets import PRESETS, find_targets
+from ...lora2_core.adapters.targets import find_targets
 from ...lora2_core.adaptive_rank import denoising_loss
 from ...lora2_core.comfy_host.checkpointing import blocks_of, checkpoint_blocks
 from ...lora2_core.comfy_host.models import DTYPES
@@ -28,6 +28,7 @@ from ...lora2_core.training.optimizers.make import (
     make_optimizer,
 )
 from ...lora2_core.training.trainer import Trainer
+from ..peft_lora import inject
 from . import plan
 from .weights import Frozen
 
@@ -161,19 +162,13 @@ def _kohya(cell: plan.Cell, frozen: Frozen) -> Contestant:
 
 def _peft(cell: plan.Cell, frozen: Frozen) -> Contestant:
     """PEFT in the same U-Net, its weights in fp32 as diffusers' training script has them."""
+    base = frozen.base()
     try:
-        from peft import LoraConfig, inject_adapter_in_model
+        weights = inject(base.diffusion_model, plan.RANK, cell.config.targets)
     except ImportError as error:
         raise Missing(f"PEFT is missing ({error}): pip install peft") from error
-    base = frozen.base()
-    unet = base.diffusion_model
-    pattern = ".*" + PRESETS[cell.config.targets]
-    chosen = LoraConfig(r=plan.RANK, lora_alpha=plan.RANK, target_modules=pattern)
-    inject_adapter_in_model(chosen, unet)
-    weights = [weight for name, weight in unet.named_parameters() if "lora_" in name]
     for weight in weights:
         weight.data = weight.data.float()
-        weight.requires_grad_(True)
     return _rival(cell, frozen, base, weights)
 
 

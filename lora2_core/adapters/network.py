@@ -70,7 +70,7 @@ class AdaptiveRankNetwork(nn.Module):
         for target, adapter in zip(self.targets, adapters, strict=True):
             parent, _, child = target.name.rpartition(".")
             setattr(roots[target.root].get_submodule(parent), child, adapter)
-        self._index_ranks()
+        self._begin()
 
     def _stacks(self, ranks: Sequence[int]) -> Iterator[WeightStack]:
         """Stacks for all components: one for each pair of widths, or several where it is huge."""
@@ -146,27 +146,16 @@ class AdaptiveRankNetwork(nn.Module):
         another. Makes new parameters where rows have to move.
         """
         if any([stack.keep_apart(numbers) for stack in self.all_stacks]):
-            self._index_ranks()
+            self._begin()
 
     def refresh(self) -> None:
         """Recompute every Λ (eq. 10), and what layers compute with, for the step to come."""
-        flat = adaptive_rank.importance_at(
-            self.nu[self._component], self._position, self.config.mode
-        )  # (Σ rows,)
-        if self._used is not None:
-            flat = flat * self._used
+        self._renew_importance()
         rooms: list[Tensor] = []
         copies: list[Tensor] = []
-        parts = zip(
-            self.all_stacks,
-            self._groups,
-            flat.split([stack.rows for stack in self.all_stacks]),
-            strict=True,
-        )
-        for stack, groups, importance in parts:
-            stack.importance = importance
+        for stack, groups in zip(self.all_stacks, self._groups, strict=True):
             plain = self.config.mode == "fixed" and not stack.padded
-            down, up = stack.folded(None if plain else importance)
+            down, up = stack.folded(None if plain else stack.importance)
             rows = [group.rows for group in groups]
             for group, *sides in zip(groups, down.split(rows), up.split(rows), strict=True):
                 group.compute_with(*sides)
@@ -175,6 +164,17 @@ class AdaptiveRankNetwork(nn.Module):
                     copies.append(sides[0].detach())
         if rooms:
             torch._foreach_copy_(rooms, copies)  # pyright: ignore[reportPrivateImportUsage]
+
+    def _renew_importance(self) -> None:
+        """One call for every Λ, in the order of the stacks' rows; 0 in rows that are nobody's."""
+        flat = adaptive_rank.importance_at(
+            self.nu[self._component], self._position, self.config.mode
+        )  # (Σ rows,)
+        if self._used is not None:
+            flat = flat * self._used
+        rows = [stack.rows for stack in self.all_stacks]
+        for stack, importance in zip(self.all_stacks, flat.split(rows), strict=True):
+            stack.importance = importance
 
     def folded(self) -> list[Tensor]:
         """What layers compute with in this step: ΛA and B, views of one tensor a stack and side."""
@@ -226,6 +226,8 @@ class AdaptiveRankNetwork(nn.Module):
             if new > old:
                 self._draw_rows(self.layers[component], slice(old, new), std)
         self._index_ranks()
+        self._renew_importance()
+        self.let_go()  # the next step folds what there is then
         downs, ups = zip(*moved, strict=True)
         return RankChange((*downs, *ups), len(changed))
 
@@ -278,7 +280,7 @@ class AdaptiveRankNetwork(nn.Module):
         self.log_nu.copy_(state["log_nu"])
         self.log_nu.grad = None
         self._generator.set_state(state["generator"])
-        self._index_ranks()
+        self._begin()
 
     def _names(self) -> list[str]:
         return [f"{target.root}.{target.name}" for target in self.targets]
@@ -300,6 +302,12 @@ class AdaptiveRankNetwork(nn.Module):
         if self.config.growth == "random":
             layer.init_up(self.config.growth_std, rows, self._generator)
 
+    def _begin(self) -> None:
+        """Be ready to compute with rows as they lie now."""
+        self._index_ranks()
+        with torch.no_grad():
+            self.refresh()
+
     def _index_ranks(self) -> None:
         """Which component and which 1-based position each row of the stacks belongs to."""
         self._ranks = [layer.rank for layer in self.layers]
@@ -315,8 +323,6 @@ class AdaptiveRankNetwork(nn.Module):
         self._component, self._position = component.to(self._device), position.to(self._device)
         used = position <= torch.tensor(self._ranks)[component]
         self._used = None if bool(used.all()) else used.to(self._device)  # else rows of zeros
-        with torch.no_grad():
-            self.refresh()
 
 
 def _computes_in(base: nn.Module) -> torch.dtype:

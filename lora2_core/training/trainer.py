@@ -313,7 +313,7 @@ class Trainer:
 
     def _read(self, told: Tensor, step: int) -> tuple[Tensor, dict[str, float]]:
         """ν and what _TERMS names, which came to the host: the one synchronisation of a step."""
-        values: dict[str, float] = dict(zip(_TERMS, told.tolist(), strict=False))
+        values: dict[str, float] = dict(zip(_TERMS, told[: len(_TERMS)].tolist(), strict=True))
         for name, value in values.items():
             if not math.isfinite(value):
                 raise TrainingError(

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from lora2_pack.bench.shapes import task_of
 from lora2_pack.lora2_core import comfy_host
 from lora2_pack.lora2_core.adapters.frozen import in_eight_bits
 from lora2_pack.lora2_core.adapters.network import AdaptiveRankNetwork
@@ -19,15 +20,12 @@ from lora2_pack.lora2_core.comfy_host import prepare
 from lora2_pack.lora2_core.comfy_host.checkpointing import blocks_of, is_checkpointed
 from lora2_pack.lora2_core.config.presets import build_config
 from lora2_pack.lora2_core.config.train import TrainConfig
-from lora2_pack.lora2_core.data.samples import Sample, Text
 from lora2_pack.lora2_core.training import estimate
-from lora2_pack.lora2_core.training.denoising import CachedTexts, DenoisingTask
 from lora2_pack.lora2_core.training.memory import SDXL, Memory, counted, scaled
 from lora2_pack.lora2_core.training.objective import CrossAttentionEntropy
 from lora2_pack.lora2_core.training.trainer import train
 from lora2_pack.tests.host.demo import photos, settings
 from lora2_pack.tests.host.test_family import on_meta
-from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
 # Bytes, one GB less than a card has: it also holds its driver's memory, and often a desktop.
@@ -39,13 +37,6 @@ def _config(preset: str, **changes: Any) -> TrainConfig:
     return build_config({**widgets, **changes}, preset)
 
 
-def _flash(_: Any, query: Tensor, key: Tensor, value: Tensor, heads: int, **__: Any) -> Tensor:
-    """Attention as a card computes it. Without a device PyTorch takes the way that keeps maps."""
-    q, k, v = (t.unflatten(2, (heads, -1)).transpose(1, 2) for t in (query, key, value))
-    found = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
-    return found.transpose(1, 2).flatten(2)
-
-
 def _memory_on_meta(name: str, config: TrainConfig) -> Memory:
     """What a run of real size would take, in 16 bits, without taking it."""
     base = on_meta(name, torch.float16)
@@ -54,18 +45,7 @@ def _memory_on_meta(name: str, config: TrainConfig) -> Memory:
     if config.frozen_weights == "fp8":
         in_eight_bits(unet)
     network = AdaptiveRankNetwork(unet, find_targets(unet), config.rank)
-    side = config.resolution // 8
-    sample = Sample(torch.zeros(4, side, side), torch.zeros(1536), ("",))
-    text = {"": Text(torch.zeros(77, 2048), torch.zeros(1280))}
-    task = DenoisingTask(
-        base,
-        [sample],
-        CachedTexts(text, torch.device("meta")),
-        {"optimized_attention_override": _flash},
-        "EPS",
-        config,
-    )
-    base.to("meta")  # the noise schedule too, now that the task has read it
+    task = task_of(base, config)
     layers = [m for n, m in unet.named_modules() if n.endswith(".attn2")]
     batch = task.draw(torch.Generator(), config.batch_size)
     entropy = CrossAttentionEntropy(layers)
