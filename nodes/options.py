@@ -90,12 +90,12 @@ class LoRA2SafetyOptions(io.ComfyNode):
             "LoRA2SafetyOptions",
             "LoRA² safety options",
             "Memory, checkpoints, and samples painted meanwhile.",
-            [*widgets.safety(), *widgets.samples(), *widgets.frozen()],
+            [*widgets.safety(), *widgets.samples(), *widgets.small_cards()],
         )
 
     @classmethod
     def execute(cls, options: Options | None = None, **settings: Any) -> io.NodeOutput:
-        checkpointing = {"on": True, "off": False}.get(settings["gradient_checkpointing"])
+        switch = {"on": True, "off": False}
         frozen = settings.get("frozen_weights", AUTO)  # graphs of before do not have it
         keep = ("checkpoint_steps", "checkpoint_minutes", "resume")
         prompts = [line.strip() for line in settings["sample_prompts"].splitlines()]
@@ -108,7 +108,8 @@ class LoRA2SafetyOptions(io.ComfyNode):
         )
         return io.NodeOutput(
             (options or Options()).joined(
-                gradient_checkpointing=checkpointing,
+                gradient_checkpointing=switch.get(settings["gradient_checkpointing"]),
+                block_swap=switch.get(settings.get("block_swap", AUTO)),
                 frozen_weights=None if frozen == AUTO else frozen,
                 keep=KeepConfig(**{name: settings[name] for name in keep}),
                 samples=samples,

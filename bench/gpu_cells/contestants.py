@@ -93,7 +93,7 @@ def _optimizer(cell: plan.Cell, device: torch.device) -> tuple[TrainConfig, str]
 def _ours(cell: plan.Cell, frozen: Frozen, told: Estimate | None) -> Contestant:
     """The pack's trainer, whole, prepared as ``comfy_host.prepare`` does."""
     config, note = _optimizer(cell, frozen.device)
-    base = frozen.base()
+    base = frozen.base_kept(config) if plan.keeps_its_own(cell) else frozen.base()
     unet = base.diffusion_model
     roots = {"unet": unet}
     network = AdaptiveRankNetwork(roots, find_targets(unet, config.targets), config.rank)
@@ -101,7 +101,7 @@ def _ours(cell: plan.Cell, frozen: Frozen, told: Estimate | None) -> Contestant:
     task = frozen.task(base, config)
     measured = cross if config.entropy_weight > 0 else None
     told = told or estimate(network, task, measured, roots, blocks_of(unet), config)
-    if config.gradient_checkpointing:
+    if config.gradient_checkpointing or config.block_swap is True:
         checkpoint_blocks(unet, entropy=cross)
     trainer = Trainer(network, task, config, cross)
     run = trainer.run()

@@ -8,10 +8,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ...lora2_core.config.presets import PRESETS, build_config
-from ...lora2_core.config.train import TrainConfig
+from ...lora2_core.config.train import AS_PRECISION, TrainConfig
 
 MODELS = ("SDXL", "KOALA-700m")
-WANTED = ("12 GB", "paper (SDXL)", "paper (KOALA-700m)", "8 GB", "6 GB")  # where there is one
+WANTED = (
+    "12 GB",
+    "paper (SDXL)",
+    "paper (KOALA-700m)",
+    "8 GB",
+    "6 GB",
+    "4 GB",
+)  # where there is one
 PRECISIONS = ("bf16", "fp16")
 BATCHES = (1, 4)
 SIZES = (1024, 768)  # px
@@ -99,6 +106,13 @@ def _ours(sizes: tuple[int, ...]) -> Iterator[tuple[Shape, str, TrainConfig]]:
             )
             checkpointing, optimizer = config.gradient_checkpointing, config.optimizer.name
             yield Shape(model, size, batch, precision, checkpointing, optimizer), preset, config
+
+
+def keeps_its_own(cell: Cell) -> bool:
+    """Whether the contestant keeps frozen weights in a way of its own, and cannot share them."""
+    config = cell.config
+    own = config.frozen_weights != AS_PRECISION or config.block_swap is True
+    return bool(cell.preset) and own
 
 
 def _facts(shape: Shape) -> tuple[str, int, int, str]:

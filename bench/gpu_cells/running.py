@@ -7,6 +7,7 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -129,10 +130,15 @@ class Bench:
     def _alone(self, cell: plan.Cell) -> _Alone:
         self._check_time()
         frozen = self._weights(cell.shape)
+        with frozen.set_aside() if plan.keeps_its_own(cell) else nullcontext():
+            self.meter.release()
+            return self._measured(cell, frozen)
+
+    def _measured(self, cell: plan.Cell, frozen: Frozen) -> _Alone:
         before = self.meter.held() or 0
         contestant = self.make(cell, frozen)
         found = _Alone(told=contestant.estimate, note=contestant.note)
-        left = before - frozen.nbytes
+        left = before - frozen.held
         if left > _LITTLE * frozen.nbytes:
             others = f"{left / 1e6:,.0f} MB of others were still on the card"
             found.note = "; ".join(filter(None, (found.note, others)))

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...lora2_core.comfy_host.models import DTYPES
+from ...lora2_core.adapters.swapping import BlockSwap
+from ...lora2_core.comfy_host.checkpointing import blocks_of
+from ...lora2_core.comfy_host.models import DTYPES, keep_in_eight_bits
 from ...lora2_core.config.train import TrainConfig
 from ...lora2_core.data.samples import Sample, Text
 from ...lora2_core.training.denoising import CachedTexts, DenoisingTask
@@ -37,18 +41,53 @@ class Frozen:
         generator = torch.Generator(device).manual_seed(0)
         named = self._on_meta().diffusion_model.named_parameters()
         self.weights = {name: _seeded(name, weight, device, generator) for name, weight in named}
+        self._aside = False
 
     @property
     def nbytes(self) -> int:
         return sum(weight.nbytes for weight in self.weights.values())
 
-    def base(self) -> Any:
-        """A BaseModel of its own, frozen, whose weights are these and no copies."""
+    @property
+    def held(self) -> int:
+        """Bytes of the device that these weights take now."""
+        return 0 if self._aside else self.nbytes
+
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """Inside, they are in RAM and nothing of the device is taken; nobody may use them meanwhile
+        but by :meth:`base_kept`."""
+        self._move(torch.device("cpu"))
+        self._aside = True
+        try:
+            yield
+        finally:
+            self._aside = False
+            self._move(self.device)
+
+    def _move(self, device: torch.device) -> None:
+        for name, weight in self.weights.items():  # one by one: there is no room for two
+            self.weights[name] = weight.to(device)
+
+    def base_kept(self, config: TrainConfig) -> Any:
+        """A BaseModel with weights of its own, kept as ``config`` says."""
+        base = self.base(torch.device("cpu"))
+        unet = base.diffusion_model
+        if config.frozen_weights == "fp8":
+            keep_in_eight_bits(base)
+        if config.block_swap is True:
+            BlockSwap(blocks_of(unet), self.device).move(unet)
+        else:
+            unet.to(self.device)
+        return base
+
+    def base(self, device: torch.device | None = None) -> Any:
+        """A BaseModel of its own, frozen, with these very weights or copies on ``device``."""
         base = self._on_meta()
         unet = base.diffusion_model
         for name, weight in self.weights.items():
             path, _, leaf = name.rpartition(".")
-            parameter = nn.Parameter(weight.detach(), requires_grad=False)
+            held = weight.detach() if device is None else weight.to(device, copy=True)
+            parameter = nn.Parameter(held, requires_grad=False)
             setattr(unet.get_submodule(path), leaf, parameter)
         base.model_sampling.to(self.device)
         left = [name for name, part in (*base.named_parameters(), *base.named_buffers())

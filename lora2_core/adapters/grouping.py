@@ -17,6 +17,7 @@ from .frozen import is_in_eight_bits
 from .layers import AdaptiveLoRA
 from .projections import project
 from .stacks import WeightStack
+from .swapping import stays_in_ram
 
 # By the names that diffusion U-Nets and CLIP text towers give them. The query of a cross-attention
 # reads the image, its key and value read the text.
@@ -47,7 +48,8 @@ class ProjectionGroup:
         self._plain = all(_is_plain(layer.base) for layer in layers)
         # Looked up once: hundreds of lookups a step through modules would show on small models.
         self._weight, self._bias = _in_one(layers)  # (Σ out, in), (Σ out,)
-        self._beside = attended and self._plain and self._bias is None and _calls_cost(self._weight)
+        joins = all(_can_join(layer.base) for layer in layers)
+        self._beside = attended and joins and self._bias is None and _calls_cost(self._weight)
         self._wide = self._with_down = self._weight  # with room for ΛA below, and with ΛA
         self._asked: tuple[object, ...] = ()  # what the outputs at hand were computed for
         self._ready: dict[int, Tensor] = {}
@@ -143,15 +145,15 @@ def joined(
 ) -> list[list[int]]:
     """The places of layers that compute together, in their order.
 
-    Convolutions, layers of unequal width or type and such of large ``ranks`` stay alone: zeros
-    beside their B would cost more than what calls cost.
+    Convolutions, layers of unequal width or type, such whose weights are fetched from RAM and such
+    of large ``ranks`` stay alone: zeros beside their B would cost more than what calls cost.
     """
     groups = []
     for places in groups_of(names):
         members = [layers[place] for place in places]
         alike = len({_kind(layer) for layer in members}) == 1
         small = sum(ranks[place] for place in places) <= _MOST_RANKS
-        if alike and small and all(_is_plain(layer.base) for layer in members):
+        if alike and small and all(_can_join(layer.base) for layer in members):
             groups.append(places)
         else:
             groups += [[place] for place in places]
@@ -190,6 +192,10 @@ def _hold_in(layers: Sequence[AdaptiveLoRA], weight: Tensor) -> None:
     """Let the frozen weights of the layers be views of ``weight``."""
     for layer, view in zip(layers, weight.chunk(len(layers)), strict=True):
         layer.base.weight.data = view  # type: ignore[union-attr]
+
+
+def _can_join(base: nn.Module) -> bool:
+    return _is_plain(base) and not stays_in_ram(base)
 
 
 def _is_plain(base: nn.Module) -> bool:

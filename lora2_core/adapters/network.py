@@ -23,6 +23,7 @@ from .grouping import ATTENDED, ProjectionGroup, joined
 from .layers import AdaptiveLoRA, wrap
 from .rank_change import RankChange
 from .stacks import WeightStack
+from .swapping import computes_on
 from .targets import Target
 
 _COMPUTED_IN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -54,7 +55,7 @@ class AdaptiveRankNetwork(nn.Module):
         self.budget = plan_budget(self.targets, config) if budget is None else budget
         roots = {"unet": model} if isinstance(model, nn.Module) else model
         bases = [roots[target.root].get_submodule(target.name) for target in self.targets]
-        self._device = next(bases[0].parameters()).device
+        self._device = computes_on(bases[0])
         self.rank_weights = self.budget.weights.to(self._device)  # (G, L)
         self.target_ranks = torch.tensor(self.budget.targets, device=self._device)  # (G,)
         nu = self.budget.start_nu(config)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import comfy.latent_formats
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..adapters.frozen import hold_a_little, in_eight_bits
+from ..adapters.swapping import BlockSwap
 from ..config.train import AS_PRECISION, TrainConfig
 from ..files.header import first_line
 from ..training.out_of_memory import is_out_of_memory
@@ -70,6 +71,7 @@ def private_copy(model: ModelPatcher, precision: str = "auto") -> comfy.model_ba
     does not know the copy, so neither a prompt nor its memory management can move or patch it.
     """
     private = copy_in_ram(model, precision)
+    make_room(model)
     put_in_place(private, model)
     return private
 
@@ -95,13 +97,27 @@ def copy_in_ram(model: ModelPatcher, precision: str = "auto") -> comfy.model_bas
     return private
 
 
-def put_in_place(private: comfy.model_base.BaseModel, model: ModelPatcher) -> None:
-    """Move a copy of ``model`` to where it is trained."""
+def make_room(model: ModelPatcher) -> None:
+    """Before a copy of ``model`` is put in place. Only the copy is needed from here on: the model
+    itself, CLIP and VAE leave the GPU (unless ComfyUI was told to keep everything there)."""
     if model.load_device.type != "cpu":
-        # Only the copy is needed from here on: the model itself, CLIP and VAE leave the GPU
-        # (unless ComfyUI was told to keep everything there).
         comfy.model_management.unload_all_models()
-    private.diffusion_model.to(model.load_device)
+
+
+def put_in_place(
+    private: comfy.model_base.BaseModel,
+    model: ModelPatcher,
+    in_ram: Sequence[nn.Module] = (),
+) -> BlockSwap | None:
+    """Move a copy of ``model`` to where it is trained; what of the blocks ``in_ram`` does not learn
+    comes when it is used."""
+    unet, device = private.diffusion_model, model.load_device
+    if not in_ram:
+        unet.to(device)
+        return None
+    swap = BlockSwap(in_ram, device)
+    swap.move(unet)
+    return swap
 
 
 def keep_in_eight_bits(private: comfy.model_base.BaseModel) -> None:

@@ -26,6 +26,7 @@ from ..data.photos import Photo
 from ..training.memory import Memory, lasting
 from ..training.optimizers.make import check_optimizer
 from . import surface
+from .checkpointing import blocks_of
 from .class_images import paints
 from .copies.text_encoders import TextEncoders
 from .encoding import Encoder
@@ -62,6 +63,7 @@ class TrainingPlan:
     targets: tuple[Target, ...]
     budget: RankBudget
     follows_memory: bool = False  # gradient checkpointing of as many blocks as memory asks for
+    may_swap: bool = False  # weights of as many blocks wait in RAM as memory asks for
 
     @property
     def roots(self) -> dict[str, nn.Module]:
@@ -81,10 +83,15 @@ class TrainingPlan:
 
     @property
     def least_memory(self) -> Memory:
-        """What the run takes on its device before anything is computed."""
+        """What the run takes on its device before anything is computed, at the least."""
+        swaps = self.config.block_swap or self.may_swap
+        return self.lasting_memory(blocks_of(self.private.diffusion_model) if swaps else ())
+
+    def lasting_memory(self, swapped: Sequence[nn.Module] = ()) -> Memory:
+        """The same where the weights of blocks ``swapped`` stay in RAM."""
         pairs = zip(self.targets, self.ranks, strict=True)
         parameters = sum(rank * target.parameters_per_rank for target, rank in pairs)
-        return lasting(self.roots, parameters, self.config)
+        return lasting(self.roots, parameters, self.config, swapped)
 
 
 def check_settings(model: ModelPatcher, config: TrainConfig) -> None:
@@ -121,9 +128,7 @@ def plan_training(
     DatasetError for a mask that its photo's cut leaves out, and ValueError for targets and ranks
     that the model does not have.
     """
-    follows_memory = config.gradient_checkpointing == AUTO
-    if follows_memory:  # how a run is computed decides nothing of it
-        config = dataclasses.replace(config, gradient_checkpointing=False)
+    asked, config = config, _settled(config)
     check_settings(model, config)
     if paints(config, class_photos):
         surface.need(Part.PAINTING)
@@ -142,10 +147,21 @@ def plan_training(
         planned = plan_budget(targets, config.rank)
         raise_if_cancelled()
         encoder.text("")  # says when the CLIP is of another family; every run needs it
+    follows_memory = asked.gradient_checkpointing == AUTO
+    # Blocks whose weights wait are computed twice: not where a person has said no to that.
+    may_swap = asked.block_swap == AUTO and asked.gradient_checkpointing is not False
     return TrainingPlan(
         model, vae, tuple(photos), tuple(class_photos), config, disk,
-        encoder, cuts, private, base_hash, live, targets, planned, follows_memory,
+        encoder, cuts, private, base_hash, live, targets, planned, follows_memory, may_swap,
     )  # fmt: skip
+
+
+def _settled(config: TrainConfig) -> TrainConfig:
+    """``config`` without what is left to memory: how a run is computed decides nothing of it."""
+    left = ("gradient_checkpointing", "block_swap")
+    return dataclasses.replace(
+        config, **{name: False for name in left if getattr(config, name) == AUTO}
+    )
 
 
 def _roots(private: BaseModel, live: TextEncoders | None) -> dict[str, nn.Module]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.network import AdaptiveRankNetwork
+from ..adapters.swapping import BlockSwap, is_swapped
 from ..config.train import AS_PRECISION, TrainConfig
 from ..data.cache import content_key, digest_of_each, named_weights_hash
 from ..data.captions import variants
@@ -21,6 +22,7 @@ from ..data.photos import Photo
 from ..data.samples import Sample
 from ..training.denoising import CachedTexts, DenoisingTask, TextSource
 from ..training.estimate import Estimate, attempt
+from ..training.memory import SDXL, scaled
 from ..training.objective import CrossAttentionEntropy
 from ..training.optimizers.make import block_of
 from ..training.setup import TrainingSetup
@@ -29,7 +31,7 @@ from .class_images import class_images, class_samples, paints
 from .encoding import Encoder
 from .loading import bypass
 from .loading.fitting import remember_base_hash
-from .models import DTYPES, prediction_of, put_in_place
+from .models import DTYPES, make_room, prediction_of, put_in_place
 from .painting import Painter
 from .plan import TrainingPlan, plan_training
 from .running import free_memory, raise_if_cancelled
@@ -67,8 +69,7 @@ def carry_out(plan: TrainingPlan) -> TrainingSetup:
         _read_ahead(encoder, samples, config)
     else:
         plan.live.move_to(plan.live.load_device)
-    put_in_place(private, plan.model)
-    unet = private.diffusion_model
+    unet, swap = private.diffusion_model, _put_in_place(plan)
     _remember_base(plan)
     prediction = prediction_of(plan.model)
     sampling = private.model_sampling.sigmas.float()
@@ -85,8 +86,11 @@ def carry_out(plan: TrainingPlan) -> TrainingSetup:
     options = {"optimized_attention_override": _plain_attention}
     task = DenoisingTask(private, samples, texts, options, prediction, config, extra)
     measured = cross if config.entropy_weight > 0 else None
-    free = free_memory() if plan.follows_memory else None
-    expected = attempt(network, task, measured, plan.roots, blocks_of(unet), config, free)
+    free = free_memory() if plan.follows_memory or plan.may_swap else None
+    blocks = blocks_of(unet)
+    expected = attempt(network, task, measured, plan.roots, blocks, config, free)
+    if swap is not None and expected is not None:
+        swap.keep_in_ram([blocks[number] for number in expected.swapped])
     return TrainingSetup(
         config=dataclasses.replace(config, precision=_name_of(unet.dtype)),
         network=network,
@@ -107,11 +111,29 @@ def carry_out(plan: TrainingPlan) -> TrainingSetup:
     )
 
 
+def _put_in_place(plan: TrainingPlan) -> BlockSwap | None:
+    make_room(plan.model)
+    waiting = blocks_of(plan.private.diffusion_model) if _swaps(plan) else ()
+    return put_in_place(plan.private, plan.model, waiting)
+
+
+def _swaps(plan: TrainingPlan) -> bool:
+    """Whether weights of blocks are to wait in RAM: where settings say so, or the model would
+    not fit with what SDXL takes with every block computed twice."""
+    if plan.config.block_swap or not plan.may_swap or plan.model.load_device.type == "cpu":
+        return plan.config.block_swap is True
+    twice = dataclasses.replace(plan.config, gradient_checkpointing=True)
+    activations = scaled(SDXL, TrainConfig(), twice).activations
+    free = free_memory()
+    return free is not None and plan.lasting_memory().total + activations > free
+
+
 def _checkpointed(
     plan: TrainingPlan, unet: nn.Module, cross: CrossAttentionEntropy, expected: Estimate | None
 ) -> bool:
     """Checkpoint the blocks that settings or free memory ask for; whether these are all."""
-    if plan.config.gradient_checkpointing:
+    fetched = any(map(is_swapped, blocks_of(unet)))
+    if plan.config.gradient_checkpointing or (fetched and expected is None):
         checkpoint_blocks(unet, entropy=cross)
         return True
     if expected is None or not expected.twice:

@@ -160,6 +160,8 @@ class TrainConfig:
     frozen_weights: FrozenWeights = AS_PRECISION  # how the U-Net's are kept; fp8: in half of bf16
     # Recompute blocks in backward; the paper: on. "auto": as few as the free memory asks for.
     gradient_checkpointing: bool | Literal["auto"] = False
+    # Frozen weights of transformer blocks wait in RAM; "auto": as few as the free memory asks for.
+    block_swap: bool | Literal["auto"] = False
     entropy_weight: float = 1e-4  # λ_e of eq. 14; 0 switches the term off
     probes: int = 25  # measurements of the loss on fixed noise and timesteps during a run
     targets: str = "attention"  # preset of targets.PRESETS or a regular expression
@@ -185,8 +187,9 @@ class TrainConfig:
         checks.whole("seed", self.seed, 0, 2**63 - 1, "any number in it gives a valid run")
         checks.choice("precision", self.precision, PRECISIONS)
         checks.choice("frozen_weights", self.frozen_weights, FROZEN_WEIGHTS)
-        if self.gradient_checkpointing != "auto":
-            checks.is_a("gradient_checkpointing", self.gradient_checkpointing, bool)
+        for name in ("gradient_checkpointing", "block_swap"):
+            if getattr(self, name) != "auto":
+                checks.is_a(name, getattr(self, name), bool)
         checks.number("entropy_weight", self.entropy_weight, 0, 1e6, "the paper uses 0.0001")
         checks.whole("probes", self.probes, 0, 10_000, "25 is enough for a curve")
         _text("targets", self.targets, "use 'attention'")

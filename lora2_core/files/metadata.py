@@ -26,6 +26,7 @@ VERSION, COMPONENTS = "lora2.format_version", "lora2.components"
 # Settings that came later, as they were before: left out where they are still so, as a run of then
 # has to go on, and files stay what they were.
 LATER = {"frozen_weights": AS_PRECISION}
+_DECIDE_NOTHING = {"keep", "samples", "block_swap"}
 RUN = "lora2.run"  # the hash of the run that a file is of
 ADAPTER = "lora_adapter_metadata"  # of diffusers: PEFT's settings of each network
 _ARGUMENTS = "ss_network_args"
@@ -47,14 +48,15 @@ _CLASSES = {
 
 
 def deciding(config: TrainConfig) -> dict[str, Any]:
-    """The settings that decide what a file holds: all but how a run is kept and watched.
+    """The settings that decide what a file holds: all but how a run is kept and watched, and
+    where weights wait meanwhile.
 
     Without those of :data:`LATER` that are as they ever were.
     """
     return {
         name: value
         for name, value in config.as_dict().items()
-        if name not in ("keep", "samples") and not (name in LATER and value == LATER[name])
+        if name not in _DECIDE_NOTHING and not (name in LATER and value == LATER[name])
     }
 
 

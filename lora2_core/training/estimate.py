@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ..adapters.network import AdaptiveRankNetwork
+from ..adapters.swapping import bytes_of_weights, is_swapped
 from ..config.train import PROBE_DRAWS, TrainConfig
 from ..files.header import first_line
 from .memory import Memory, kept, lasting, size
@@ -37,11 +38,14 @@ class Estimate:
     file_shrinks: bool = False  # ranks start at their largest, so that ``file`` is a bound
     twice: tuple[int, ...] = ()  # blocks to compute twice, for ``memory`` to fit
     blocks: int = 0  # in all
+    swapped: tuple[int, ...] = ()  # blocks whose weights stay in RAM
 
     def text(self) -> str:
         """One line for people."""
         bound = "at most " if self.file_shrinks else ""
         twice = f", {len(self.twice)} of {self.blocks} blocks computed twice" if self.twice else ""
+        if self.swapped:
+            twice += f", the weights of {len(self.swapped)} kept in RAM"
         return (
             f"about {size(self.memory.total)} of memory and {_duration(self.seconds)}, "
             f"give or take a third, and a file of {bound}{size(self.file)}{twice}"
@@ -74,18 +78,22 @@ def estimate(
 ) -> Estimate:
     """What ``config`` takes on the models of ``roots``, adapters in and checkpoints not yet.
 
-    ``blocks``: those that gradient checkpointing computes twice; ``free``: bytes that are free
-    now, to choose as few of them as that asks for, None for what ``config`` says. Draws nothing
-    from any generator of the run.
+    ``blocks``: those that gradient checkpointing computes twice, and whose weights may be in RAM
+    by now; ``free``: bytes that are free now, to choose as few of them for either as that asks
+    for, None for what ``config`` says. Draws nothing from any generator of the run.
     """
     batch = _largest(task, config)
     found = kept(network, task, entropy, roots, blocks, batch)
     parameters = sum(weight.numel() for weight in network.weights())
-    held = lasting(roots, parameters, config)
-    twice = tuple(range(len(blocks))) if config.gradient_checkpointing else ()
+    to_come = lasting(roots, parameters, config).learning - 4 * parameters  # A and B are there
+    swapped = tuple(number for number, block in enumerate(blocks) if is_swapped(block))
+    twice = tuple(range(len(blocks))) if config.gradient_checkpointing or swapped else ()
     if free is not None and not twice:
-        to_come = held.learning - 4 * parameters  # A and B themselves are there
         twice = found.fewest_twice(free - to_come)
+    if free is not None and not config.block_swap:
+        room = free - to_come - found.activations(twice)
+        swapped = _fewest_swapped(bytes_of_weights(blocks), swapped, room)
+    held = lasting(roots, parameters, config, [blocks[number] for number in swapped])
     return Estimate(
         memory=replace(held, activations=found.activations(twice)),
         seconds=_seconds(network, task, batch, config, len(twice) / max(1, len(blocks))),
@@ -93,7 +101,19 @@ def estimate(
         file_shrinks=config.rank.mode == "paper" and config.rank.target_megabytes is None,
         twice=twice,
         blocks=len(blocks),
+        swapped=swapped,
     )
+
+
+def _fewest_swapped(sizes: Sequence[int], now: tuple[int, ...], room: int) -> tuple[int, ...]:
+    """Those of the blocks ``now`` in RAM that have to stay there, so that the others, of
+    ``sizes``, take no more than ``room`` bytes of the device; as far apart as can be, which leaves
+    time to fetch each."""
+    for count in range(len(now)):
+        stay = {now[place * len(now) // count] for place in range(count)}
+        if sum(sizes[number] for number in now if number not in stay) <= room:
+            return tuple(sorted(stay))
+    return now
 
 
 def _largest(task: Any, config: TrainConfig) -> Any:

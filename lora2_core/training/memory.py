@@ -17,7 +17,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..adapters.frozen import largest_cast
 from ..adapters.network import AdaptiveRankNetwork
-from ..config.train import OptimizerConfig, TrainConfig
+from ..adapters.swapping import PLACES, bytes_of_weights, places_of
+from ..config.train import AS_PRECISION, OptimizerConfig, TrainConfig
 from .objective import CrossAttentionEntropy, loss_parts
 
 # Bytes a number of A and B: itself, its gradient, and what the optimizer remembers of it. In 16
@@ -32,6 +33,8 @@ _TEXT = 0.32  # both text encoders to the U-Net
 _CHECKPOINTED, _ENTROPY = 0.18, 1.05  # activations with it to those without
 _TARGETS = {"attention+ff": 1.9, "attention+ff+conv": 2.6, "cross-attention": 0.5}  # to attention
 _EIGHT_BITS = 1.024  # bytes of a weight in fp8, with what stays in 16 bits and one that is cast
+# What of frozen weights stays on the device where those of blocks wait in RAM.
+_SWAPPED = {AS_PRECISION: 0.176, "fp8": 0.195}
 _MEGABYTES_PER_RANK = 2.9  # of attention, in a file
 
 
@@ -92,17 +95,27 @@ def counted(
     Adapters are in and checkpoints not yet; ``blocks``: those that checkpointing computes twice.
     """
     found = kept(network, task, entropy, roots, blocks, batch)
-    twice = range(len(blocks)) if config.gradient_checkpointing else ()
+    swapped = blocks if config.block_swap is True else ()
+    twice = range(len(blocks)) if _computes_twice(config) else ()
     parameters = sum(weight.numel() for weight in network.weights())
-    return replace(lasting(roots, parameters, config), activations=found.activations(twice))
+    held = lasting(roots, parameters, config, swapped)
+    return replace(held, activations=found.activations(twice))
 
 
-def lasting(roots: Mapping[str, nn.Module], parameters: int, config: TrainConfig) -> Memory:
+def lasting(
+    roots: Mapping[str, nn.Module],
+    parameters: int,
+    config: TrainConfig,
+    swapped: Sequence[nn.Module] = (),
+) -> Memory:
     """What ``config`` takes all the time, without activations, which is known before anything is
-    computed. ``parameters``: numbers in A and B."""
+    computed. ``parameters``: numbers in A and B; ``swapped``: blocks whose weights stay in RAM."""
     frozen = {id(p): p for root in roots.values() for p in _weights(root) if not p.requires_grad}
+    in_ram = sorted(bytes_of_weights(swapped))
     return Memory(
         frozen=sum(_bytes(weight) for weight in frozen.values())
+        - sum(in_ram)
+        + sum(in_ram[-1:]) * min(PLACES, len(in_ram))
         + max(map(largest_cast, roots.values()), default=0),
         learning=int(_learning_bytes(config.optimizer) * parameters),
         activations=0,
@@ -137,6 +150,7 @@ def _factors(config: TrainConfig) -> tuple[float, float, float]:
     configurations mean something."""
     value = 4 if config.precision == "fp32" else 2
     frozen = _EIGHT_BITS if config.frozen_weights == "fp8" else value
+    frozen *= _SWAPPED[config.frozen_weights] if config.block_swap is True else 1
     text = _TEXT * (config.text.learning_rate > 0)
     rank = config.rank
     if rank.target_megabytes is not None:
@@ -147,8 +161,13 @@ def _factors(config: TrainConfig) -> tuple[float, float, float]:
     images = config.batch_size * (1 + (config.data.class_images > 0))
     activations = value * images * config.resolution**2
     activations *= _ENTROPY if config.entropy_weight else 1
-    activations *= _CHECKPOINTED if config.gradient_checkpointing else 1
+    activations *= _CHECKPOINTED if _computes_twice(config) else 1
     return frozen + value * text, ranks * _learning_bytes(config.optimizer), activations
+
+
+def _computes_twice(config: TrainConfig) -> bool:
+    """Whether every block is computed twice: so are those whose weights wait in RAM."""
+    return bool(config.gradient_checkpointing) or config.block_swap is True
 
 
 def kept(
@@ -161,7 +180,8 @@ def kept(
 ) -> Kept:
     """What one forward pass of ``batch`` keeps, arguments as :func:`counted` takes them."""
     frozen = [weight for root in roots.values() for weight in _weights(root)]
-    counter = _Counter([*frozen, *network.weights()])
+    fetched = [place for root in roots.values() for place in places_of(root)]
+    counter = _Counter([*frozen, *fetched, *network.weights()])
     try:
         looking = entropy.each_in_its_place() if entropy else nullcontext()
         with torch.enable_grad(), counter.counting(blocks), looking:

@@ -94,6 +94,8 @@ def suggestions(
     ``needed`` below ``free``. ``expected``: what was told of the run with ``config`` before it
     began.
     """
+    if expected is not None and 0 < expected.blocks == len(expected.swapped):
+        config = replace(config, block_swap=True)
     taken = scaled(SDXL, TrainConfig(), config) if expected is None else expected.memory
     if checkpointing:
         by_now = replace(config, gradient_checkpointing=True)
@@ -134,6 +136,8 @@ def _changes(
         yield "set precision to bf16", replace(config, precision="bf16")
     if config.frozen_weights != "fp8":
         yield "set frozen_weights to fp8", replace(config, frozen_weights="fp8")
+    if config.gradient_checkpointing and config.block_swap is not True:
+        yield "set block_swap on", replace(config, block_swap=True)
     if optimizer.name != "adamw8bit":
         leaner = replace(optimizer, name="adamw8bit")
         yield "set optimizer to adamw8bit", replace(config, optimizer=leaner)

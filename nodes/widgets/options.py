@@ -330,7 +330,7 @@ def samples() -> list[io.WidgetInput]:
     ]
 
 
-def frozen() -> list[io.WidgetInput]:
+def small_cards() -> list[io.WidgetInput]:
     """Optional and last, so that workflows from before there was one keep what they say."""
     return [
         io.Combo.Input(
@@ -342,6 +342,18 @@ def frozen() -> list[io.WidgetInput]:
                 "fp8 keeps the weights of the model that do not learn in 8 bits while it trains: "
                 "half the memory of 16 bits for them, a little slower, and the LoRA learns on "
                 "rounded weights. auto: what the preset says, else as precision."
+            ),
+        ),
+        io.Combo.Input(
+            "block_swap",
+            options=[AUTO, "on", "off"],
+            default=AUTO,
+            optional=True,
+            tooltip=(
+                "Keeps the frozen weights of transformer blocks in RAM and fetches each block just "
+                "before it computes: a fifth of the weights stay on the card, and steps take "
+                "longer. auto: as the preset says, or else as few blocks as the free memory asks "
+                "for."
             ),
         ),
     ]

@@ -18,7 +18,9 @@ from lora2_pack.bench.gpu_cells import command, contestants, plan, record, runni
 from lora2_pack.bench.gpu_cells.contestants import Contestant
 from lora2_pack.bench.gpu_cells.rows import Row
 from lora2_pack.bench.gpu_cells.running import Rounds
+from lora2_pack.lora2_core.adapters.swapping import stays_in_ram
 from lora2_pack.lora2_core.config.presets import PRESETS
+from lora2_pack.lora2_core.training.trainer import Trainer
 from lora2_pack.tests.bench.measuring import group, measure, stepping
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -138,6 +140,36 @@ def test_what_a_card_measures_is_every_pair_of_settings():
             assert cell.preset in wanted and cell.contestant.endswith(cell.preset)
             assert cell.config.optimizer.name == "adamw8bit" and cell.config.gradient_checkpointing
             assert (cell.config.resolution, cell.config.batch_size) == (shape.size, shape.batch)
+
+
+def test_presets_keep_the_weights_as_they_say(monkeypatch: pytest.MonkeyPatch):
+    """With the shared ones in RAM meanwhile, where a contestant is measured alone."""
+    seen: list[tuple[str, str, bool, bool]] = []
+
+    class Seen(Trainer):
+        def __init__(self, network: Any, *others: Any):
+            super().__init__(network, *others)
+            base = network.layers[0].base
+            kind = str(base.weight.dtype).removeprefix("torch.")
+            seen.append((made[-1].preset, kind, stays_in_ram(base), frozen[-1].held == 0))
+
+    made: list[plan.Cell] = []
+    frozen: list[Any] = []
+
+    def make(cell: plan.Cell, weights: Any, told: Any = None) -> Contestant:
+        made.append(cell)
+        frozen.append(weights)
+        return contestants.make(cell, weights, told)
+
+    monkeypatch.setattr(contestants, "Trainer", Seen)
+    presets = "12 GB", "6 GB", "4 GB"
+    rows = measure(group(*presets), make=make)
+    plain, eight = "bfloat16", "float8_e4m3fn"
+    kept = {"12 GB": (plain, False), "6 GB": (eight, False), "4 GB": (eight, True)}
+    alone = [(preset, *kept[preset], preset != "12 GB") for preset in presets]
+    assert seen == alone + [(preset, *kept[preset], False) for preset in presets]
+    told = [rows[f"LoRA², {preset}"].told_mb or 0 for preset in presets]
+    assert all(row.in_turns for row in rows.values()) and told == sorted(told)[::-1]
 
 
 # --- what goes wrong ------------------------------------------------------------------------------

@@ -46,6 +46,7 @@ WIDGETS: dict[str, Any] = {
     "targets": "cross-attention",
     "schedule": "cosine",
 }
+EIGHT = ("6 GB", "4 GB")  # presets with weights in fp8
 PARTS: dict[str, Any] = {
     "data": DataConfig(trigger="sks"),
     "objective": ObjectiveConfig(min_snr_gamma=5.0),
@@ -61,9 +62,9 @@ def test_without_a_preset_widgets_count_as_they_are():
     for name in set(WIDGETS) - {"mode", "target_rank", "target_megabytes", "max_rank"}:
         assert getattr(found, name) == WIDGETS[name], name
     assert found.rank == RankConfig.fixed(target_rank=5.0, max_rank=20)
-    assert found.gradient_checkpointing == "auto"
+    assert (found.gradient_checkpointing, found.block_swap) == ("auto", "auto")
     rest = {f.name for f in dataclasses.fields(TrainConfig)} - set(WIDGETS)
-    rest -= {"rank", "gradient_checkpointing"}
+    rest -= {"rank", "gradient_checkpointing", "block_swap"}
     assert {name: getattr(found, name) for name in rest} == {
         name: getattr(TrainConfig(), name) for name in rest
     }
@@ -91,6 +92,7 @@ def test_the_paper_is_set_whole(preset: str, steps: int):
         seed=9,
         precision="auto",
         gradient_checkpointing=True,
+        block_swap=AUTO,
         entropy_weight=1e-4,
         targets="attention",
         rank=RankConfig.paper(rank_weight=1e-4),
@@ -98,14 +100,15 @@ def test_the_paper_is_set_whole(preset: str, steps: int):
     )
 
 
-@pytest.mark.parametrize("preset", ["12 GB", "8 GB", "6 GB"])
+@pytest.mark.parametrize("preset", ["12 GB", "8 GB", "6 GB", "4 GB"])
 def test_a_card_s_preset_sets_what_memory_depends_on(preset: str):
     found = build_config(WIDGETS, preset)
     assert (found.batch_size, found.precision, found.targets) == (1, "auto", "attention")
     assert found.gradient_checkpointing and found.optimizer.name == "adamw8bit"
     assert found.rank == RankConfig.balanced(target_rank=5.0, max_rank=20)
-    assert found.resolution == {"12 GB": 1024, "8 GB": 768, "6 GB": 768}[preset]
-    assert found.frozen_weights == ("fp8" if preset == "6 GB" else AS_PRECISION)
+    assert found.resolution == (1024 if preset == "12 GB" else 768)
+    assert found.frozen_weights == ("fp8" if preset in EIGHT else AS_PRECISION)
+    assert found.block_swap == (True if preset == "4 GB" else AUTO)
     assert (found.steps, found.learning_rate, found.schedule) == (77, 3e-4, "cosine")
 
 
@@ -190,11 +193,23 @@ def test_checkpointing_must_agree_with_the_preset(asked: bool | None, preset: st
 
 def test_frozen_weights_are_the_preset_s_or_the_options():
     for preset in PRESETS:
-        own = "fp8" if preset == "6 GB" else AS_PRECISION
+        own = "fp8" if preset in EIGHT else AS_PRECISION
         assert build_config(WIDGETS, preset).frozen_weights == own
         assert build_config(WIDGETS, preset, Options(frozen_weights="fp8")).frozen_weights == "fp8"
     with pytest.raises(ConfigError, match=r"frozen_weights is as precision .* sets it to fp8: "):
         build_config(WIDGETS, "6 GB", Options(frozen_weights=AS_PRECISION))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("asked", [None, True, False])
+def test_block_swap_is_the_preset_s_or_the_options(preset: str, asked: bool | None):
+    options = Options(block_swap=asked)
+    if preset == "4 GB" and asked is False:
+        with pytest.raises(ConfigError, match=r"block_swap is off .* sets it to on"):
+            build_config(WIDGETS, preset, options)
+        return
+    found = build_config(WIDGETS, preset, options).block_swap
+    assert found == (True if preset == "4 GB" else AUTO if asked is None else asked)
 
 
 def test_the_pull_on_ranks_must_agree_with_the_paper():

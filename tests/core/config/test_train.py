@@ -92,6 +92,7 @@ BAD: dict[type, dict[str, list[Any]]] = {
         "precision": ["fp8", "float32", None],
         "frozen_weights": ["auto", "fp16", True, None],
         "gradient_checkpointing": [1, "yes", None],
+        "block_swap": [1, "on", None],
         "entropy_weight": [-1e-4, NAN, INFINITE, None],
         "probes": [-1, 10_001, 2.5],
         "targets": ["", "  ", None],

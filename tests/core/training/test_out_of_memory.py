@@ -36,6 +36,7 @@ LEAN = TrainConfig(
     precision="bf16",
     frozen_weights="fp8",
     gradient_checkpointing=True,
+    block_swap=True,
     resolution=256,
     entropy_weight=0.0,
     targets="cross-attention",
@@ -94,6 +95,7 @@ configs = st.builds(
     resolution=st.sampled_from([64, 256, 512, 768, 1024, 2048]),
     precision=st.sampled_from(["auto", "fp32", "bf16"]),
     gradient_checkpointing=st.booleans(),
+    block_swap=st.booleans(),
     frozen_weights=st.sampled_from(FROZEN_WEIGHTS),
     entropy_weight=st.sampled_from([0.0, 1e-4]),
     targets=st.sampled_from(["attention", "attention+ff+conv", "cross-attention", "b-lora"]),
@@ -127,6 +129,8 @@ def test_advice_helps_and_is_new(
         assert "set gradient_checkpointing on" not in text
     if config.frozen_weights == "fp8":
         assert "frozen_weights" not in text
+    if config.block_swap:
+        assert "block_swap" not in text
     if config.batch_size == 1:
         assert "batch_size" not in text
     if config.optimizer.name == "adamw8bit":
@@ -169,9 +173,18 @@ def test_there_are_three_ways_out_of_usual_settings() -> None:
     assert len(suggestions(TrainConfig(precision="fp32"), checkpointing=True)) == 3
 
 
-def test_weights_that_do_not_learn_are_what_is_left_to_halve() -> None:
-    first, *_ = suggestions(TrainConfig(precision="bf16", gradient_checkpointing=True))
-    assert first.text.startswith("set frozen_weights to fp8") and 0.3 < first.saving < 0.4
+def test_weights_that_do_not_learn_are_what_is_left() -> None:
+    waits, halved, *_ = suggestions(TrainConfig(precision="bf16", gradient_checkpointing=True))
+    assert waits.text.startswith("set block_swap on") and 0.55 < waits.saving < 0.65
+    assert halved.text.startswith("set frozen_weights to fp8") and 0.3 < halved.saving < 0.4
+
+
+@pytest.mark.parametrize(("waiting", "more"), [((0, 1), True), ((0, 1, 2), False), ((), True)])
+def test_blocks_that_wait_already_are_no_advice(waiting: tuple[int, ...], more: bool) -> None:
+    expected = Estimate(SDXL, 1.0, 1, twice=(0, 1, 2), blocks=3, swapped=waiting)
+    config = TrainConfig(precision="bf16", gradient_checkpointing=True)
+    told = suggestions(config, expected=expected)
+    assert any("block_swap" in advice.text for advice in told) is more
 
 
 def test_at_the_leanest_it_says_so() -> None:
@@ -200,6 +213,7 @@ def test_the_lower_resolution_fits_by_its_tokens(resolution: int, needed: int, s
     [
         {"gradient_checkpointing": True},
         {"frozen_weights": "fp8"},
+        {"block_swap": True},
         {"batch_size": 1},
         {"precision": "bf16"},
         {"optimizer": OptimizerConfig("adamw8bit")},
