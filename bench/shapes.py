@@ -13,6 +13,7 @@ from lora2_pack.lora2_core.adapters.network import AdaptiveRankNetwork
 from lora2_pack.lora2_core.adapters.targets import find_targets
 from lora2_pack.lora2_core.adaptive_rank import denoising_loss
 from lora2_pack.lora2_core.comfy_host.checkpointing import checkpoint_blocks
+from lora2_pack.lora2_core.comfy_host.models import keep_less
 from lora2_pack.lora2_core.config.train import OptimizerConfig, TrainConfig
 from lora2_pack.lora2_core.data.samples import Sample, Text
 from lora2_pack.lora2_core.training.denoising import CachedTexts, DenoisingTask
@@ -87,6 +88,7 @@ def floor(base: Any, config: TrainConfig) -> Step:
 
 def ours(base: Any, config: TrainConfig) -> tuple[AdaptiveRankNetwork, Step, list[Tensor]]:
     """A step of the pack's trainer, but for what it reads on the host; and its moments."""
+    keep_less(base)
     unet = base.diffusion_model
     network = AdaptiveRankNetwork(unet, find_targets(unet, config.targets), config.rank)
     cross = CrossAttentionEntropy([m for n, m in unet.named_modules() if n.endswith(".attn2")])

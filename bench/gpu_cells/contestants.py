@@ -17,7 +17,7 @@ from ...lora2_core.adapters.network import AdaptiveRankNetwork
 from ...lora2_core.adapters.targets import find_targets
 from ...lora2_core.adaptive_rank import denoising_loss
 from ...lora2_core.comfy_host.checkpointing import blocks_of, checkpoint_blocks
-from ...lora2_core.comfy_host.models import DTYPES
+from ...lora2_core.comfy_host.models import DTYPES, keep_less
 from ...lora2_core.config.presets import with_stand_in
 from ...lora2_core.config.train import TrainConfig
 from ...lora2_core.training.estimate import Estimate, estimate
@@ -94,6 +94,7 @@ def _ours(cell: plan.Cell, frozen: Frozen, told: Estimate | None) -> Contestant:
     """The pack's trainer, whole, prepared as ``comfy_host.prepare`` does."""
     config, note = _optimizer(cell, frozen.device)
     base = frozen.base_kept(config) if plan.keeps_its_own(cell) else frozen.base()
+    keep_less(base)
     unet = base.diffusion_model
     roots = {"unet": unet}
     network = AdaptiveRankNetwork(roots, find_targets(unet, config.targets), config.rank)

@@ -1,8 +1,10 @@
-"""Frozen layers that keep their weight in eight bits, half of bf16's memory, while others learn.
+"""Frozen layers that take less memory than PyTorch's own while others learn.
 
-A weight is float8_e4m3fn with one scale. Its layer casts it to the type of its input when it is
-used, and casts it again in the backward pass: nothing of a cast weight outlives its layer, and
-gradients are those of the cast weight, exactly. Names and classes of layers stay.
+A weight may be kept in eight bits, half of bf16's memory: float8_e4m3fn with one scale. Its layer
+casts it to the type of its input when it is used, and casts it again in the backward pass: nothing
+of a cast weight outlives its layer, and gradients are those of the cast weight, exactly. And a
+convolution need not keep its input, which is for the gradient of a weight that has none. Names and
+classes of layers stay.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.grad import conv2d_input
 
 _LARGEST = 448.0  # of float8_e4m3fn
 # What the largest size can be in eight bits, but for a power of two.
@@ -84,6 +85,19 @@ def in_eight_bits(model: nn.Module, kinds: Kinds = (nn.Linear, nn.Conv2d)) -> No
         kind = _Convolution if isinstance(layer, nn.Conv2d) else _Product
         layer.forward = kind(layer, scale, weight.dtype)  # type: ignore[method-assign]
         layer.weight = numbers
+
+
+def keep_no_inputs(model: nn.Module, kinds: Kinds = (nn.Conv2d,)) -> None:
+    """Let the frozen Conv2d of ``model`` keep nothing of their input for the backward pass; after
+    :func:`in_eight_bits`, whose own keep nothing either.
+
+    ``kinds``: as there. PyTorch keeps it whether the weight learns or not.
+    """
+    for layer in model.modules():
+        if isinstance(layer, kinds) and "forward" not in vars(layer):
+            weight: Any = layer.weight
+            if type(weight) in (Tensor, nn.Parameter) and not weight.requires_grad:
+                layer.forward = _Forgetting(layer)  # type: ignore[method-assign]
 
 
 def is_in_eight_bits(layer: nn.Module) -> bool:
@@ -186,14 +200,28 @@ class _Product(_Casting):
 
 class _Convolution(_Casting):
     def __call__(self, x: Tensor) -> Tensor:
-        layer, padding = self.layer, self.layer.padding
-        if x.dim() == 3:
-            return self(x[None])[0]
-        if layer.padding_mode != "zeros" or isinstance(padding, str):
-            mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-            x, padding = F.pad(x, layer._reversed_padding_repeated_twice, mode), 0
-        where = layer.stride, padding, layer.dilation, layer.groups
-        return _Convolve.apply(x, *self.weight, layer.bias, where)  # type: ignore[return-value]
+        return _convolved(self.layer, x, *self.weight)
+
+
+class _Forgetting:
+    """Takes the place of the ``forward`` of a convolution whose weight stays as it is."""
+
+    def __init__(self, layer: Any):
+        self.layer = layer
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return _convolved(self.layer, x, self.layer.weight, None)
+
+
+def _convolved(layer: Any, x: Tensor, weight: Tensor, scale: float | None) -> Tensor:
+    padding = layer.padding
+    if x.dim() == 3:
+        return _convolved(layer, x[None], weight, scale)[0]
+    if layer.padding_mode != "zeros" or isinstance(padding, str):
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        x, padding = F.pad(x, layer._reversed_padding_repeated_twice, mode), (0, 0)
+    where = layer.stride, padding, layer.dilation, layer.groups
+    return _Convolve.apply(x, weight, scale, layer.bias, where)  # type: ignore[return-value]
 
 
 class _Linear(torch.autograd.Function):
@@ -214,16 +242,29 @@ class _Linear(torch.autograd.Function):
 class _Convolve(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx, x: Tensor, numbers: Tensor, scale: float, bias: Tensor | None, where: tuple[Any, ...]
+        ctx,
+        x: Tensor,
+        weight: Tensor,
+        scale: float | None,
+        bias: Tensor | None,
+        where: tuple[Any, ...],
     ) -> Tensor:
-        ctx.save_for_backward(numbers)
+        ctx.save_for_backward(weight)
         ctx.scale, ctx.where, ctx.shape = scale, where, x.shape
-        return F.conv2d(x, EightBits(numbers, scale).cast(x.dtype), bias, *where)
+        return F.conv2d(x, _cast(weight, scale, x.dtype), bias, *where)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):  # type: ignore[override]
-        (numbers,) = ctx.saved_tensors
-        weight = EightBits(numbers, ctx.scale).cast(grad.dtype)
-        grad_x = conv2d_input(ctx.shape, weight, grad, *ctx.where)
+        weight = _cast(*ctx.saved_tensors, ctx.scale, grad.dtype)
+        *where, groups = ctx.where
+        # Only the shape of the input matters to the gradient for it.
+        blank = grad.as_strided(ctx.shape, (0,) * len(ctx.shape))
+        grad_x, _, _ = torch.ops.aten.convolution_backward(
+            grad, blank, weight, None, *where, False, (0, 0), groups, (True, False, False)
+        )
         return grad_x, None, None, None, None
+
+
+def _cast(weight: Tensor, scale: float | None, dtype: torch.dtype) -> Tensor:
+    return weight if scale is None else EightBits(weight, scale).cast(dtype)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..adapters.frozen import hold_a_little, in_eight_bits
+from ..adapters.frozen import hold_a_little, in_eight_bits, keep_no_inputs
 from ..adapters.swapping import BlockSwap
 from ..config.train import AS_PRECISION, TrainConfig
 from ..files.header import first_line
@@ -131,6 +131,12 @@ def keep_in_eight_bits(private: comfy.model_base.BaseModel) -> None:
         if isinstance(layer, kinds):
             raise_if_cancelled()  # half a minute for SDXL on a slow machine
             in_eight_bits(layer, kinds)
+
+
+def keep_less(private: comfy.model_base.BaseModel) -> None:
+    """Before adapters are put on a copy, and after :func:`keep_in_eight_bits`: let its layers keep
+    nothing for gradients that nobody asks for."""
+    keep_no_inputs(private.diffusion_model, (plain().Conv2d,))
 
 
 def check_frozen_weights(model: ModelPatcher, config: TrainConfig) -> None:

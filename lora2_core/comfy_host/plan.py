@@ -36,6 +36,7 @@ from .models import (
     check_precision,
     copy_in_ram,
     keep_in_eight_bits,
+    keep_less,
 )
 from .running import raise_if_cancelled
 from .surface import Part
@@ -141,6 +142,7 @@ def plan_training(
         base_hash = weights_hash(private.diffusion_model)  # the same in eight bits and in more
         if config.frozen_weights == "fp8":
             keep_in_eight_bits(private)
+        keep_less(private)
         trains_text = config.text.learning_rate > 0
         live = TextEncoders(clip, torch.device("cpu")) if trains_text else None
         targets = _targets(_roots(private, live), config)

@@ -53,7 +53,7 @@ _LEAN: dict[str, Any] = {
     "optimizer": "adamw8bit",
     "gradient_checkpointing": True,
 }
-# SDXL takes 6.9 GB at 1024 px, 6.2 GB at 768 px, 3.5 GB with its weights in fp8 and 1.4 GB where
+# SDXL takes 6.9 GB at 1024 px, 6.2 GB at 768 px, 3.7 GB with its weights in fp8 and 1.6 GB where
 # those of blocks wait in RAM, as estimated (tests/host/test_estimate.py); a card also holds its
 # driver's memory and often a desktop, so that 8 GB get the smaller one.
 PRESETS: dict[str, dict[str, Any]] = {

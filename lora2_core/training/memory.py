@@ -24,13 +24,14 @@ from .objective import CrossAttentionEntropy, loss_parts
 # Bytes a number of A and B: itself, its gradient, and what the optimizer remembers of it. In 16
 # bits what layers compute with and the gradient of that are no larger, and are gone by then.
 LEARNING_BYTES = {"adamw": 16, "adamw8bit": 10.1, "prodigy": 24}
-# The peak over what is kept: gradients on their way, and what the allocator cannot fill. Measured
-# on the demo model at 192 and 384 px, batch 1 and 2 (bench/memory.py): 1.36 to 1.6.
-_SPARE = 1.45
+# The peak over what is kept, in shares of what is kept outside of blocks, by the convolutions at
+# full size: gradients on their way, and what is there for a moment. Measured on the demo model at
+# 192 and 384 px, batch 1 and 2, with and without checkpoints (bench/memory.py): 0.9 to 1.35.
+_PASSING = 1.3
 
 # Ratios of SDXL, counted on its real shapes.
 _TEXT = 0.32  # both text encoders to the U-Net
-_CHECKPOINTED, _ENTROPY = 0.18, 1.05  # activations with it to those without
+_CHECKPOINTED, _ENTROPY = 0.245, 1.05  # activations with it to those without
 _TARGETS = {"attention+ff": 1.9, "attention+ff+conv": 2.6, "cross-attention": 0.5}  # to attention
 _EIGHT_BITS = 1.024  # bytes of a weight in fp8, with what stays in 16 bits and one that is cast
 # What of frozen weights stays on the device where those of blocks wait in RAM.
@@ -44,7 +45,7 @@ class Memory:
 
     frozen: int  # weights that stay as they are, and the largest one cast of those in 8 bits
     learning: int  # A and B, their gradients, and the optimizer's memory
-    activations: int  # kept from the forward pass for the backward pass, with some to spare
+    activations: int  # at the peak: what is kept for the backward pass, and gradients on their way
 
     @property
     def total(self) -> int:
@@ -52,7 +53,7 @@ class Memory:
         return self.frozen + self.learning + self.activations
 
 
-SDXL = Memory(5_135_000_000, 372_000_000, 8_533_000_000)  # counted with TrainConfig(), 16 bits
+SDXL = Memory(5_135_000_000, 372_000_000, 6_316_000_000)  # counted with TrainConfig(), 16 bits
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,13 @@ class Kept:
     inputs: tuple[int, ...]  # of each block: what is kept of it if it is computed twice
 
     def activations(self, twice: Collection[int]) -> int:
-        """What is taken at the peak, to spare included, where blocks ``twice`` are computed twice:
-        of them one is there whole at a time."""
+        """What is taken at the peak where blocks ``twice`` are computed twice: of them one is there
+        whole at a time."""
         whole = sum(size for block, size in enumerate(self.inside) if block not in twice)
         again = max((self.inside[block] for block in twice), default=0)
         inputs = sum(self.inputs[block] for block in twice)
-        return int(_SPARE * (self.outside + whole + inputs + again))
+        passing = _PASSING * self.outside + max(self.inside, default=0)  # gradients of one block
+        return int(self.outside + whole + inputs + again + passing)
 
     def fewest_twice(self, room: int) -> tuple[int, ...]:
         """The fewest blocks to compute twice, so that activations fit into ``room`` bytes; all of

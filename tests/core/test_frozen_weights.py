@@ -11,7 +11,12 @@ from hypothesis import given
 from hypothesis import settings as effort
 from hypothesis import strategies as st
 from lora2_pack.lora2_core.adapters import frozen
-from lora2_pack.lora2_core.adapters.frozen import EightBits, eight_bits, in_eight_bits
+from lora2_pack.lora2_core.adapters.frozen import (
+    EightBits,
+    eight_bits,
+    in_eight_bits,
+    keep_no_inputs,
+)
 from lora2_pack.lora2_core.adapters.network import AdaptiveRankNetwork
 from lora2_pack.lora2_core.adapters.targets import find_targets
 from lora2_pack.lora2_core.config.ranks import RankConfig
@@ -114,6 +119,47 @@ def test_nothing_of_a_cast_weight_is_kept(name: str):
     assert weight.dtype == FP8 and storage.data_ptr() == layer.weight.untyped_storage().data_ptr()
     assert storage.nbytes() == layer.weight.numel()
     assert out.requires_grad
+
+
+# --- inputs that nobody needs ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in LAYERS if "linear" not in name])
+@pytest.mark.parametrize("eight", [False, True], ids=["as it is", "fp8"])
+def test_a_convolution_keeps_no_input(name: str, eight: bool):
+    """And computes bit by bit what it did."""
+    layer, plain = _layer(name, torch.float32), _layer(name, torch.float32)
+    if eight:
+        in_eight_bits(layer)
+        plain.weight.copy_(EightBits(layer.weight, layer.forward.scale).cast(torch.float32))
+    keep_no_inputs(layer)
+    padded = layer.padding_mode != "zeros" or layer.padding == "same"
+    for x in (_input(layer, torch.float32), _input(layer, torch.float32)[0]):
+        out, saved = _with_what_is_saved(layer, x)
+        grads = [torch.autograd.grad(y, x, torch.ones_like(y))[0] for y in (out, plain(x))]
+        assert torch.equal(out, plain(x))
+        torch.testing.assert_close(*grads, rtol=1e-6, atol=1e-6)
+        held = {one.untyped_storage().data_ptr() for one in saved}
+        assert layer.weight.untyped_storage().data_ptr() in held
+        assert len(held) == 1 or (padded and len(held) == 2)  # what reflects is kept where it does
+
+
+def _with_what_is_saved(layer: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        return layer(x), saved
+
+
+def test_only_frozen_convolutions_forget():
+    learnt, theirs, frozen_one = (nn.Conv2d(4, 4, 1) for _ in range(3))
+    model = nn.Sequential(learnt, theirs.requires_grad_(False), frozen_one.requires_grad_(False))
+    theirs.forward = lambda x: x  # type: ignore[method-assign]
+    model.append(nn.Linear(4, 4).requires_grad_(False))
+    keep_no_inputs(model)
+    assert ["forward" in vars(layer) for layer in model] == [False, True, True, False]
+    x = _numbers(1, 4, 3, 3)
+    assert theirs(x) is x and frozen.computes_in(frozen_one) == torch.float32
+    assert not frozen.is_in_eight_bits(frozen_one)
 
 
 class Model(nn.Module):

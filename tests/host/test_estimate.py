@@ -18,6 +18,7 @@ from lora2_pack.lora2_core.adapters.network import AdaptiveRankNetwork
 from lora2_pack.lora2_core.adapters.targets import find_targets
 from lora2_pack.lora2_core.comfy_host import prepare
 from lora2_pack.lora2_core.comfy_host.checkpointing import blocks_of, is_checkpointed
+from lora2_pack.lora2_core.comfy_host.models import keep_less
 from lora2_pack.lora2_core.config.presets import build_config
 from lora2_pack.lora2_core.config.train import TrainConfig
 from lora2_pack.lora2_core.training import estimate
@@ -44,6 +45,7 @@ def _memory_on_meta(name: str, config: TrainConfig) -> Memory:
     unet = base.diffusion_model
     if config.frozen_weights == "fp8":
         in_eight_bits(unet)
+    keep_less(base)
     network = AdaptiveRankNetwork(unet, find_targets(unet), config.rank)
     task = task_of(base, config)
     layers = [m for n, m in unet.named_modules() if n.endswith(".attn2")]
@@ -62,10 +64,7 @@ def test_sdxl_fits_where_a_preset_says_so(preset: str):
     # What settings make of it without counting anew; the paper's ranks begin at their largest.
     told = scaled(SDXL, TrainConfig(), config)
     assert told.frozen == pytest.approx(memory.frozen, rel=0.01)
-    if config.frozen_weights == "fp8":  # its convolutions keep no input, which nobody scales
-        assert 0.7 * told.activations < memory.activations < told.activations
-    else:
-        assert told.activations == pytest.approx(memory.activations, rel=0.1)
+    assert told.activations == pytest.approx(memory.activations, rel=0.1)
     if config.rank.mode == "balanced":
         assert told.learning == pytest.approx(memory.learning, rel=0.01)
 
@@ -80,7 +79,7 @@ def test_checkpointing_and_fewer_tokens_take_less():
     }.items():
         changed = TrainConfig(**{**_fields(plain), **changes})
         found[name] = _memory_on_meta("KOALA_700M", changed).activations
-    assert 3 * found["checkpointed"] < found["kept"]
+    assert 2.4 * found["checkpointed"] < found["kept"]
     assert 3 * found["smaller"] < found["checkpointed"] < 6 * found["smaller"]
 
 

@@ -14,7 +14,7 @@ from lora2_pack.lora2_core.adapters.network import AdaptiveRankNetwork
 from lora2_pack.lora2_core.config.ranks import RankConfig
 from lora2_pack.lora2_core.config.train import OptimizerConfig, SampleConfig, TrainConfig
 from lora2_pack.lora2_core.training import estimate
-from lora2_pack.lora2_core.training.memory import Memory, counted, size
+from lora2_pack.lora2_core.training.memory import Memory, counted, kept, size
 from lora2_pack.lora2_core.training.objective import CrossAttentionEntropy, Prediction, loss_parts
 from lora2_pack.tests.core.toy import Transformer, TransformerTask, adapt
 
@@ -84,7 +84,11 @@ def test_activations_are_those_that_autograd_keeps(size: int):
     config = dataclasses.replace(PLAIN, batch_size=size)
     told = parts.memory(config).activations
     real = kept_by_autograd(parts.network, parts.task, size)
-    assert told == pytest.approx(1.45 * real, abs=2)
+    *others, _ = parts.arguments(config)
+    batch = parts.task.draw(torch.Generator(), size)
+    found = kept(*others, batch)
+    assert found.outside + sum(found.inside) == real
+    assert told == found.activations(()) == int(real + 1.3 * found.outside + max(found.inside))
 
 
 @settings(deadline=None, max_examples=15)
@@ -103,7 +107,7 @@ def test_more_of_anything_takes_more(blocks: int, size: int, width: int):
 def test_with_checkpointing_one_block_counts_the_inputs_of_all_and_what_is_folded():
     checkpointed = dataclasses.replace(PLAIN, gradient_checkpointing=True)
     shallow, deep = (Parts(blocks, 64) for blocks in (4, 8))
-    inputs = 1.45 * 4 * TransformerTask(Transformer(width=64)).draw(torch.Generator(), 1)[0].numel()
+    inputs = 4 * TransformerTask(Transformer(width=64)).draw(torch.Generator(), 1)[0].numel()
 
     def of(parts: Parts, config: TrainConfig = PLAIN) -> float:
         """Without ΛA, B among zeros and whose rows are whose, there for all layers in any case."""
@@ -112,10 +116,10 @@ def test_with_checkpointing_one_block_counts_the_inputs_of_all_and_what_is_folde
         for stack in stacks:
             if (count := stack.together) > 1:
                 folded += 4 * count * stack.up.numel() + stack.rows * (4 * count + 8)
-        return parts.memory(config).activations - 1.45 * folded
+        return parts.memory(config).activations - 2.3 * folded
 
     more = of(deep, checkpointed) - of(shallow, checkpointed)
-    assert 4 * inputs <= more + 4 < 1.3 * 4 * inputs  # the rest: Λ of more layers
+    assert 4 * inputs <= more + 4 < 1.6 * 4 * inputs  # the rest: Λ of more layers
     assert of(deep) - of(shallow) > 4 * more
 
 
@@ -209,7 +213,7 @@ def test_weights_without_data_can_be_counted():
     assert (found.frozen, found.learning) == (real.frozen, real.learning)
     # Attention keeps other tensors where there is no device to say how it is computed: q and k
     # scaled, beside the one tensor in which they lie with v.
-    assert found.activations == pytest.approx(real.activations, rel=0.25)
+    assert found.activations == pytest.approx(real.activations, rel=0.3)
 
 
 @pytest.mark.parametrize(
