@@ -256,7 +256,8 @@ class _Convolve(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):  # type: ignore[override]
-        weight = _cast(*ctx.saved_tensors, ctx.scale, grad.dtype)
+        (kept,) = ctx.saved_tensors
+        weight = _cast(kept, ctx.scale, grad.dtype)
         *where, groups = ctx.where
         # Only the shape of the input matters to the gradient for it.
         blank = grad.as_strided(ctx.shape, (0,) * len(ctx.shape))
