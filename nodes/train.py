@@ -221,7 +221,8 @@ def _about_memory(plan: "comfy_host.TrainingPlan") -> Iterator[str]:
     """What to do where the device has less memory than what lies there all the time."""
     there, least = comfy_host.total_memory(), plan.least_memory.total
     if there is not None and least > there:
-        ways = suggestions(plan.config, least, there)
+        in_ram = plan.model.load_device.type == "cpu"
+        ways = suggestions(plan.leanest, least, there, in_ram=in_ram)
         yield (
             f"This will not fit: the model and what learns take {size(least)} before anything is "
             f"computed, and there are {size(there)} in all."
@@ -255,7 +256,8 @@ def _about_run(setup: TrainingSetup) -> Iterator[str]:
     needed = expected.memory.learning + expected.memory.activations  # the model is there by now
     free = comfy_host.free_memory()
     if free is not None and needed > free:
-        ways = suggestions(setup.config, needed, free, expected=expected)
+        in_ram = setup.network.log_nu.device.type == "cpu"
+        ways = suggestions(setup.config, needed, free, expected=expected, in_ram=in_ram)
         text = f"That may be too much: {size(free)} are free for {size(needed)}."
         yield text + _that_would_help(ways)
 

@@ -84,8 +84,19 @@ class TrainingPlan:
     @property
     def least_memory(self) -> Memory:
         """What the run takes on its device before anything is computed, at the least."""
-        swaps = self.config.block_swap or self.may_swap
+        swaps = self.leanest.block_swap and self.model.load_device.type != "cpu"
         return self.lasting_memory(blocks_of(self.private.diffusion_model) if swaps else ())
+
+    @property
+    def leanest(self) -> TrainConfig:
+        """The settings, with all that a lack of memory can make of what is left to it."""
+        swaps = self.may_swap and self.model.load_device.type != "cpu"  # RAM is all that a CPU has
+        twice = self.follows_memory or swaps
+        return dataclasses.replace(
+            self.config,
+            gradient_checkpointing=self.config.gradient_checkpointing or twice,
+            block_swap=self.config.block_swap or swaps,
+        )
 
     def lasting_memory(self, swapped: Sequence[nn.Module] = ()) -> Memory:
         """The same where the weights of blocks ``swapped`` stay in RAM."""

@@ -67,8 +67,6 @@ def carry_out(plan: TrainingPlan) -> TrainingSetup:
     samples = _samples(encoder, plan.cuts, config)
     if plan.live is None:
         _read_ahead(encoder, samples, config)
-    else:
-        plan.live.move_to(plan.live.load_device)
     unet, swap = private.diffusion_model, _put_in_place(plan)
     _remember_base(plan)
     prediction = prediction_of(plan.model)
@@ -114,13 +112,15 @@ def carry_out(plan: TrainingPlan) -> TrainingSetup:
 def _put_in_place(plan: TrainingPlan) -> BlockSwap | None:
     make_room(plan.model)
     waiting = blocks_of(plan.private.diffusion_model) if _swaps(plan) else ()
+    if plan.live is not None:  # there is room by now, and what is free has been looked at
+        plan.live.move_to(plan.live.load_device)
     return put_in_place(plan.private, plan.model, waiting)
 
 
 def _swaps(plan: TrainingPlan) -> bool:
     """Whether weights of blocks are to wait in RAM: where settings say so, or the model would
     not fit with what SDXL takes with every block computed twice."""
-    if plan.config.block_swap or not plan.may_swap or plan.model.load_device.type == "cpu":
+    if plan.config.block_swap or not plan.leanest.block_swap:
         return plan.config.block_swap is True
     twice = dataclasses.replace(plan.config, gradient_checkpointing=True)
     activations = scaled(SDXL, TrainConfig(), twice).activations

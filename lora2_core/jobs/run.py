@@ -174,13 +174,12 @@ class Run:
 
     def _out_of_memory(self, error: Exception) -> OutOfMemory:
         needed, free = out_of_memory.needed_and_free(str(error))
-        if free is None and self.setup.network.log_nu.device.type == "cpu":
+        in_ram = self.setup.network.log_nu.device.type == "cpu"
+        if free is None and in_ram:
             free = free_ram()
-        step = self.trainer.step + 1
+        step, told = self.trainer.step + 1, self.setup.estimate
         return OutOfMemory(
-            out_of_memory.message(
-                self.config, step, needed, free, self.checkpointing, self.setup.estimate
-            )
+            out_of_memory.message(self.config, step, needed, free, self.checkpointing, told, in_ram)
         )
 
     def _end_by(self, error: BaseException) -> None:

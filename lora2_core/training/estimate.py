@@ -94,6 +94,9 @@ def estimate(
         room = free - to_come - found.activations(twice)
         swapped = _fewest_swapped(bytes_of_weights(blocks), swapped, room)
     held = lasting(roots, parameters, config, [blocks[number] for number in swapped])
+    if _computes_in_ram(network):  # then what waits takes as much, and its places more
+        waiting = sum(bytes_of_weights([blocks[number] for number in swapped]))
+        held = replace(held, frozen=held.frozen + waiting)
     return Estimate(
         memory=replace(held, activations=found.activations(twice)),
         seconds=_seconds(network, task, batch, config, len(twice) / max(1, len(blocks))),
@@ -103,6 +106,10 @@ def estimate(
         blocks=len(blocks),
         swapped=swapped,
     )
+
+
+def _computes_in_ram(network: AdaptiveRankNetwork) -> bool:
+    return network.log_nu.device.type == "cpu"
 
 
 def _fewest_swapped(sizes: Sequence[int], now: tuple[int, ...], room: int) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from lora2_pack.lora2_core import comfy_host, lora_file
 from lora2_pack.lora2_core.adapters.swapping import bytes_of_weights, is_swapped, places_of
 from lora2_pack.lora2_core.comfy_host import prepare
 from lora2_pack.lora2_core.comfy_host.checkpointing import blocks_of, is_checkpointed
+from lora2_pack.lora2_core.comfy_host.copies.text_encoders import TextEncoders
 from lora2_pack.lora2_core.config.train import (
     OptimizerConfig,
     SampleConfig,
@@ -19,6 +20,7 @@ from lora2_pack.lora2_core.config.train import (
     TrainConfig,
 )
 from lora2_pack.lora2_core.jobs.job import TrainingJob
+from lora2_pack.lora2_core.training import estimate
 from lora2_pack.lora2_core.training.out_of_memory import suggestions
 from lora2_pack.lora2_core.training.setup import TrainingSetup
 from lora2_pack.lora2_core.training.trainer import train
@@ -101,7 +103,7 @@ def test_files_are_of_the_same_run(parts: Parts, tmp_path: Path):
 
 
 @pytest.mark.parametrize("kind", ["as precision", "fp8"])
-def test_what_stays_on_the_device_is_told(parts: Parts, kind: str):
+def test_what_stays_on_the_device_is_told(parts: Parts, kind: str, monkeypatch: pytest.MonkeyPatch):
     plain, swapped = (
         _prepare(parts, block_swap=on, frozen_weights=kind, gradient_checkpointing=True)
         for on in (False, True)
@@ -110,7 +112,11 @@ def test_what_stays_on_the_device_is_told(parts: Parts, kind: str):
     places = list(places_of(unet))
     assert [len(place) for place in places] == [max(sizes)] * 2
     told = [setup.estimate.memory.frozen for setup in (plain, swapped)]
-    assert told[0] - told[1] == sum(sizes) - 2 * max(sizes) > 0.25 * told[0]
+    assert told[1] - told[0] == 2 * max(sizes)  # RAM is all that a CPU has
+    monkeypatch.setattr(estimate, "_computes_in_ram", lambda _network: False)
+    again = _prepare(parts, block_swap=True, frozen_weights=kind)
+    saved = told[0] - again.estimate.memory.frozen
+    assert saved == sum(sizes) - 2 * max(sizes) > 0.25 * told[0]
     # What is fetched is not kept for the backward pass; and no B lies among zeros.
     kept = [setup.estimate.memory.activations for setup in (plain, swapped)]
     assert 0.8 * kept[0] < kept[1] <= kept[0]
@@ -164,8 +170,30 @@ def test_memory_decides_where_nobody_did(
     card = dataclasses.replace(plan, model=_on_a_card(plan.model))
     assert prepare._swaps(card) is swaps
     assert prepare._swaps(plan) is (config.block_swap is True)  # RAM is all that a CPU has
-    taken = [p.total for p in (plan.least_memory, plan.lasting_memory())]
-    assert (taken[0] < taken[1]) is (plan.may_swap or config.block_swap is True)
+    waits = plan.may_swap or config.block_swap is True
+    assert (card.least_memory.total < card.lasting_memory().total) is waits
+    assert plan.least_memory == plan.lasting_memory()
+    assert card.leanest.block_swap is waits
+    advice = suggestions(card.leanest)
+    assert any("block_swap" in found.text for found in advice) is (config.block_swap is False)
+
+
+def test_a_card_is_empty_before_anything_comes(parts: Parts, monkeypatch: pytest.MonkeyPatch):
+    """The user's models leave it, then what is free decides, and then text encoders come too."""
+    order: list[str] = []
+    for place, name in ((prepare, "make_room"), (prepare, "_swaps"), (TextEncoders, "move_to")):
+        original = getattr(place, name)
+
+        def noted(*args: Any, name: str = name, original: Any = original) -> Any:
+            order.append(name)
+            return original(*args)
+
+        monkeypatch.setattr(place, name, noted)
+    config = demo.settings(text=TextConfig(learning_rate=1e-3))
+    plan = comfy_host.plan_training(*parts, demo.photos(), config)
+    order.clear()
+    comfy_host.carry_out(plan)
+    assert order == ["make_room", "_swaps", "move_to"]
 
 
 def _on_a_card(model: Any) -> Any:
