@@ -10,6 +10,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..lora2_core import comfy_host, lora_file
+from ..lora2_core.config.checks import choice
 from ..lora2_core.config.presets import AS_SET, build_config, replaced, with_stand_in
 from ..lora2_core.config.train import TrainConfig, doubts_about_rates
 from ..lora2_core.data.captions import BRACKETS, Brackets, as_prompt
@@ -95,7 +96,10 @@ class LoRA2Train(io.ComfyNode):
 
     @classmethod
     def execute(cls, **lists: list[Any]) -> io.NodeOutput:
-        if (lists.get("run") or [WAIT])[0] == BACKGROUND:
+        run = (lists.get("run") or [WAIT])[0]
+        choice("run", run, (WAIT, BACKGROUND))  # older ComfyUIs let a script say anything
+        background = run == BACKGROUND
+        if background:
             comfy_host.need(comfy_host.Part.BACKGROUND)
         pictures = {name: lists.pop(name, None) for name in ("images", "captions", "masks")}
         class_images = lists.pop("class_images", None)
@@ -118,7 +122,6 @@ class LoRA2Train(io.ComfyNode):
         setup = _prepared(one, photos, config, _class_photos(class_images, config), path, notes)
         for line in _about_run(setup):
             notes.say(line)
-        background = one.get("run", WAIT) == BACKGROUND
         job = TrainingJob(
             setup,
             path,
