@@ -70,14 +70,18 @@ def message(
     expected: Estimate | None = None,
     in_ram: bool = False,
 ) -> str:
-    """What a person reads. ``checkpointing``: whether gradients are checkpointed by now;
-    ``in_ram``: whether all is computed there, so that nothing could wait there."""
+    """What a person reads.
+
+    ``step``: 0 before the first; ``checkpointing``: whether gradients are checkpointed by now;
+    ``in_ram``: whether all is computed there, so that nothing could wait there.
+    """
     asked = f"{size(needed)} more were needed" if needed is not None else "more was needed"
     there = f"{size(free)} were free" if free is not None else "how much was free is not known"
     advice = suggestions(config, needed, free, checkpointing, expected, in_ram)
     ways = "; or ".join(part.text for part in advice)
     again = " even with gradient checkpointing" if checkpointing else ""
-    lead = f"Out of memory in step {step}{again}: {asked} and {there}."
+    when = f"in step {step}" if step else "before the first step"
+    lead = f"Out of memory {when}{again}: {asked} and {there}."
     if not advice:
         return f"{lead} Every setting is at its leanest already: free memory, or use a larger card."
     return f"{lead} What would fit: {ways}. Or close what else uses this memory."

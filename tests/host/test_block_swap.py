@@ -21,7 +21,7 @@ from lora2_pack.lora2_core.config.train import (
 )
 from lora2_pack.lora2_core.jobs.job import TrainingJob
 from lora2_pack.lora2_core.training import estimate
-from lora2_pack.lora2_core.training.out_of_memory import suggestions
+from lora2_pack.lora2_core.training.out_of_memory import OutOfMemory, suggestions
 from lora2_pack.lora2_core.training.setup import TrainingSetup
 from lora2_pack.lora2_core.training.trainer import train
 from lora2_pack.tests.host import demo
@@ -194,6 +194,33 @@ def test_a_card_is_empty_before_anything_comes(parts: Parts, monkeypatch: pytest
     order.clear()
     comfy_host.carry_out(plan)
     assert order == ["make_room", "_swaps", "move_to"]
+
+
+@pytest.mark.parametrize("place", ["put_in_place", "AdaptiveRankNetwork"])
+def test_a_model_that_does_not_fit_is_told_as_a_step_is(
+    parts: Parts, place: str, monkeypatch: pytest.MonkeyPatch
+):
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 50.00 MiB. GPU 0 has a total capacity of 3.81 "
+            "GiB of which 12.00 MiB is free."
+        )
+
+    monkeypatch.setattr(prepare, place, full)
+    monkeypatch.setattr(prepare, "_swaps", lambda _plan: True)
+    config = demo.settings(block_swap=False, gradient_checkpointing=True, precision="bf16")
+    plan = comfy_host.plan_training(*parts, demo.photos(), config)
+    card = dataclasses.replace(plan, model=_on_a_card(plan.model))
+    monkeypatch.setattr(prepare, "make_room", lambda _model: None)
+    monkeypatch.setattr(prepare, "prediction_of", lambda _model: "EPS")
+    monkeypatch.setattr(prepare, "_remember_base", lambda _plan: None)
+    if place != "put_in_place":
+        monkeypatch.setattr(prepare, "put_in_place", lambda *_: None)
+    with pytest.raises(OutOfMemory) as caught:
+        comfy_host.carry_out(card)
+    told = str(caught.value)
+    assert told.startswith("Out of memory before the first step even with gradient checkpointing:")
+    assert "52 MB more were needed and 13 MB were free" in told and "set block_swap on" in told
 
 
 def _on_a_card(model: Any) -> Any:
