@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .pinning import ram_for
+from .pinning import give_back, ram_for
 
 PLACES = 2  # on the device, of the size of the largest block
 _FEWEST = 4096  # numbers of a weight that is worth it
@@ -89,7 +89,8 @@ class BlockSwap:
     def __init__(self, blocks: Sequence[nn.Module], device: torch.device):
         self.device = device
         found = [(b, w) for b, w in zip(blocks, weights_to_swap(blocks), strict=True) if w]
-        memory = ram_for([_laid_out(w)[-1] for _, w in found], device.type == "cuda")
+        self._pinned = device.type == "cuda"
+        memory = ram_for([_laid_out(w)[-1] for _, w in found], self._pinned)
         # One by one, so that what weights were in before is free for the next.
         self._pieces = [_Piece(*of, ram) for of, ram in zip(found, memory, strict=True)]
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -144,7 +145,14 @@ class BlockSwap:
             delattr(piece.block, _SWAP)
             if piece.block not in blocks:
                 piece.stay_on(self.device)
-        self._pieces = [piece for piece in self._pieces if piece.block in blocks]
+        stay = [piece for piece in self._pieces if piece.block in blocks]
+        if len(stay) < len(self._pieces):  # what they lie in is shared with those that have left
+            for piece, ram in zip(
+                stay, ram_for([p.nbytes for p in stay], self._pinned), strict=True
+            ):
+                piece.lie_in(ram)
+        self._pieces = stay
+        give_back()
         self._begin()
 
     def fetch(self, number: int) -> None:
@@ -208,7 +216,7 @@ class _Piece:
         self.block, self.weights, self.ram = block, weights, ram
         self.forward: Callable[..., Any] = block.forward
         *self._begins, self.nbytes = _laid_out(weights)
-        views = self._views(self.ram)
+        views = self._views(ram)
         for weight, view in zip(weights.values(), views, strict=True):
             view.copy_(weight.data)
             weight.data = view
@@ -229,6 +237,13 @@ class _Piece:
         # By .data: what a pass has saved of a Parameter keeps the memory that it was computed in.
         for weight, view in zip(self.weights.values(), self._views(memory), strict=True):
             weight.data = view
+
+    @torch.no_grad()
+    def lie_in(self, ram: Tensor) -> None:
+        """Wait in other RAM of the same size from now on."""
+        ram.copy_(self.ram)
+        self.ram = ram
+        self.show(ram)
 
     @torch.no_grad()
     def stay_on(self, device: torch.device) -> None:

@@ -80,11 +80,7 @@ def carry_out(plan: TrainingPlan) -> TrainingSetup:
     painted_by = content_key(_painted_with(plan), identity)
     classes = class_images(plan.class_photos, painter, config, painted_by, plan.disk)
     extra = class_samples(encoder, classes, samples, config)
-    with _lack_of_memory_told(plan):
-        network = AdaptiveRankNetwork(
-            plan.roots, plan.targets, config.rank, config.seed, plan.budget
-        )
-        network.keep_apart(block_of(config.optimizer))
+    network = _network(plan)
     cross = _cross_attention(unet)
     # The default on the CPU splits the attention into chunks, slow to differentiate.
     options = {"optimized_attention_override": _plain_attention}
@@ -114,6 +110,14 @@ def carry_out(plan: TrainingPlan) -> TrainingSetup:
         enable_checkpointing=partial(checkpoint_blocks, unet, entropy=cross),
         estimate=expected,
     )
+
+
+def _network(plan: TrainingPlan) -> AdaptiveRankNetwork:
+    config = plan.config
+    with _lack_of_memory_told(plan):
+        made = AdaptiveRankNetwork(plan.roots, plan.targets, config.rank, config.seed, plan.budget)
+        made.keep_apart(block_of(config.optimizer))
+    return made
 
 
 @contextmanager

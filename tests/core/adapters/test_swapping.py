@@ -278,6 +278,22 @@ def _pinning(granted: int) -> Iterator[list[int]]:
         yield asked
 
 
+def test_ram_of_blocks_that_have_left_is_free(monkeypatch: pytest.MonkeyPatch):
+    """Though what is pinned at once holds several, and not all of them leave."""
+    with _pinning(9) as asked:
+        monkeypatch.setattr(swapping, "ram_for", lambda sizes, _pinned: ram_for(sizes, True))
+        model, truth = made(8), made(8)
+        swap = swapped(model)
+        whole, sizes = sum(asked), bytes_of_weights(list(model.blocks))
+        swap.keep_in_ram([model.blocks[3]])
+    [piece] = swap._pieces
+    assert sum(sizes) <= whole and len(asked) > 1
+    assert piece.ram.untyped_storage().nbytes() < 2 * sizes[3] < whole / 2
+    assert all(map(torch.equal, model.state_dict().values(), truth.state_dict().values()))
+    x = toy.noise(1, WIDTH)
+    assert torch.equal(model.blocks[3](x), truth.blocks[3](x))
+
+
 # --- in time ----------------------------------------------------------------------------------
 
 
