@@ -75,6 +75,7 @@ class Run:
         self.progress, self.gate, self.watch = progress, gate, watch
         self.trainer = Trainer(setup.network, setup.task, setup.config, setup.entropy)
         self.checkpointing = setup.checkpointing or bool(setup.config.gradient_checkpointing)
+        self.ran_short = False  # of memory, so that blocks had to be computed twice
         # A name that was not free from the start is no news at the end.
         self.taken = files.lora.name if files.lora.exists() else None
         self.resumed: Path | None = None  # where the interrupted run wrote, or was to
@@ -170,7 +171,7 @@ class Run:
     def _switch_checkpointing_on(self) -> None:
         if self.setup.enable_checkpointing is not None:
             self.setup.enable_checkpointing()
-            self.checkpointing = True
+            self.checkpointing = self.ran_short = True
 
     def _out_of_memory(self, error: Exception) -> OutOfMemory:
         needed, free = out_of_memory.needed_and_free(str(error))
@@ -236,7 +237,8 @@ class Run:
                 "trainer": self.trainer.state(),
                 "events": pack_events(self.progress.events),
                 "samples": self.strip.state() if self.strip else {},
-                "checkpointing": self.checkpointing,
+                # Not where the look ahead has decided so: it decides again where the run goes on.
+                "checkpointing": self.ran_short,
             }
 
         self.keeper.save(self.trainer.step, self.files.lora, state)
@@ -275,7 +277,8 @@ class Run:
         self.progress.take(events, self.trainer.step)
         if self.strip is not None:
             self.progress.samples[:] = self.strip.events
-        if kept.state["checkpointing"] and not self.checkpointing:
+        self.ran_short = bool(kept.state["checkpointing"])
+        if self.ran_short and not self.checkpointing:
             self._switch_checkpointing_on()
         return True
 

@@ -99,6 +99,22 @@ def test_files_are_of_the_same_run(parts: Parts, tmp_path: Path):
     assert files[0].state.keys() == files[1].state.keys()
 
 
+def test_who_goes_on_with_more_memory_uses_it(
+    parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """What was computed twice, as memory was short when the run began, is looked at anew."""
+    found = []
+    for free, last in ((1, 2), (10**12, 4)):
+        monkeypatch.setattr(prepare, "free_memory", lambda free=free: free)
+        setup = _prepare(parts, steps=4, gradient_checkpointing="auto")
+        job = TrainingJob(setup, tmp_path / "x.safetensors", checkpoints=tmp_path)
+        job.watch = lambda job=job, last=last: job.stop() if job.progress.step == last else None
+        job.start()
+        assert job.wait(120) and job.progress.step == last
+        found.append([is_checkpointed(block) for block in _blocks(setup)])
+    assert all(found[0]) and not any(found[1])
+
+
 # --- what it takes ----------------------------------------------------------------------------
 
 
