@@ -10,6 +10,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..lora2_core import comfy_host, lora_file
+from ..lora2_core.adapters.swapping import computes_in_ram
 from ..lora2_core.config.checks import choice
 from ..lora2_core.config.presets import AS_SET, build_config, replaced, with_stand_in
 from ..lora2_core.config.train import TrainConfig, doubts_about_rates
@@ -224,7 +225,7 @@ def _about_memory(plan: "comfy_host.TrainingPlan") -> Iterator[str]:
     """What to do where the device has less memory than what lies there all the time."""
     there, least = comfy_host.total_memory(), plan.least_memory.total
     if there is not None and least > there:
-        in_ram = plan.model.load_device.type == "cpu"
+        in_ram = computes_in_ram(plan.model.load_device)
         ways = suggestions(plan.leanest, least, there, in_ram=in_ram)
         yield (
             f"This will not fit: the model and what learns take {size(least)} before anything is "
@@ -259,7 +260,7 @@ def _about_run(setup: TrainingSetup) -> Iterator[str]:
     needed = expected.memory.learning + expected.memory.activations  # the model is there by now
     free = comfy_host.free_memory()
     if free is not None and needed > free:
-        in_ram = setup.network.log_nu.device.type == "cpu"
+        in_ram = computes_in_ram(setup.network.log_nu.device)
         ways = suggestions(setup.config, needed, free, expected=expected, in_ram=in_ram)
         text = f"That may be too much: {size(free)} are free for {size(needed)}."
         yield text + _that_would_help(ways)

@@ -62,6 +62,12 @@ def computes_on(layer: nn.Module) -> torch.device:
     return next(layer.parameters()).device if found is None else found
 
 
+def computes_in_ram(device: torch.device) -> bool:
+    """Whether the memory of ``device`` is RAM, so that nothing is saved by what waits there: a CPU,
+    and the GPU of a Mac."""
+    return device.type in ("cpu", "mps")
+
+
 def stays_in_ram(layer: nn.Module) -> bool:
     """Whether the weight of ``layer`` is fetched when its block computes."""
     return _MARK in vars(layer)

@@ -17,6 +17,7 @@ from torch import nn
 
 from ..adapters import budget
 from ..adapters.budget import RankBudget, plan_budget
+from ..adapters.swapping import computes_in_ram
 from ..adapters.targets import Target, find_targets
 from ..config.presets import AUTO
 from ..config.train import TrainConfig
@@ -84,13 +85,13 @@ class TrainingPlan:
     @property
     def least_memory(self) -> Memory:
         """What the run takes on its device before anything is computed, at the least."""
-        swaps = self.leanest.block_swap and self.model.load_device.type != "cpu"
+        swaps = self.leanest.block_swap and not computes_in_ram(self.model.load_device)
         return self.lasting_memory(blocks_of(self.private.diffusion_model) if swaps else ())
 
     @property
     def leanest(self) -> TrainConfig:
         """The settings, with all that a lack of memory can make of what is left to it."""
-        swaps = self.may_swap and self.model.load_device.type != "cpu"  # RAM is all that a CPU has
+        swaps = self.may_swap and not computes_in_ram(self.model.load_device)
         twice = self.follows_memory or swaps
         return dataclasses.replace(
             self.config,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.network import AdaptiveRankNetwork
-from ..adapters.swapping import BlockSwap, is_swapped
+from ..adapters.swapping import BlockSwap, computes_in_ram, is_swapped
 from ..config.train import AS_PRECISION, TrainConfig
 from ..data.cache import content_key, digest_of_each, named_weights_hash
 from ..data.captions import variants
@@ -129,7 +129,7 @@ def _lack_of_memory_told(plan: TrainingPlan) -> Iterator[None]:
         if not out_of_memory.is_out_of_memory(error):
             raise
         needed, free = out_of_memory.needed_and_free(str(error))
-        leanest, in_ram = plan.leanest, plan.model.load_device.type == "cpu"
+        leanest, in_ram = plan.leanest, computes_in_ram(plan.model.load_device)
         twice = bool(leanest.gradient_checkpointing)
         told = out_of_memory.message(leanest, 0, needed, free, twice, in_ram=in_ram)
         raise out_of_memory.OutOfMemory(told) from error

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from ..adapters.swapping import computes_in_ram
 from ..config.train import doubts_about_rates, rate_to_try
 from ..files.atomic import remove_leftovers
 from ..files.checkpoint import Checkpoint
@@ -175,8 +176,9 @@ class Run:
 
     def _out_of_memory(self, error: Exception) -> OutOfMemory:
         needed, free = out_of_memory.needed_and_free(str(error))
-        in_ram = self.setup.network.log_nu.device.type == "cpu"
-        if free is None and in_ram:
+        device = self.setup.network.log_nu.device
+        in_ram = computes_in_ram(device)
+        if free is None and device.type == "cpu":
             free = free_ram()
         step, told = self.trainer.step + 1, self.setup.estimate
         return OutOfMemory(

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ..adapters.network import AdaptiveRankNetwork
-from ..adapters.swapping import bytes_of_weights, is_swapped
+from ..adapters.swapping import bytes_of_weights, computes_in_ram, is_swapped
 from ..config.train import PROBE_DRAWS, TrainConfig
 from ..files.header import first_line
 from .memory import Memory, kept, lasting, size
@@ -109,7 +109,7 @@ def estimate(
 
 
 def _computes_in_ram(network: AdaptiveRankNetwork) -> bool:
-    return network.log_nu.device.type == "cpu"
+    return computes_in_ram(network.log_nu.device)
 
 
 def _fewest_swapped(sizes: Sequence[int], now: tuple[int, ...], room: int) -> tuple[int, ...]:

@@ -186,6 +186,8 @@ def test_memory_decides_where_nobody_did(
     card = dataclasses.replace(plan, model=_on_a_card(plan.model))
     assert prepare._swaps(card) is swaps
     assert prepare._swaps(plan) is (config.block_swap is True)  # RAM is all that a CPU has
+    mac = dataclasses.replace(plan, model=_on_a_card(plan.model, "mps"))  # and all of a Mac
+    assert prepare._swaps(mac) is (config.block_swap is True)
     waits = plan.may_swap or config.block_swap is True
     assert (card.least_memory.total < card.lasting_memory().total) is waits
     assert plan.least_memory == plan.lasting_memory()
@@ -239,9 +241,9 @@ def test_a_model_that_does_not_fit_is_told_as_a_step_is(
     assert "52 MB more were needed and 13 MB were free" in told and "set block_swap on" in told
 
 
-def _on_a_card(model: Any) -> Any:
+def _on_a_card(model: Any, device: str = "cuda") -> Any:
     clone = model.clone()
-    clone.load_device = torch.device("cuda")
+    clone.load_device = torch.device(device)
     return clone
 
 
