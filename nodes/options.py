@@ -4,6 +4,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..lora2_core.config.checks import choice
 from ..lora2_core.config.presets import AUTO, Options
 from ..lora2_core.config.ranks import GROUPS
 from ..lora2_core.config.train import (
@@ -17,6 +18,9 @@ from ..lora2_core.config.train import (
 from .common import CATEGORY
 from .widgets import options as widgets
 from .widgets.sockets import OptionsSocket
+
+_SWITCHES = ("gradient_checkpointing", "block_swap")
+_SWITCH = {AUTO: None, "on": True, "off": False}
 
 
 class LoRA2DataOptions(io.ComfyNode):
@@ -95,7 +99,6 @@ class LoRA2SafetyOptions(io.ComfyNode):
 
     @classmethod
     def execute(cls, options: Options | None = None, **settings: Any) -> io.NodeOutput:
-        switch = {"on": True, "off": False}
         frozen = settings.get("frozen_weights", AUTO)  # graphs of before do not have it
         keep = ("checkpoint_steps", "checkpoint_minutes", "resume")
         prompts = [line.strip() for line in settings["sample_prompts"].splitlines()]
@@ -108,13 +111,20 @@ class LoRA2SafetyOptions(io.ComfyNode):
         )
         return io.NodeOutput(
             (options or Options()).joined(
-                gradient_checkpointing=switch.get(settings["gradient_checkpointing"]),
-                block_swap=switch.get(settings.get("block_swap", AUTO)),
+                gradient_checkpointing=_switched(
+                    "gradient_checkpointing", settings["gradient_checkpointing"]
+                ),
+                block_swap=_switched("block_swap", settings.get("block_swap", AUTO)),
                 frozen_weights=None if frozen == AUTO else frozen,
                 keep=KeepConfig(**{name: settings[name] for name in keep}),
                 samples=samples,
             )
         )
+
+
+def _switched(name: str, value: Any) -> bool | None:
+    choice(name, value, tuple(_SWITCH))  # older ComfyUIs let a script say anything
+    return _SWITCH[value]
 
 
 def _schema(node_id: str, name: str, description: str, inputs: list[io.WidgetInput]) -> io.Schema:

@@ -10,6 +10,8 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..lora2_core import comfy_host, lora_file
+from ..lora2_core.adapters.swapping import computes_in_ram
+from ..lora2_core.config.checks import choice
 from ..lora2_core.config.presets import AS_SET, build_config, replaced, with_stand_in
 from ..lora2_core.config.train import TrainConfig, doubts_about_rates
 from ..lora2_core.data.captions import BRACKETS, Brackets, as_prompt
@@ -95,7 +97,10 @@ class LoRA2Train(io.ComfyNode):
 
     @classmethod
     def execute(cls, **lists: list[Any]) -> io.NodeOutput:
-        if (lists.get("run") or [WAIT])[0] == BACKGROUND:
+        run = (lists.get("run") or [WAIT])[0]
+        choice("run", run, (WAIT, BACKGROUND))  # older ComfyUIs let a script say anything
+        background = run == BACKGROUND
+        if background:
             comfy_host.need(comfy_host.Part.BACKGROUND)
         pictures = {name: lists.pop(name, None) for name in ("images", "captions", "masks")}
         class_images = lists.pop("class_images", None)
@@ -118,7 +123,6 @@ class LoRA2Train(io.ComfyNode):
         setup = _prepared(one, photos, config, _class_photos(class_images, config), path, notes)
         for line in _about_run(setup):
             notes.say(line)
-        background = one.get("run", WAIT) == BACKGROUND
         job = TrainingJob(
             setup,
             path,
@@ -221,7 +225,8 @@ def _about_memory(plan: "comfy_host.TrainingPlan") -> Iterator[str]:
     """What to do where the device has less memory than what lies there all the time."""
     there, least = comfy_host.total_memory(), plan.least_memory.total
     if there is not None and least > there:
-        ways = suggestions(plan.config, least, there)
+        in_ram = computes_in_ram(plan.model.load_device)
+        ways = suggestions(plan.leanest, least, there, in_ram=in_ram)
         yield (
             f"This will not fit: the model and what learns take {size(least)} before anything is "
             f"computed, and there are {size(there)} in all."
@@ -255,7 +260,8 @@ def _about_run(setup: TrainingSetup) -> Iterator[str]:
     needed = expected.memory.learning + expected.memory.activations  # the model is there by now
     free = comfy_host.free_memory()
     if free is not None and needed > free:
-        ways = suggestions(setup.config, needed, free, expected=expected)
+        in_ram = computes_in_ram(setup.network.log_nu.device)
+        ways = suggestions(setup.config, needed, free, expected=expected, in_ram=in_ram)
         text = f"That may be too much: {size(free)} are free for {size(needed)}."
         yield text + _that_would_help(ways)
 

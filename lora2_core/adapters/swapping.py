@@ -1,6 +1,6 @@
 """Blocks whose frozen weights stay in RAM, for cards that cannot hold a model.
 
-A block's weights lie in one piece of RAM, pinned where that helps, and one copy brings them. Two
+A block's weights lie in one piece of RAM (see :mod:`.pinning`), and one copy brings them. Two
 places on the device take turns: a block computes in one while the other is filled with the block
 that comes next, which is the one before in a backward pass. Where gradients are wanted, such a
 block must be computed twice (gradient checkpointing), so that no pass keeps a weight for another.
@@ -8,7 +8,6 @@ block must be computed twice (gradient checkpointing), so that no pass keeps a w
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .pinning import give_back, ram_for
 
 PLACES = 2  # on the device, of the size of the largest block
 _FEWEST = 4096  # numbers of a weight that is worth it
@@ -61,6 +62,12 @@ def computes_on(layer: nn.Module) -> torch.device:
     return next(layer.parameters()).device if found is None else found
 
 
+def computes_in_ram(device: torch.device) -> bool:
+    """Whether the memory of ``device`` is RAM, so that nothing is saved by what waits there: a CPU,
+    and the GPU of a Mac."""
+    return device.type in ("cpu", "mps")
+
+
 def stays_in_ram(layer: nn.Module) -> bool:
     """Whether the weight of ``layer`` is fetched when its block computes."""
     return _MARK in vars(layer)
@@ -87,9 +94,11 @@ class BlockSwap:
 
     def __init__(self, blocks: Sequence[nn.Module], device: torch.device):
         self.device = device
-        pinned = _Pinning(device.type == "cuda")
-        found = zip(blocks, weights_to_swap(blocks), strict=True)
-        self._pieces = [_Piece(block, weights, pinned) for block, weights in found if weights]
+        found = [(b, w) for b, w in zip(blocks, weights_to_swap(blocks), strict=True) if w]
+        self._pinned = device.type == "cuda"
+        memory = ram_for([_laid_out(w)[-1] for _, w in found], self._pinned)
+        # One by one, so that what weights were in before is free for the next.
+        self._pieces = [_Piece(*of, ram) for of, ram in zip(found, memory, strict=True)]
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         for piece in self._pieces:
             for layer in piece.weights:
@@ -142,7 +151,14 @@ class BlockSwap:
             delattr(piece.block, _SWAP)
             if piece.block not in blocks:
                 piece.stay_on(self.device)
-        self._pieces = [piece for piece in self._pieces if piece.block in blocks]
+        stay = [piece for piece in self._pieces if piece.block in blocks]
+        if len(stay) < len(self._pieces):  # what they lie in is shared with those that have left
+            for piece, ram in zip(
+                stay, ram_for([p.nbytes for p in stay], self._pinned), strict=True
+            ):
+                piece.lie_in(ram)
+        self._pieces = stay
+        give_back()
         self._begin()
 
     def fetch(self, number: int) -> None:
@@ -201,14 +217,12 @@ class _Piece:
         self,
         block: nn.Module,
         weights: Weights,
-        empty: Callable[[int], Tensor],
+        ram: Tensor,
     ):
-        self.block, self.weights = block, weights
+        self.block, self.weights, self.ram = block, weights, ram
         self.forward: Callable[..., Any] = block.forward
-        sizes = [_rounded_up(w.numel() * w.element_size()) for w in weights.values()]
-        *self._begins, self.nbytes = accumulate(sizes, initial=0)
-        self.ram = empty(self.nbytes)
-        views = self._views(self.ram)
+        *self._begins, self.nbytes = _laid_out(weights)
+        views = self._views(ram)
         for weight, view in zip(weights.values(), views, strict=True):
             view.copy_(weight.data)
             weight.data = view
@@ -231,30 +245,19 @@ class _Piece:
             weight.data = view
 
     @torch.no_grad()
+    def lie_in(self, ram: Tensor) -> None:
+        """Wait in other RAM of the same size from now on."""
+        ram.copy_(self.ram)
+        self.ram = ram
+        self.show(ram)
+
+    @torch.no_grad()
     def stay_on(self, device: torch.device) -> None:
         """Be on ``device`` for good."""
         with torch.inference_mode(False):
             self.show(self.ram.to(device, copy=True))
         for layer in self.weights:
             delattr(layer, _MARK)
-
-
-class _Pinning:
-    """Makes RAM that the device can read by itself, as long as the system grants it."""
-
-    def __init__(self, wanted: bool):
-        self._wanted = wanted
-
-    def __call__(self, nbytes: int) -> Tensor:
-        with torch.inference_mode(False):
-            if self._wanted:
-                try:
-                    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-                except RuntimeError as error:
-                    self._wanted = False
-                    told = "LoRA²: RAM cannot be pinned, so that fetching blocks takes longer: %s"
-                    logging.warning(told, str(error).partition("\n")[0])
-            return torch.empty(nbytes, dtype=torch.uint8)
 
 
 class _Fetching:
@@ -266,6 +269,12 @@ class _Fetching:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.swap.fetch(self.number)
         return self.once(*args, **kwargs)
+
+
+def _laid_out(weights: Weights) -> list[int]:
+    """Where each of ``weights`` begins in one piece, in bytes, and where the last one ends."""
+    sizes = [_rounded_up(w.numel() * w.element_size()) for w in weights.values()]
+    return list(accumulate(sizes, initial=0))
 
 
 def _rounded_up(nbytes: int) -> int:

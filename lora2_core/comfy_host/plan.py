@@ -17,6 +17,7 @@ from torch import nn
 
 from ..adapters import budget
 from ..adapters.budget import RankBudget, plan_budget
+from ..adapters.swapping import computes_in_ram
 from ..adapters.targets import Target, find_targets
 from ..config.presets import AUTO
 from ..config.train import TrainConfig
@@ -85,8 +86,19 @@ class TrainingPlan:
     @property
     def least_memory(self) -> Memory:
         """What the run takes on its device before anything is computed, at the least."""
-        swaps = self.config.block_swap or self.may_swap
+        swaps = self.leanest.block_swap and not computes_in_ram(self.model.load_device)
         return self.lasting_memory(blocks_of(self.private.diffusion_model) if swaps else ())
+
+    @property
+    def leanest(self) -> TrainConfig:
+        """The settings, with all that a lack of memory can make of what is left to it."""
+        swaps = self.may_swap and not computes_in_ram(self.model.load_device)
+        twice = self.follows_memory or swaps
+        return dataclasses.replace(
+            self.config,
+            gradient_checkpointing=self.config.gradient_checkpointing or twice,
+            block_swap=self.config.block_swap or swaps,
+        )
 
     def lasting_memory(self, swapped: Sequence[nn.Module] = ()) -> Memory:
         """The same where the weights of blocks ``swapped`` stay in RAM."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.network import AdaptiveRankNetwork
-from ..adapters.swapping import BlockSwap, is_swapped
+from ..adapters.swapping import BlockSwap, computes_in_ram, is_swapped
 from ..config.train import AS_PRECISION, TrainConfig
 from ..data.cache import content_key, digest_of_each, named_weights_hash
 from ..data.captions import variants
 from ..data.cropping import Crop
 from ..data.photos import Photo
 from ..data.samples import Sample
+from ..training import out_of_memory
 from ..training.denoising import CachedTexts, DenoisingTask, TextSource
 from ..training.estimate import Estimate, attempt
 from ..training.memory import SDXL, scaled
@@ -62,14 +64,13 @@ def prepare_training(
 @torch.inference_mode(False)
 def carry_out(plan: TrainingPlan) -> TrainingSetup:
     """The rest of :func:`prepare_training`. A plan is carried out once: its copies become the
-    run's."""
+    run's. Raises OutOfMemory where the device cannot hold what a run keeps there."""
     config, encoder, private = plan.config, plan.encoder, plan.private
     samples = _samples(encoder, plan.cuts, config)
     if plan.live is None:
         _read_ahead(encoder, samples, config)
-    else:
-        plan.live.move_to(plan.live.load_device)
-    unet, swap = private.diffusion_model, _put_in_place(plan)
+    with _lack_of_memory_told(plan):
+        unet, swap = private.diffusion_model, _put_in_place(plan)
     _remember_base(plan)
     prediction = prediction_of(plan.model)
     sampling = private.model_sampling.sigmas.float()
@@ -79,8 +80,7 @@ def carry_out(plan: TrainingPlan) -> TrainingSetup:
     painted_by = content_key(_painted_with(plan), identity)
     classes = class_images(plan.class_photos, painter, config, painted_by, plan.disk)
     extra = class_samples(encoder, classes, samples, config)
-    network = AdaptiveRankNetwork(plan.roots, plan.targets, config.rank, config.seed, plan.budget)
-    network.keep_apart(block_of(config.optimizer))
+    network = _network(plan)
     cross = _cross_attention(unet)
     # The default on the CPU splits the attention into chunks, slow to differentiate.
     options = {"optimized_attention_override": _plain_attention}
@@ -90,7 +90,8 @@ def carry_out(plan: TrainingPlan) -> TrainingSetup:
     blocks = blocks_of(unet)
     expected = attempt(network, task, measured, plan.roots, blocks, config, free)
     if swap is not None and expected is not None:
-        swap.keep_in_ram([blocks[number] for number in expected.swapped])
+        with _lack_of_memory_told(plan):
+            swap.keep_in_ram([blocks[number] for number in expected.swapped])
     return TrainingSetup(
         config=dataclasses.replace(config, precision=_name_of(unet.dtype)),
         network=network,
@@ -111,16 +112,41 @@ def carry_out(plan: TrainingPlan) -> TrainingSetup:
     )
 
 
+def _network(plan: TrainingPlan) -> AdaptiveRankNetwork:
+    config = plan.config
+    with _lack_of_memory_told(plan):
+        made = AdaptiveRankNetwork(plan.roots, plan.targets, config.rank, config.seed, plan.budget)
+        made.keep_apart(block_of(config.optimizer))
+    return made
+
+
+@contextmanager
+def _lack_of_memory_told(plan: TrainingPlan) -> Iterator[None]:
+    """Inside, an allocation that fails is told as one of a step is, with what would fit."""
+    try:
+        yield
+    except Exception as error:
+        if not out_of_memory.is_out_of_memory(error):
+            raise
+        needed, free = out_of_memory.needed_and_free(str(error))
+        leanest, in_ram = plan.leanest, computes_in_ram(plan.model.load_device)
+        twice = bool(leanest.gradient_checkpointing)
+        told = out_of_memory.message(leanest, 0, needed, free, twice, in_ram=in_ram)
+        raise out_of_memory.OutOfMemory(told) from error
+
+
 def _put_in_place(plan: TrainingPlan) -> BlockSwap | None:
     make_room(plan.model)
     waiting = blocks_of(plan.private.diffusion_model) if _swaps(plan) else ()
+    if plan.live is not None:  # there is room by now, and what is free has been looked at
+        plan.live.move_to(plan.live.load_device)
     return put_in_place(plan.private, plan.model, waiting)
 
 
 def _swaps(plan: TrainingPlan) -> bool:
     """Whether weights of blocks are to wait in RAM: where settings say so, or the model would
     not fit with what SDXL takes with every block computed twice."""
-    if plan.config.block_swap or not plan.may_swap or plan.model.load_device.type == "cpu":
+    if plan.config.block_swap or not plan.leanest.block_swap:
         return plan.config.block_swap is True
     twice = dataclasses.replace(plan.config, gradient_checkpointing=True)
     activations = scaled(SDXL, TrainConfig(), twice).activations

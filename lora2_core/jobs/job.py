@@ -7,6 +7,7 @@ happens in the thread is in :mod:`.run`.
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 import traceback
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
+from ..adapters import pinning
 from ..training.setup import TrainingSetup
 from . import differences, keeper, shutdown
 from .gate import StepGate
@@ -22,6 +24,8 @@ from .progress import ENDED, Progress, State
 from .run import Run, RunFiles
 from .sampling import StripFile
 from .saving import TrainedLoRA
+
+_LARGE = 100_000_000  # bytes of adapted layers; less is worth no search through all of Python
 
 
 class TrainingJob:
@@ -165,7 +169,21 @@ class TrainingJob:
     def _over(self, state: State) -> None:
         # The copy of the model ends with the run: neither the finished job nor the frames of an
         # error may keep it in memory.
+        large = self.setup is not None and _is_large(self.setup)
         self.setup = self._run_now = None
         if self.progress.error is not None:
             traceback.clear_frames(self.progress.error.__traceback__)
+        if large:
+            # Its layers know each other, so that Python would find out some time later, when
+            # what comes next has long asked for the memory.
+            gc.collect()
+            pinning.give_back()
         self._gate.end(state)
+
+
+def _is_large(setup: TrainingSetup) -> bool:
+    """Whether what a job holds is missed elsewhere: on a card always."""
+    if setup.network.log_nu.device.type != "cpu":
+        return True
+    weights = (weight for layer in setup.network.layers for weight in layer.base.parameters())
+    return sum(weight.numel() * weight.element_size() for weight in weights) >= _LARGE

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from ..adapters.swapping import computes_in_ram
 from ..config.train import doubts_about_rates, rate_to_try
 from ..files.atomic import remove_leftovers
 from ..files.checkpoint import Checkpoint
@@ -75,6 +76,7 @@ class Run:
         self.progress, self.gate, self.watch = progress, gate, watch
         self.trainer = Trainer(setup.network, setup.task, setup.config, setup.entropy)
         self.checkpointing = setup.checkpointing or bool(setup.config.gradient_checkpointing)
+        self.ran_short = False  # of memory, so that blocks had to be computed twice
         # A name that was not free from the start is no news at the end.
         self.taken = files.lora.name if files.lora.exists() else None
         self.resumed: Path | None = None  # where the interrupted run wrote, or was to
@@ -170,17 +172,17 @@ class Run:
     def _switch_checkpointing_on(self) -> None:
         if self.setup.enable_checkpointing is not None:
             self.setup.enable_checkpointing()
-            self.checkpointing = True
+            self.checkpointing = self.ran_short = True
 
     def _out_of_memory(self, error: Exception) -> OutOfMemory:
         needed, free = out_of_memory.needed_and_free(str(error))
-        if free is None and self.setup.network.log_nu.device.type == "cpu":
+        device = self.setup.network.log_nu.device
+        in_ram = computes_in_ram(device)
+        if free is None and device.type == "cpu":
             free = free_ram()
-        step = self.trainer.step + 1
+        step, told = self.trainer.step + 1, self.setup.estimate
         return OutOfMemory(
-            out_of_memory.message(
-                self.config, step, needed, free, self.checkpointing, self.setup.estimate
-            )
+            out_of_memory.message(self.config, step, needed, free, self.checkpointing, told, in_ram)
         )
 
     def _end_by(self, error: BaseException) -> None:
@@ -237,7 +239,8 @@ class Run:
                 "trainer": self.trainer.state(),
                 "events": pack_events(self.progress.events),
                 "samples": self.strip.state() if self.strip else {},
-                "checkpointing": self.checkpointing,
+                # Not where the look ahead has decided so: it decides again where the run goes on.
+                "checkpointing": self.ran_short,
             }
 
         self.keeper.save(self.trainer.step, self.files.lora, state)
@@ -276,7 +279,8 @@ class Run:
         self.progress.take(events, self.trainer.step)
         if self.strip is not None:
             self.progress.samples[:] = self.strip.events
-        if kept.state["checkpointing"] and not self.checkpointing:
+        self.ran_short = bool(kept.state["checkpointing"])
+        if self.ran_short and not self.checkpointing:
             self._switch_checkpointing_on()
         return True
 

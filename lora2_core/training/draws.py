@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adapters.pinning import empty_pinned
 from .task import Task
 
 Position = tuple[Tensor, Any]  # of the generator and of the task
@@ -57,7 +58,9 @@ def to_host(tensor: Tensor) -> Callable[[], Tensor]:
     """Begin to bring ``tensor`` to the host; what is returned waits for it."""
     if tensor.device.type != "cuda":
         return tensor.cpu
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host = empty_pinned(tensor.shape, tensor.dtype)
+    if host is None:
+        return tensor.cpu
     host.copy_(tensor, non_blocking=True)
     there = torch.cuda.Event()
     there.record()
@@ -72,5 +75,7 @@ def to_host(tensor: Tensor) -> Callable[[], Tensor]:
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """``tensor`` there, without waiting for what the device computes now."""
     if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
+        host = empty_pinned(tensor.shape, tensor.dtype)
+        if host is not None:
+            return host.copy_(tensor).to(device, non_blocking=True)
     return tensor.to(device)

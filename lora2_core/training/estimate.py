@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ..adapters.network import AdaptiveRankNetwork
-from ..adapters.swapping import bytes_of_weights, is_swapped
+from ..adapters.swapping import bytes_of_weights, computes_in_ram, is_swapped
 from ..config.train import PROBE_DRAWS, TrainConfig
 from ..files.header import first_line
 from .memory import Memory, kept, lasting, size
@@ -94,6 +94,9 @@ def estimate(
         room = free - to_come - found.activations(twice)
         swapped = _fewest_swapped(bytes_of_weights(blocks), swapped, room)
     held = lasting(roots, parameters, config, [blocks[number] for number in swapped])
+    if _computes_in_ram(network):  # then what waits takes as much, and its places more
+        waiting = sum(bytes_of_weights([blocks[number] for number in swapped]))
+        held = replace(held, frozen=held.frozen + waiting)
     return Estimate(
         memory=replace(held, activations=found.activations(twice)),
         seconds=_seconds(network, task, batch, config, len(twice) / max(1, len(blocks))),
@@ -103,6 +106,10 @@ def estimate(
         blocks=len(blocks),
         swapped=swapped,
     )
+
+
+def _computes_in_ram(network: AdaptiveRankNetwork) -> bool:
+    return computes_in_ram(network.log_nu.device)
 
 
 def _fewest_swapped(sizes: Sequence[int], now: tuple[int, ...], room: int) -> tuple[int, ...]:

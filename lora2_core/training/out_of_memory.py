@@ -68,14 +68,20 @@ def message(
     free: int | None,
     checkpointing: bool,
     expected: Estimate | None = None,
+    in_ram: bool = False,
 ) -> str:
-    """What a person reads. ``checkpointing``: whether gradients are checkpointed by now."""
+    """What a person reads.
+
+    ``step``: 0 before the first; ``checkpointing``: whether gradients are checkpointed by now;
+    ``in_ram``: whether all is computed there, so that nothing could wait there.
+    """
     asked = f"{size(needed)} more were needed" if needed is not None else "more was needed"
     there = f"{size(free)} were free" if free is not None else "how much was free is not known"
-    advice = suggestions(config, needed, free, checkpointing, expected)
+    advice = suggestions(config, needed, free, checkpointing, expected, in_ram)
     ways = "; or ".join(part.text for part in advice)
     again = " even with gradient checkpointing" if checkpointing else ""
-    lead = f"Out of memory in step {step}{again}: {asked} and {there}."
+    when = f"in step {step}" if step else "before the first step"
+    lead = f"Out of memory {when}{again}: {asked} and {there}."
     if not advice:
         return f"{lead} Every setting is at its leanest already: free memory, or use a larger card."
     return f"{lead} What would fit: {ways}. Or close what else uses this memory."
@@ -87,25 +93,38 @@ def suggestions(
     free: int | None = None,
     checkpointing: bool = False,
     expected: Estimate | None = None,
+    in_ram: bool = False,
 ) -> tuple[Advice, ...]:
     """The three changes that save the most and are not in use yet, the best first.
 
     Fewer when so few are left. The resolution is lowered so far that its share of tokens brings
     ``needed`` below ``free``. ``expected``: what was told of the run with ``config`` before it
-    began.
+    began; ``in_ram``: as in :func:`message`.
     """
-    if expected is not None and 0 < expected.blocks == len(expected.swapped):
-        config = replace(config, block_swap=True)
+    config = config if expected is None else _as_it_runs(config, expected)
     taken = scaled(SDXL, TrainConfig(), config) if expected is None else expected.memory
     if checkpointing:
         by_now = replace(config, gradient_checkpointing=True)
         config, taken = by_now, scaled(taken, config, by_now)
     found = []
     for text, changed in _changes(config, needed, free):
+        if in_ram and changed.block_swap != config.block_swap:
+            continue
         saving = 1 - scaled(taken, config, changed).total / taken.total
         if saving > 0:
             found.append(Advice(f"{text} (about {max(1, round(100 * saving))} % less)", saving))
     return tuple(sorted(found, key=lambda advice: -advice.saving)[:3])
+
+
+def _as_it_runs(config: TrainConfig, expected: Estimate) -> TrainConfig:
+    """``config`` with what memory has decided of it by now: no advice is what is done already."""
+    twice = 0 < expected.blocks == len(expected.twice)
+    swaps = 0 < expected.blocks == len(expected.swapped)
+    return replace(
+        config,
+        gradient_checkpointing=config.gradient_checkpointing or twice,
+        block_swap=config.block_swap or swaps,
+    )
 
 
 def lower_resolution(resolution: int, needed: int | None, free: int | None) -> int | None:

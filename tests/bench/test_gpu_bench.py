@@ -168,8 +168,10 @@ def test_presets_keep_the_weights_as_they_say(monkeypatch: pytest.MonkeyPatch):
     kept = {"12 GB": (plain, False), "6 GB": (eight, False), "4 GB": (eight, True)}
     alone = [(preset, *kept[preset], preset != "12 GB") for preset in presets]
     assert seen == alone + [(preset, *kept[preset], False) for preset in presets]
-    told = [rows[f"LoRA², {preset}"].told_mb or 0 for preset in presets]
-    assert all(row.in_turns for row in rows.values()) and told == sorted(told)[::-1]
+    told = {preset: rows[f"LoRA², {preset}"].told_mb or 0 for preset in presets}
+    # On a CPU what waits in RAM saves nothing, and its places come on top.
+    assert told["12 GB"] > told["4 GB"] > told["6 GB"]
+    assert all(row.in_turns for row in rows.values())
 
 
 # --- what goes wrong ------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from lora2_pack.lora2_core import comfy_host, lora_file
 from lora2_pack.lora2_core.adapters.swapping import bytes_of_weights, is_swapped, places_of
 from lora2_pack.lora2_core.comfy_host import prepare
 from lora2_pack.lora2_core.comfy_host.checkpointing import blocks_of, is_checkpointed
+from lora2_pack.lora2_core.comfy_host.copies.text_encoders import TextEncoders
 from lora2_pack.lora2_core.config.train import (
     OptimizerConfig,
     SampleConfig,
@@ -19,7 +20,8 @@ from lora2_pack.lora2_core.config.train import (
     TrainConfig,
 )
 from lora2_pack.lora2_core.jobs.job import TrainingJob
-from lora2_pack.lora2_core.training.out_of_memory import suggestions
+from lora2_pack.lora2_core.training import estimate
+from lora2_pack.lora2_core.training.out_of_memory import OutOfMemory, suggestions
 from lora2_pack.lora2_core.training.setup import TrainingSetup
 from lora2_pack.lora2_core.training.trainer import train
 from lora2_pack.tests.host import demo
@@ -97,11 +99,27 @@ def test_files_are_of_the_same_run(parts: Parts, tmp_path: Path):
     assert files[0].state.keys() == files[1].state.keys()
 
 
+def test_who_goes_on_with_more_memory_uses_it(
+    parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """What was computed twice, as memory was short when the run began, is looked at anew."""
+    found = []
+    for free, last in ((1, 2), (10**12, 4)):
+        monkeypatch.setattr(prepare, "free_memory", lambda free=free: free)
+        setup = _prepare(parts, steps=4, gradient_checkpointing="auto")
+        job = TrainingJob(setup, tmp_path / "x.safetensors", checkpoints=tmp_path)
+        job.watch = lambda job=job, last=last: job.stop() if job.progress.step == last else None
+        job.start()
+        assert job.wait(120) and job.progress.step == last
+        found.append([is_checkpointed(block) for block in _blocks(setup)])
+    assert all(found[0]) and not any(found[1])
+
+
 # --- what it takes ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["as precision", "fp8"])
-def test_what_stays_on_the_device_is_told(parts: Parts, kind: str):
+def test_what_stays_on_the_device_is_told(parts: Parts, kind: str, monkeypatch: pytest.MonkeyPatch):
     plain, swapped = (
         _prepare(parts, block_swap=on, frozen_weights=kind, gradient_checkpointing=True)
         for on in (False, True)
@@ -110,7 +128,11 @@ def test_what_stays_on_the_device_is_told(parts: Parts, kind: str):
     places = list(places_of(unet))
     assert [len(place) for place in places] == [max(sizes)] * 2
     told = [setup.estimate.memory.frozen for setup in (plain, swapped)]
-    assert told[0] - told[1] == sum(sizes) - 2 * max(sizes) > 0.25 * told[0]
+    assert told[1] - told[0] == 2 * max(sizes)  # RAM is all that a CPU has
+    monkeypatch.setattr(estimate, "_computes_in_ram", lambda _network: False)
+    again = _prepare(parts, block_swap=True, frozen_weights=kind)
+    saved = told[0] - again.estimate.memory.frozen
+    assert saved == sum(sizes) - 2 * max(sizes) > 0.25 * told[0]
     # What is fetched is not kept for the backward pass; and no B lies among zeros.
     kept = [setup.estimate.memory.activations for setup in (plain, swapped)]
     assert 0.8 * kept[0] < kept[1] <= kept[0]
@@ -164,13 +186,64 @@ def test_memory_decides_where_nobody_did(
     card = dataclasses.replace(plan, model=_on_a_card(plan.model))
     assert prepare._swaps(card) is swaps
     assert prepare._swaps(plan) is (config.block_swap is True)  # RAM is all that a CPU has
-    taken = [p.total for p in (plan.least_memory, plan.lasting_memory())]
-    assert (taken[0] < taken[1]) is (plan.may_swap or config.block_swap is True)
+    mac = dataclasses.replace(plan, model=_on_a_card(plan.model, "mps"))  # and all of a Mac
+    assert prepare._swaps(mac) is (config.block_swap is True)
+    waits = plan.may_swap or config.block_swap is True
+    assert (card.least_memory.total < card.lasting_memory().total) is waits
+    assert plan.least_memory == plan.lasting_memory()
+    assert card.leanest.block_swap is waits
+    advice = suggestions(card.leanest)
+    assert any("block_swap" in found.text for found in advice) is (config.block_swap is False)
 
 
-def _on_a_card(model: Any) -> Any:
+def test_a_card_is_empty_before_anything_comes(parts: Parts, monkeypatch: pytest.MonkeyPatch):
+    """The user's models leave it, then what is free decides, and then text encoders come too."""
+    order: list[str] = []
+    for place, name in ((prepare, "make_room"), (prepare, "_swaps"), (TextEncoders, "move_to")):
+        original = getattr(place, name)
+
+        def noted(*args: Any, name: str = name, original: Any = original) -> Any:
+            order.append(name)
+            return original(*args)
+
+        monkeypatch.setattr(place, name, noted)
+    config = demo.settings(text=TextConfig(learning_rate=1e-3))
+    plan = comfy_host.plan_training(*parts, demo.photos(), config)
+    order.clear()
+    comfy_host.carry_out(plan)
+    assert order == ["make_room", "_swaps", "move_to"]
+
+
+@pytest.mark.parametrize("place", ["put_in_place", "AdaptiveRankNetwork"])
+def test_a_model_that_does_not_fit_is_told_as_a_step_is(
+    parts: Parts, place: str, monkeypatch: pytest.MonkeyPatch
+):
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 50.00 MiB. GPU 0 has a total capacity of 3.81 "
+            "GiB of which 12.00 MiB is free."
+        )
+
+    monkeypatch.setattr(prepare, place, full)
+    monkeypatch.setattr(prepare, "_swaps", lambda _plan: True)
+    config = demo.settings(block_swap=False, gradient_checkpointing=True, precision="bf16")
+    plan = comfy_host.plan_training(*parts, demo.photos(), config)
+    card = dataclasses.replace(plan, model=_on_a_card(plan.model))
+    monkeypatch.setattr(prepare, "make_room", lambda _model: None)
+    monkeypatch.setattr(prepare, "prediction_of", lambda _model: "EPS")
+    monkeypatch.setattr(prepare, "_remember_base", lambda _plan: None)
+    if place != "put_in_place":
+        monkeypatch.setattr(prepare, "put_in_place", lambda *_: None)
+    with pytest.raises(OutOfMemory) as caught:
+        comfy_host.carry_out(card)
+    told = str(caught.value)
+    assert told.startswith("Out of memory before the first step even with gradient checkpointing:")
+    assert "52 MB more were needed and 13 MB were free" in told and "set block_swap on" in told
+
+
+def _on_a_card(model: Any, device: str = "cuda") -> Any:
     clone = model.clone()
-    clone.load_device = torch.device("cuda")
+    clone.load_device = torch.device(device)
     return clone
 
 

@@ -201,6 +201,7 @@ def test_several_options_in_a_chain(studio: Studio, plain: Trained):
     safety = {
         "gradient_checkpointing": "on",
         "frozen_weights": "fp8",
+        "block_swap": "on",
         "sample_prompts": "a photo of sks subject\n\n a cat ",
         "sample_every": 2,
         "sample_steps": 2,
@@ -222,6 +223,7 @@ def test_several_options_in_a_chain(studio: Studio, plain: Trained):
     assert config["frozen_weights"] == "fp8" and "frozen_weights" not in plain.config
     assert found.metadata["ss_fp8_base"] == "True" and "ss_fp8_base" not in plain.metadata
     assert config["gradient_checkpointing"] and found.digest != plain.digest
+    assert "block_swap" not in config and "the weights of 17 kept in RAM" in _log(studio)
     name = found.path.relative_to(studio.loras).with_suffix(".png")
     strip = studio.server.output / "lora2_samples" / name
     with Image.open(strip) as picture:
@@ -262,3 +264,21 @@ def test_a_bad_option_is_refused_at_its_own_node(studio: Studio):
     bad = {"class_images": 5, "class_prompt": " "}
     error = studio.refusal(_with_options(studio, training(SEED), ("LoRA2DataOptions", bad)))
     assert error.node_id == "o0" and "class_prompt is empty" in error.message
+
+
+@pytest.mark.parametrize(
+    ("node", "name", "value"),
+    [
+        ("o0", "block_swap", True),
+        ("o0", "block_swap", "On"),
+        ("o0", "gradient_checkpointing", True),
+        ("o0", "frozen_weights", "fp16"),
+        ("3", "run", "in the background"),
+    ],
+)
+def test_what_no_list_offers_is_refused(studio: Studio, node: str, name: str, value: Any):
+    """A script may say it, and older ComfyUIs let it through: it must not become the default."""
+    workflow = _with_options(studio, training(SEED), ("LoRA2SafetyOptions", {}))
+    told = studio.refusal(changed(workflow, node, **{name: value})).message
+    assert name in told and str(value) in told
+    assert "choose one of" in told or "not in" in told

@@ -12,9 +12,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from lora2_pack.lora2_core.adapters import swapping
+from lora2_pack.lora2_core.adapters import pinning, swapping
 from lora2_pack.lora2_core.adapters.frozen import in_eight_bits
 from lora2_pack.lora2_core.adapters.network import AdaptiveRankNetwork
+from lora2_pack.lora2_core.adapters.pinning import ram_for
 from lora2_pack.lora2_core.adapters.swapping import (
     BlockSwap,
     bytes_of_weights,
@@ -222,22 +223,75 @@ def test_layers_that_are_fetched_compute_alone():
     assert sorted(groups[0]) == [1, 2] and sorted(groups[1]) == [1, 1, 1]
 
 
-def test_ram_that_cannot_be_pinned_will_do(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-):
-    original = torch.empty
+SIZES = st.lists(st.integers(1, 40).map(lambda n: 256 * n), max_size=40)
+
+
+@given(sizes=SIZES, granted=st.integers(0, 5), pinned=st.booleans())
+def test_pieces_of_ram_are_whole_and_apart(sizes: list[int], granted: int, pinned: bool):
+    with _pinning(granted) as asked:
+        pieces = list(ram_for(sizes, pinned))
+    assert [len(piece) for piece in pieces] == sizes
+    for number, piece in enumerate(pieces):
+        assert piece.data_ptr() % 16 == 0 and piece.is_contiguous()
+        piece.fill_(number)
+    assert all(bool((piece == number).all()) for number, piece in enumerate(pieces))
+    assert all(size.bit_count() == 1 for size in asked) and (pinned or not asked)
+
+
+@pytest.mark.parametrize("each", [1, 2], ids=["fp8", "bf16"])
+def test_what_pytorch_rounds_up_is_hardly_anything(each: int):
+    """SDXL's blocks: PyTorch pins powers of two, and would take twice their size one by one."""
+    sizes = [each * n for n in [9_994_240] * 4 + [34_734_080] * 60 + [9_994_240] * 6]
+    left, taken = list(sizes), 0
+    while left:
+        taken, room = taken + (size := pinning._next_size(left)), size
+        while left and left[0] <= room:
+            room -= left.pop(0)
+    assert sum(sizes) <= taken < 1.05 * sum(sizes)
+    assert sum(map(pinning._power_of_two, sizes)) > 1.9 * sum(sizes)
+
+
+def test_ram_that_cannot_be_pinned_will_do(caplog: pytest.LogCaptureFixture):
+    with _pinning(0), caplog.at_level(logging.WARNING):
+        pinning._tell.cache_clear()
+        for _ in range(2):  # told once
+            assert [len(piece) for piece in ram_for((300, 4), True)] == [300, 4]
+    told = "LoRA²: RAM cannot be pinned, so that copies to and from the card take longer: "
+    told += "CUDA error: out of "
+    assert [record.message for record in caplog.records] == [f"{told}memory"]
+
+
+@contextmanager
+def _pinning(granted: int) -> Iterator[list[int]]:
+    """Inside, so many requests for pinned RAM are granted, of the sizes that are given."""
+    original, asked = torch.empty, []
 
     def empty(*args: Any, pin_memory: bool = False, **kwargs: Any) -> Tensor:
         if pin_memory:
-            raise RuntimeError("CUDA error: out of memory\nand more")
+            if len(asked) == granted:
+                raise RuntimeError("CUDA error: out of memory\nand more")
+            asked.append(args[0][0])
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(torch, "empty", empty)
-    make = swapping._Pinning(True)
-    with caplog.at_level(logging.WARNING):
-        assert [len(make(n)) for n in (3, 4)] == [3, 4]
-    told = "LoRA²: RAM cannot be pinned, so that fetching blocks takes longer: CUDA error: out of "
-    assert [record.message for record in caplog.records] == [f"{told}memory"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "empty", empty)
+        yield asked
+
+
+def test_ram_of_blocks_that_have_left_is_free(monkeypatch: pytest.MonkeyPatch):
+    """Though what is pinned at once holds several, and not all of them leave."""
+    with _pinning(9) as asked:
+        monkeypatch.setattr(swapping, "ram_for", lambda sizes, _pinned: ram_for(sizes, True))
+        model, truth = made(8), made(8)
+        swap = swapped(model)
+        whole, sizes = sum(asked), bytes_of_weights(list(model.blocks))
+        swap.keep_in_ram([model.blocks[3]])
+    [piece] = swap._pieces
+    assert sum(sizes) <= whole and len(asked) > 1
+    assert piece.ram.untyped_storage().nbytes() < 2 * sizes[3] < whole / 2
+    assert all(map(torch.equal, model.state_dict().values(), truth.state_dict().values()))
+    x = toy.noise(1, WIDTH)
+    assert torch.equal(model.blocks[3](x), truth.blocks[3](x))
 
 
 # --- in time ----------------------------------------------------------------------------------

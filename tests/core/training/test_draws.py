@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Collection
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lora2_pack.lora2_core.config.train import OptimizerConfig
-from lora2_pack.lora2_core.training.draws import Draws
+from lora2_pack.lora2_core.training.draws import Draws, to_device, to_host
 from lora2_pack.lora2_core.training.objective import Prediction
 from lora2_pack.lora2_core.training.trainer import Trainer, TrainingError
 from lora2_pack.tests.core import toy
@@ -27,6 +28,7 @@ from lora2_pack.tests.core.training.test_trainer_state import (
 from torch import Tensor
 
 torch.set_num_threads(1)
+HOST, CARD = torch.device("cpu"), torch.device("cuda")
 
 
 class Deck(Photos):
@@ -241,3 +243,22 @@ def test_a_draw_that_fails_ahead_is_an_error_of_its_own_step_only(
 
 def test_who_computes_on_the_cpu_draws_when_it_is_time() -> None:
     assert trainer().draws_ahead is False
+
+
+def test_what_is_sent_comes_also_where_no_ram_can_be_pinned(monkeypatch: pytest.MonkeyPatch):
+    """Weights that wait in RAM may have all of it: no step ends for that."""
+    original, tried = torch.empty, []
+
+    def empty(*args: Any, pin_memory: bool = False, **kwargs: Any) -> Tensor:
+        if pin_memory:
+            tried.append(args)
+            raise RuntimeError("CUDA error: out of memory")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    sent: list[Any] = []
+    there = SimpleNamespace(shape=(3, 2), dtype=torch.float32, device=CARD, cpu=lambda: "here")
+    here = SimpleNamespace(shape=(3, 2), dtype=torch.float32, device=HOST, to=sent.append)
+    assert to_host(there)() == "here"  # type: ignore[arg-type, comparison-overlap]
+    to_device(here, CARD)  # type: ignore[arg-type]
+    assert sent == [CARD] and len(tried) == 2

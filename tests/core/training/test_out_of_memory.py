@@ -187,6 +187,23 @@ def test_blocks_that_wait_already_are_no_advice(waiting: tuple[int, ...], more: 
     assert any("block_swap" in advice.text for advice in told) is more
 
 
+@pytest.mark.parametrize(("twice", "more"), [((0, 1, 2), False), ((0, 1), True), ((), True)])
+def test_blocks_that_are_computed_twice_already_are_no_advice(twice: tuple[int, ...], more: bool):
+    """As memory has decided, which settings do not tell; where it has, blocks could wait in RAM."""
+    config = TrainConfig(precision="bf16", frozen_weights="fp8", optimizer=LEAN.optimizer)
+    told = suggestions(config, expected=Estimate(SDXL, 1.0, 1, twice=twice, blocks=3))
+    assert any("gradient_checkpointing" in advice.text for advice in told) is more
+    assert any("block_swap" in advice.text for advice in told) is not more
+
+
+def test_nothing_can_wait_in_ram_where_ram_is_all_there_is() -> None:
+    config = TrainConfig(precision="bf16", gradient_checkpointing=True)
+    assert any("block_swap" in advice.text for advice in suggestions(config))
+    assert not any("block_swap" in advice.text for advice in suggestions(config, in_ram=True))
+    assert "block_swap" in out_of_memory.message(config, 1, None, None, True)
+    assert "block_swap" not in out_of_memory.message(config, 1, None, None, True, in_ram=True)
+
+
 def test_at_the_leanest_it_says_so() -> None:
     assert suggestions(LEAN) == ()
     assert "at its leanest" in out_of_memory.message(LEAN, 1, None, None, True)
