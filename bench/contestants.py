@@ -57,7 +57,7 @@ def config(mode: str = "balanced", **changes: Any) -> TrainConfig:
     """The settings of every variant of ours; fp32, as CPUs train."""
     rank = RankConfig.for_mode(mode, target_rank=float(RANK))
     settings = {"steps": STEPS, "learning_rate": RATE, "batch_size": BATCH, "probes": 0}
-    common = {"resolution": SIZE, "precision": "fp32", "rank": rank}
+    common = {"resolution": SIZE, "precision": "fp32", "rank": rank, "kept_gain": 1.0}
     return TrainConfig(**{**settings, **common, **changes})
 
 

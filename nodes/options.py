@@ -45,7 +45,7 @@ class LoRA2OptimizerOptions(io.ComfyNode):
             "LoRA2OptimizerOptions",
             "LoRA² optimizer options",
             "How weights are moved, and which noise counts how much.",
-            [*widgets.optimizer(), *widgets.training(), *widgets.objective()],
+            [*widgets.optimizer(), *widgets.training(), *widgets.objective(), *widgets.strength()],
         )
 
     @classmethod
@@ -54,6 +54,7 @@ class LoRA2OptimizerOptions(io.ComfyNode):
         text = TextConfig(learning_rate=settings.pop("text_learning_rate"))
         noise = ("min_snr_gamma", "noise_offset", "timestep_low", "timestep_high")
         objective = ObjectiveConfig(**{key: settings.pop(key) for key in noise})
+        gain = settings.pop("kept_gain", widgets.BY_MODE)  # graphs of before do not have it
         if settings["warm_up"] == widgets.BY_SCHEDULE:
             settings["warm_up"] = None
         return io.NodeOutput(
@@ -62,6 +63,7 @@ class LoRA2OptimizerOptions(io.ComfyNode):
                 optimizer_name=name,
                 objective=objective,
                 text=text,
+                kept_gain=None if gain == widgets.BY_MODE else gain,
             )
         )
 

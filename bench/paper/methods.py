@@ -24,11 +24,13 @@ class Method:
     label: str
     kind: Literal["ours", "peft", "cut"]
     rank: Mapping[str, Any] = field(default_factory=dict)  # of RankConfig; of PEFT: its own words
-    mode: str = ""  # of ours; "adalora" or "dora"; "svd" or "sv_fro"
+    mode: str = ""  # of ours; "adalora" or "dora"; "svd", "sv_fro" or "strength"
     entropy: float = 0.0  # weight, λ_e
     of: str = ""  # a cut: of which method's file
     to: str = ""  # to the bytes of which other's file
     part: int = 1  # to this part of them
+    strength: float = 1.0  # or the whole of it at this strength,
+    kept: float = 1.0  # or at the smallest that keeps this share of its gain on fixed noise
 
     @property
     def trained(self) -> bool:

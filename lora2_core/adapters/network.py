@@ -9,6 +9,7 @@ stands in :mod:`.budget`, one adapter in :mod:`.layers`, which of them compute t
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -66,6 +67,7 @@ class AdaptiveRankNetwork(nn.Module):
         adapters = [wrap(base) for base in bases]
         self.adapters = nn.ModuleList(adapters)
         self._groups: list[list[ProjectionGroup]] = []  # of each stack
+        self._strength = 1.0  # of all components, see at_strength
         self.stacks = nn.ModuleList(self._stacks(ranks.tolist()))
         self._init_weights(nu, ranks)
         for target, adapter in zip(self.targets, adapters, strict=True):
@@ -155,7 +157,7 @@ class AdaptiveRankNetwork(nn.Module):
         rooms: list[Tensor] = []
         copies: list[Tensor] = []
         for stack, groups in zip(self.all_stacks, self._groups, strict=True):
-            plain = self.config.mode == "fixed" and not stack.padded
+            plain = self.config.mode == "fixed" and not stack.padded and self._strength == 1
             down, up = stack.folded(None if plain else stack.importance)
             rows = [group.rows for group in groups]
             for group, *sides in zip(groups, down.split(rows), up.split(rows), strict=True):
@@ -166,6 +168,16 @@ class AdaptiveRankNetwork(nn.Module):
         if rooms:
             torch._foreach_copy_(rooms, copies)  # pyright: ignore[reportPrivateImportUsage]
 
+    @contextmanager
+    def at_strength(self, strength: float) -> Iterator[None]:
+        """Inside, every ΔW is ``strength`` times what it is: in what is computed with, and in
+        :meth:`components`. :meth:`refresh` makes it so, there and afterwards."""
+        before, self._strength = self._strength, strength
+        try:
+            yield
+        finally:
+            self._strength = before
+
     def _renew_importance(self) -> None:
         """One call for every Λ, in the order of the stacks' rows; 0 in rows that are nobody's."""
         flat = adaptive_rank.importance_at(
@@ -173,6 +185,8 @@ class AdaptiveRankNetwork(nn.Module):
         )  # (Σ rows,)
         if self._used is not None:
             flat = flat * self._used
+        if self._strength != 1:
+            flat = flat * self._strength
         rows = [stack.rows for stack in self.all_stacks]
         for stack, importance in zip(self.all_stacks, flat.split(rows), strict=True):
             stack.importance = importance

@@ -79,27 +79,20 @@ class _Merged(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, count: int
     ):
-        frozen = weight[: up.shape[1]]
-        ctx.save_for_backward(x, frozen, down, up)
-        return tuple(_cut(F.linear(x, _merged(frozen, down, up), bias), count))
+        merged = torch.addmm(weight[: up.shape[1]], up.t(), down)  # (out, in)
+        ctx.save_for_backward(x, merged, down, up)
+        return tuple(_cut(F.linear(x, merged, bias), count))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads: Tensor):  # type: ignore[override]
-        x, frozen, down, up = ctx.saved_tensors
+        x, merged, down, up = ctx.saved_tensors
         rows, grad = x.reshape(-1, x.shape[-1]), _joined(grads)  # (tokens, in), (tokens, out)
         grad_weight = grad.t() @ rows  # (out, in)
         grad_up = down @ grad_weight.t()  # (rank, out)
         grad_down = up @ grad_weight  # (rank, in)
-        grad_x = None
-        if ctx.needs_input_grad[0]:  # merged once more, or every layer would be there twice
-            grad_x = (grad @ _merged(frozen, down, up)).view_as(x)
+        grad_x = (grad @ merged).view_as(x) if ctx.needs_input_grad[0] else None
         return grad_x, None, None, grad_down, grad_up, None
-
-
-def _merged(frozen: Tensor, down: Tensor, up: Tensor) -> Tensor:
-    """W + B ΛA, (out, in)."""
-    return torch.addmm(frozen, up.t(), down)
 
 
 def _cut(whole: Tensor, count: int, rank: int = 0) -> Sequence[Tensor]:

@@ -154,7 +154,8 @@ def plan_training(
         base_hash = weights_hash(private.diffusion_model)  # the same in eight bits and in more
         if config.frozen_weights == "fp8":
             keep_in_eight_bits(private)
-        keep_less(private)
+        if model.load_device.type != "cpu":  # which would take longer, and has RAM enough
+            keep_less(private)
         trains_text = config.text.learning_rate > 0
         live = TextEncoders(clip, torch.device("cpu")) if trains_text else None
         targets = _targets(_roots(private, live), config)

@@ -83,6 +83,7 @@ class Options:
     rank: tuple[tuple[str, Any], ...] = ()  # changes to the RankConfig of the mode
     gradient_checkpointing: bool | None = None
     block_swap: bool | None = None
+    kept_gain: float | None = None
     frozen_weights: FrozenWeights | None = None
     keep: KeepConfig | None = None
     samples: SampleConfig | None = None
@@ -139,6 +140,7 @@ def build_config(
         gradient_checkpointing=checkpointing,
         block_swap=swap,
         frozen_weights=frozen,
+        kept_gain=options.kept_gain,
         **settings,
     )
 

@@ -25,6 +25,7 @@ OptimizerName = Literal["adamw", "adamw8bit", "prodigy"]
 OPTIMIZERS: tuple[OptimizerName, ...] = ("adamw", "adamw8bit", "prodigy")
 MAX_PROMPTS = 4
 _MOST_OF_ADAM, _LEAST_OF_PRODIGY = 0.02, 0.1  # learning rates beyond which a word is due
+_KEPT_GAIN = 0.96  # of balanced; source: ours, docs/method.md
 PROBE_DRAWS = 8  # images, noises and timesteps on which the comparable loss is measured
 
 
@@ -162,6 +163,9 @@ class TrainConfig:
     gradient_checkpointing: bool | Literal["auto"] = False
     # Frozen weights of transformer blocks wait in RAM; "auto": as few as the free memory asks for.
     block_swap: bool | Literal["auto"] = False
+    # Share of what the full strength gains on fixed noise that the saved one keeps; 1: the full
+    # strength; None: see gain_to_keep.
+    kept_gain: float | None = None
     entropy_weight: float = 1e-4  # λ_e of eq. 14; 0 switches the term off
     probes: int = 25  # measurements of the loss on fixed noise and timesteps during a run
     targets: str = "attention"  # preset of targets.PRESETS or a regular expression
@@ -190,6 +194,8 @@ class TrainConfig:
         for name in ("gradient_checkpointing", "block_swap"):
             if getattr(self, name) != "auto":
                 checks.is_a(name, getattr(self, name), bool)
+        if self.kept_gain is not None:
+            checks.number("kept_gain", self.kept_gain, 0.5, 1, "use 0.96, or 1 to switch it off")
         checks.number("entropy_weight", self.entropy_weight, 0, 1e6, "the paper uses 0.0001")
         checks.whole("probes", self.probes, 0, 10_000, "25 is enough for a curve")
         _text("targets", self.targets, "use 'attention'")
@@ -203,6 +209,13 @@ class TrainConfig:
         if self.optimizer.warm_up is not None:
             return self.optimizer.warm_up
         return 0.0 if self.schedule == "constant" else 0.05
+
+    @property
+    def gain_to_keep(self) -> float:
+        """0.96 in ``balanced``, and all of it in the other modes, unless it is set."""
+        if self.kept_gain is not None:
+            return self.kept_gain
+        return _KEPT_GAIN if self.rank.mode == "balanced" else 1.0
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for a file's metadata."""

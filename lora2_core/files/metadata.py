@@ -26,8 +26,9 @@ VERSION, COMPONENTS = "lora2.format_version", "lora2.components"
 # Settings that came later, as they were before: left out where they are still so, as a run of then
 # has to go on, and files stay what they were.
 LATER = {"frozen_weights": AS_PRECISION}
-_DECIDE_NOTHING = {"keep", "samples", "block_swap"}
+_DECIDE_NOTHING = {"keep", "samples", "block_swap", "kept_gain"}
 RUN = "lora2.run"  # the hash of the run that a file is of
+STRENGTH = "lora2.strength"  # at which it was saved, of that which was trained; none: the full one
 ADAPTER = "lora_adapter_metadata"  # of diffusers: PEFT's settings of each network
 _ARGUMENTS = "ss_network_args"
 _RANKS = {
@@ -48,7 +49,7 @@ _CLASSES = {
 
 
 def deciding(config: TrainConfig) -> dict[str, Any]:
-    """The settings that decide what a file holds: all but how a run is kept and watched, and
+    """The settings that decide what is learnt: all but how a run is kept, watched and saved, and
     where weights wait meanwhile.
 
     Without those of :data:`LATER` that are as they ever were.
@@ -69,14 +70,16 @@ def describe_run(
     probes: Sequence[float],
     title: str,
     run: str = "",
+    strength: float = 1.0,
 ) -> dict[str, str]:
     """Everything a loader, a manager or a person may want to know of a trained file.
 
     ``losses``: one a step; ``probes``: the loss on fixed noise and timesteps, in order; ``run``:
-    the hash of the run.
+    the hash of the run; ``strength``: at which it is saved, of that which was trained.
     """
     return {
         **_ours(config, base_hash, ranks, losses, probes),
+        **({STRENGTH: f"{strength:g}"} if strength != 1 else {}),
         **({RUN: run} if run else {}),
         **_kohya(config, captions, title, len(losses)),
         **_kohya_options(config),
@@ -246,11 +249,14 @@ def headline(metadata: Mapping[str, str]) -> str:
 
     A stranger may have written megabytes: of each value the beginning.
     """
-    names = ("lora2.mode", "ss_steps", "modelspec.trigger_phrase")
-    mode, steps, trigger = (metadata[name][:_SHOWN] if name in metadata else None for name in names)
+    names = ("lora2.mode", "ss_steps", STRENGTH, "modelspec.trigger_phrase")
+    mode, steps, strength, trigger = (
+        metadata[name][:_SHOWN] if name in metadata else None for name in names
+    )
     facts = (
         f"LoRA² {mode} mode" if is_ours(metadata) and mode is not None else "",
         f"{steps} steps" if steps else "",
+        f"saved at {strength} of its strength" if is_ours(metadata) and strength else "",
         f'"{trigger}"' if trigger else "",
     )
     return " · ".join(filter(None, facts))
@@ -270,12 +276,13 @@ def _ours(
     probes: Sequence[float],
 ) -> dict[str, str]:
     summary = {"training": _first_and_last(losses)}
+    kept = {"kept_gain": config.gain_to_keep} if config.gain_to_keep < 1 else {}
     if probes:
         summary["fixed_noise"] = _first_and_last(probes)
     return {
         "lora2.mode": config.rank.mode,
         "lora2.quantile": str(config.rank.quantile),
-        "lora2.config": json.dumps(deciding(config), sort_keys=True),
+        "lora2.config": json.dumps({**deciding(config), **kept}, sort_keys=True),
         "lora2.base_model_hash": base_hash,
         "lora2.seed": str(config.seed),
         "lora2.steps": str(len(losses)),

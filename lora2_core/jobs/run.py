@@ -79,6 +79,7 @@ class Run:
         self.ran_short = False  # of memory, so that blocks had to be computed twice
         # A name that was not free from the start is no news at the end.
         self.taken = files.lora.name if files.lora.exists() else None
+        self.strength = 1.0  # at which it is saved, of that which was trained
         self.resumed: Path | None = None  # where the interrupted run wrote, or was to
         self.strip: SampleStrip | None = None
         if setup.painter is not None and setup.config.samples.prompts:
@@ -108,6 +109,7 @@ class Run:
             return
         if self.keeper.step != self.trainer.step:
             self._checkpoint()  # before the LoRA, which may find no place
+        self._find_strength()
         self._save()
         if self.trainer.step == self.config.steps:
             self.keeper.remove()
@@ -288,10 +290,33 @@ class Run:
 
     @contextmanager
     def _as_saved(self) -> Iterator[None]:
-        """Inside, the network is what would be saved now: averages if any, fresh importances."""
-        with self.trainer.averaged(), torch.no_grad():
-            self.setup.network.refresh()
+        """Inside, the network is what would be saved now: averages if any, fresh importances, and
+        at the end the strength that was found."""
+        network = self.setup.network
+        with self.trainer.averaged(), network.at_strength(self.strength), torch.no_grad():
+            network.refresh()
             yield
+
+    def _find_strength(self) -> None:
+        """At what strength it is saved; no accident here costs the LoRA."""
+        try:
+            found = self.trainer.least_strength()
+        except Exception as error:
+            traceback.clear_frames(error.__traceback__)
+            self.progress.tell(f"The LoRA is saved at its full strength: {error}")
+            return
+        if found is None:
+            self.progress.tell(
+                "The LoRA is saved at its full strength: there is no memory to find the smallest "
+                "that would do."
+            )
+        elif found < 1:
+            self.strength = found
+            self.progress.note(
+                f"saved at {found:.2f} of its trained strength, which keeps "
+                f"{self.config.gain_to_keep:.0%} of what it has learnt and leaves the prompt more "
+                f"room; a loader's strength of {1 / found:.2f} undoes it."
+            )
 
     def _paint(self) -> None:
         """Pictures of the samples' prompts, when they are due; no accident here ends the run."""
@@ -322,7 +347,9 @@ class Run:
 
         def write(path: Path, new: bool) -> None:
             run_hash = self.keeper.run_hash
-            trained = save_lora(path, self.setup, components, events, steps, run_hash, new)
+            trained = save_lora(
+                path, self.setup, components, events, steps, run_hash, new, self.strength
+            )
             size = trained.nbytes / 1e6
             self.progress.log.append(f"Wrote {path.name}, {size:.2f} MB.")
             logging.info("LoRA²: wrote %s, %.2f MB, after %d steps.", path, size, steps)

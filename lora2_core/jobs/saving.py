@@ -35,10 +35,12 @@ def save_lora(
     steps: int,
     run_hash: str,
     new: bool,
+    strength: float = 1.0,
 ) -> TrainedLoRA:
     """Write ``components``, learnt in the first ``steps`` of ``events``.
 
-    ``new``: nothing is replaced. Raises LoRAFileError, and NameTaken as ``lora_file.save`` does.
+    ``new``: nothing is replaced. ``strength``: of what was trained, in them already. Raises
+    LoRAFileError, and NameTaken as ``lora_file.save`` does.
     """
     config = setup.config
     learnt = events[:steps]
@@ -51,6 +53,7 @@ def save_lora(
         probes=[event.probe for event in learnt if event.probe is not None],
         title=path.stem,
         run=run_hash,
+        strength=strength,
     )
     rank = config.rank
     written = lora_file.write(path, components, text, rank.target_megabytes, rank.min_rank, new)

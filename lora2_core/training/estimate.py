@@ -20,6 +20,7 @@ from ..adapters.network import AdaptiveRankNetwork
 from ..adapters.swapping import bytes_of_weights, computes_in_ram, is_swapped
 from ..config.train import PROBE_DRAWS, TrainConfig
 from ..files.header import first_line
+from .losses.strength import STRENGTHS
 from .memory import Memory, kept, lasting, size
 from .objective import CrossAttentionEntropy
 
@@ -149,7 +150,10 @@ def _seconds(
     passes = _PASSES + twice * (_PASSES_CHECKPOINTED - _PASSES)
     steps = config.steps * config.optimizer.accumulation * passes
     images = max(1, config.batch_size)
-    probes = (config.probes + 1) * PROBE_DRAWS / images if config.probes else 0
+    measured = (config.probes + 1 if config.probes else 0) + (
+        len(STRENGTHS) if config.gain_to_keep < 1 else 0
+    )
+    probes = measured * PROBE_DRAWS / images
     samples = config.samples
     guided = 2 if samples.guidance != 1 else 1
     paintings = config.steps // samples.every * len(samples.prompts)

@@ -26,7 +26,8 @@ from .objective import CrossAttentionEntropy, loss_parts
 LEARNING_BYTES = {"adamw": 16, "adamw8bit": 10.1, "prodigy": 24}
 # The peak over what is kept, in shares of what is kept outside of blocks, by the convolutions at
 # full size: gradients on their way, and what is there for a moment. Measured on the demo model at
-# 192 and 384 px, batch 1 and 2, with and without checkpoints (bench/memory.py): 0.9 to 1.35.
+# 192 and 384 px, batch 1 and 2, with and without checkpoints, convolutions keeping no input, as on
+# a GPU: 0.9 to 1.35 (bench/memory.py, which keeps it: 0.8).
 _PASSING = 1.3
 
 # Ratios of SDXL, counted on its real shapes.

@@ -8,7 +8,6 @@ happened.
 from __future__ import annotations
 
 import functools
-import logging
 import math
 import statistics
 import time
@@ -21,21 +20,20 @@ from torch import Tensor
 
 from ..adapters.network import AdaptiveRankNetwork
 from ..adaptive_rank import gaussian_prior
-from ..config.train import PROBE_DRAWS, TrainConfig, rate_to_try
+from ..config.train import TrainConfig, rate_to_try
 from .draws import Draws, Position, to_host
 from .ema import AveragedWeights
 from .events import StepEvent, TrainingError
 from .last_step import LastStep
-from .loss_guard import LossGuard, ProbeGuard
+from .losses.fixed_noise import FixedNoise
+from .losses.guard import LossGuard, ProbeGuard
 from .objective import CrossAttentionEntropy, loss_parts
 from .optimizers.make import block_of, make_nu_optimizer, make_optimizer, schedule_factor
 from .optimizers.state import follow, load_optimizer_state, optimizer_state
-from .out_of_memory import is_out_of_memory
 from .rank_control import RankControl
 from .task import Task
 
 _NOISE_SEED = 0x5EED
-_PROBE_SEED = 0x10A2  # the same for every run, so that runs can be compared with each other
 _TERMS = ("loss", "class image loss", "attention entropy", "rank term", "gradient")
 
 
@@ -79,11 +77,8 @@ class Trainer:
         # Not the seed itself: the adapters were drawn from that, number for number.
         self.draws = Draws(task, config.seed ^ _NOISE_SEED, config.batch_size)
         self.draws_ahead = network.log_nu.device.type != "cpu"  # where somebody else computes
-        probe_generator = torch.Generator().manual_seed(_PROBE_SEED)
         self.probe_every = math.ceil(config.steps / config.probes) if config.probes else 0
-        self.probes = (
-            task.spread(probe_generator, PROBE_DRAWS, config.batch_size) if config.probes else []
-        )
+        self.fixed_noise = FixedNoise(network, task, config.batch_size)
         self._freeze_from = config.steps - int(config.steps * config.rank.freeze_fraction)
         self._begin()
 
@@ -110,8 +105,8 @@ class Trainer:
         while self.step < self.config.steps and not stop():
             before = self.last_step.before = self.draws.position
             try:
-                if self.step == 0 and self.probe_guard.start is None:
-                    self.probe_guard.start = self._measure()
+                if self.step == 0 and self.probe_every and self.probe_guard.start is None:
+                    self.probe_guard.start = self.fixed_noise.loss()
                 started = time.perf_counter()
                 nu, values = self._gradients(self.step + 1)
                 with self.last_step.changing():
@@ -357,26 +352,18 @@ class Trainer:
 
     def _probe(self, step: int) -> float | None:
         """The loss on fixed noise after a step, where one is due."""
-        if not self.probes or not (
+        if not self.probe_every or not (
             step == 1 or step % self.probe_every == 0 or step == self.config.steps
         ):
             return None
-        probe = self._measure()
+        probe = self.fixed_noise.loss()
         if probe is None:  # the step before it is done: it must not be repeated for a curve
-            self.probes = []
+            self.probe_every = 0
         return probe
 
-    @torch.no_grad()
-    def _measure(self) -> float | None:
-        """The loss on fixed noise; None where it is off or there is no memory for it."""
-        if not self.probes:
-            return None
-        self.network.refresh()
-        try:
-            losses = [sum(loss_parts(self.task.predict(batch))) for batch in self.probes]
-            return float(torch.stack(losses).mean())  # type: ignore[arg-type]
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            logging.warning("LoRA²: no memory to measure the loss on fixed noise; it is left out.")
-            return None
+    def least_strength(self) -> float | None:
+        """The smallest strength that keeps what the configuration asks for of the gain on fixed
+        noise; of the averaged weights, if there are any. None where it cannot be measured."""
+        share = self.config.gain_to_keep
+        with self.averaged():
+            return 1.0 if share == 1 else self.fixed_noise.least_strength(share)

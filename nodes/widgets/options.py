@@ -178,6 +178,25 @@ def objective() -> list[io.WidgetInput]:
     ]
 
 
+def strength() -> list[io.WidgetInput]:
+    """Optional and last, so that workflows from before there was one keep what they say."""
+    return [
+        io.Float.Input(
+            "kept_gain",
+            default=BY_MODE,
+            min=BY_MODE,
+            max=1.0,
+            step=0.01,
+            optional=True,
+            tooltip=(
+                "The LoRA is saved at the smallest strength that keeps this share of what it has "
+                "learnt, by the loss on fixed noise: what is left out costs the prompt more than "
+                "it gives. 1 saves it as it was trained. -1: 0.96 in balanced, 1 in the others."
+            ),
+        ),
+    ]
+
+
 def rank_targets() -> list[io.WidgetInput]:
     where = {
         "self": "self-attention",

@@ -13,11 +13,13 @@ import torch
 from lora2_pack.bench.paper import methods
 from lora2_pack.bench.paper.bases.demo import Demo
 from lora2_pack.bench.paper.plan import Plan
-from lora2_pack.bench.paper.runs import cuts, rivals, sweep, trial, working
+from lora2_pack.bench.paper.runs import cuts, rivals, strengths, sweep, trial, working
 from lora2_pack.bench.paper.runs.trial import Work
 from lora2_pack.bench.paper.subjects import demo, dreambooth
 from lora2_pack.bench.paper.subjects.study import Study
 from lora2_pack.lora2_core import comfy_host, lora_file
+from lora2_pack.lora2_core.training import trainer
+from lora2_pack.lora2_core.training.losses.fixed_noise import FixedNoise
 from lora2_pack.tools.tiny_sdxl.evaluation.figures import write_json
 from lora2_pack.tools.tiny_sdxl.pictures import read_strip
 
@@ -214,8 +216,43 @@ VARIANTS = sweep.variants(METHODS[methods.IN_RANKS])
 
 
 def test_every_variant_of_the_sweep_trains_otherwise(base: Demo):
-    configs = [trial.training_config(one, base, FEW, 0, RATE) for one in VARIANTS.values()]
-    assert len({repr(config.as_dict()) for config in configs}) == len(VARIANTS)
+    trained = [one for one in VARIANTS.values() if one.trained]
+    configs = [trial.training_config(one, base, FEW, 0, RATE) for one in trained]
+    assert len({repr(config.as_dict()) for config in configs}) == len(trained) == 19
+
+
+def test_what_is_weakened_is_told_by_its_file_alone(base: Demo, study: Study, tmp_path: Path):
+    """The loss on fixed noise of a file at a strength is that of the network it was saved from."""
+    plan = replace(FEW, steps=30)
+    config = trial.training_config(VARIANTS["as-it-is"], base, plan, 0, RATE)
+    setup = base.parts.prepared(study.photos, config)
+    list(trainer.train(setup.network, setup.task, setup.config, setup.entropy))
+    file = tmp_path / "whole.safetensors"
+    lora_file.save(file, setup.network.components(), {})
+    judge = FixedNoise(setup.network, setup.task, config.batch_size)
+    told = strengths.on_fixed_noise(base.parts, study.photos, config, file)
+    for at, loss in told.items():
+        with setup.network.at_strength(at):
+            assert loss == pytest.approx(judge.loss(), rel=1e-4)
+    assert told[1.0] < told[0.0]
+    for name in ("strength-0.8", "kept-0.9"):
+        weaker = tmp_path / f"{name}.safetensors"
+        method = VARIANTS[name]
+        about = strengths.weaken(base.parts, study.photos, config, method, file, weaker)
+        ruled = judge.least_strength(0.9)
+        assert about["strength"] == (0.8 if method.kept == 1 else pytest.approx(ruled, abs=0.011))
+        found = strengths.on_fixed_noise(base.parts, study.photos, config, weaker)
+        with setup.network.at_strength(about["strength"]):
+            assert found[1.0] == pytest.approx(judge.loss(), rel=1e-4)
+
+
+def test_a_weaker_lora_is_a_trial_of_its_own(bench: trial.Bench, study: Study):
+    swept = replace(bench, methods=VARIANTS, rates={"as-it-is": RATE})
+    whole = swept.record(Work(study, "as-it-is", 0, RATE), with_lora=True)
+    record = swept.record(Work(study, "kept-0.96", 0))
+    assert 0 < record["strength"] <= 1 and len(record["losses"]) == 7
+    assert record["settings"]["how"]["kept"] == 0.96
+    assert record["seconds"] == whole["seconds"]
 
 
 def test_photographs_and_drawn_subjects_are_all_there():

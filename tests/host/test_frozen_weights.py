@@ -12,6 +12,7 @@ import torch
 from lora2_pack.lora2_core import comfy_host, lora_file
 from lora2_pack.lora2_core.adapters.frozen import eight_bits, is_in_eight_bits
 from lora2_pack.lora2_core.comfy_host import class_images
+from lora2_pack.lora2_core.comfy_host.models import keep_less
 from lora2_pack.lora2_core.comfy_host.painting import Painter
 from lora2_pack.lora2_core.config.train import DataConfig, SampleConfig, TrainConfig
 from lora2_pack.lora2_core.jobs.job import TrainingJob
@@ -249,3 +250,19 @@ def test_class_images_of_another_kind_are_painted_anew(
     for kind, count in (("fp8", 1), ("as precision", 2), ("fp8", 2), ("as precision", 2)):
         _prepare(trained, demo.settings(data=data, frozen_weights=kind), tmp_path)
         assert len(painted) == count, kind
+
+
+def test_a_run_whose_convolutions_keep_no_input_is_the_same(trained: Parts):
+    """As on a GPU; and is told to take less."""
+    settings = demo.settings(steps=4)
+    plain = _prepare(trained, settings)
+    with torch.inference_mode():
+        plan = comfy_host.plan_training(*trained, demo.photos(), settings)
+        keep_less(plan.private)
+        lean = comfy_host.carry_out(plan)
+    assert plain.estimate is not None and lean.estimate is not None
+    kept = [setup.estimate.memory.activations for setup in (plain, lean)]
+    assert kept[1] < 0.95 * kept[0]
+    losses = [[e.loss for e in Trainer(s.network, s.task, s.config, s.entropy).run()]
+              for s in (plain, lean)]  # fmt: skip
+    assert losses[0] == losses[1]

@@ -315,7 +315,8 @@ def test_what_cannot_fit_is_told_before(
     monkeypatch.setattr(comfy.model_management, "get_total_memory", lambda _: 1_000_000)
     [line] = train._about_memory(plan)
     assert size(plan.least_memory.total) in line and "there are 1.0 MB in all" in line
-    assert "set gradient_checkpointing on" in line and encoded == []
+    assert "set frozen_weights to fp8" in line and encoded == []
+    assert "gradient_checkpointing" not in line  # of what lies there all the time it saves nothing
 
 
 def test_folders_that_a_run_can_do_without_are_told_of(monkeypatch: pytest.MonkeyPatch):

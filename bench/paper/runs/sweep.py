@@ -42,7 +42,18 @@ def variants(balanced: Method) -> dict[str, Method]:
         "target-4.5": ("target 4.5", ranks(target_rank=4.5)),
         "target-18": ("target 18", ranks(target_rank=18.0)),
     }
-    return {name: replace(method, label=label) for name, (label, method) in found.items()}
+    named = {name: replace(method, label=label) for name, (label, method) in found.items()}
+    return named | _weaker(next(iter(named)))
+
+
+def _weaker(of: str) -> dict[str, Method]:
+    """What ``of`` has trained, at smaller strengths: given ones, and by the rule."""
+    given = {f"strength-{at:g}": ("strength", {"strength": at}) for at in (0.9, 0.8, 0.7, 0.6)}
+    ruled = {f"kept-{of:g}": ("gain kept", {"kept": of}) for of in (0.99, 0.98, 0.96, 0.94, 0.9)}
+    return {
+        name: Method(f"{word} {next(iter(how.values())):g}", "cut", mode="strength", of=of, **how)
+        for name, (word, how) in {**given, **ruled}.items()
+    }
 
 
 def table(found: Sequence[Result], known: Mapping[str, Method]) -> str:

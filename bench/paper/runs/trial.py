@@ -25,7 +25,7 @@ from ..methods import BASE, OWN, Method
 from ..plan import Plan
 from ..records import archive
 from ..subjects.study import Study
-from . import cuts, ours, rivals
+from . import cuts, ours, rivals, strengths
 from .measuring import with_peak
 
 _FIRST_SEED = 1000  # of the noise of pictures; the same for every method and every subject
@@ -120,6 +120,8 @@ class Bench:
             how["rank"] = asdict(RankConfig.for_mode(method.mode, **method.rank))
         if method.kind == "ours" and method.to:
             how["room"] = HEADROOM
+        if method.mode == "strength":
+            how |= {"strength": method.strength, "kept": method.kept}
         for key, other in (("of", method.of), ("to", method.to)):
             # A fixed rank takes the same bytes whatever it has learnt.
             if other and (key == "of" or self.methods[other].mode != "fixed"):
@@ -155,8 +157,10 @@ class Bench:
         method = self.methods[work.name]
         megabytes = self._bytes(needs.to) / method.part / 1e6 if needs.to else None
         if needs.of is not None:
-            assert megabytes is not None, "a cut is to a size"
             source = self.file(needs.of).with_suffix(".safetensors")
+            if method.mode == "strength":
+                return self._weaken(work, needs.of, source, lora)
+            assert megabytes is not None, "a cut is to a size"
             return cuts.cut(source, lora, megabytes, method.mode)
         assert work.rate is not None, "a method that trains has a learning rate"
         if megabytes is not None:
@@ -165,6 +169,13 @@ class Bench:
         if method.kind == "peft":
             return rivals.train(self.base.parts, work.study.photos, method, settings, lora)
         return ours.train(self.base.parts, work.study.photos, settings, lora)
+
+    def _weaken(self, work: Work, of: Work, source: Path, lora: Path) -> dict[str, Any]:
+        trained, rate = self.methods[of.name], of.rate
+        assert rate is not None, "what is weakened was trained"
+        settings = training_config(trained, self.base, self.plan, work.seed, rate)
+        method, photos = self.methods[work.name], work.study.photos
+        return strengths.weaken(self.base.parts, photos, settings, method, source, lora)
 
     def _training_of(self, source: Work) -> dict[str, Any]:
         """What a cut took is what its source did: cutting takes no time and no memory beside it."""

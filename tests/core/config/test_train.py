@@ -93,6 +93,7 @@ BAD: dict[type, dict[str, list[Any]]] = {
         "frozen_weights": ["auto", "fp16", True, None],
         "gradient_checkpointing": [1, "yes", None],
         "block_swap": [1, "on", None],
+        "kept_gain": [0.4, 1.1, "all", True],
         "entropy_weight": [-1e-4, NAN, INFINITE, None],
         "probes": [-1, 10_001, 2.5],
         "targets": ["", "  ", None],

@@ -18,7 +18,7 @@ from lora2_pack.lora2_core.training.memory import Memory, counted, kept, size
 from lora2_pack.lora2_core.training.objective import CrossAttentionEntropy, Prediction, loss_parts
 from lora2_pack.tests.core.toy import Transformer, TransformerTask, adapt
 
-PLAIN = TrainConfig(entropy_weight=0.0, probes=0)
+PLAIN = TrainConfig(entropy_weight=0.0, probes=0, kept_gain=1.0)
 
 
 class Parts:
@@ -148,6 +148,7 @@ def test_samples_and_probes_cost_time_and_steps_most_of_it():
         "twice": dataclasses.replace(PLAIN, steps=2 * PLAIN.steps),
         "accumulated": dataclasses.replace(PLAIN, optimizer=OptimizerConfig(accumulation=4)),
         "checkpointed": dataclasses.replace(PLAIN, gradient_checkpointing=True),
+        "weakened": dataclasses.replace(PLAIN, kept_gain=0.9),
         "probed": dataclasses.replace(PLAIN, probes=25),
         "sampled": dataclasses.replace(PLAIN, samples=SampleConfig(prompts=("a", "b"), every=50)),
     }
@@ -160,6 +161,7 @@ def test_samples_and_probes_cost_time_and_steps_most_of_it():
     assert seconds["twice"] == 2 * seconds["plain"]
     assert seconds["accumulated"] == 4 * seconds["plain"]
     assert seconds["checkpointed"] == 3.6 * 500
+    assert seconds["weakened"] - seconds["plain"] == 7 * 8  # strengths, draws
     assert seconds["probed"] - seconds["plain"] == 26 * 8  # as many draws, and one at the start
     assert seconds["sampled"] - seconds["plain"] == 10 * 2 * 20 * 2  # times, prompts, steps, guided
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from lora2_pack.lora2_core.training.loss_guard import LossGuard
+from lora2_pack.lora2_core.training.losses.guard import LossGuard
 
 torch.set_num_threads(1)
 

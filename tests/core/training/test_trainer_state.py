@@ -221,7 +221,8 @@ def test_a_failure_within_a_step_leaves_all_as_after_the_last_one(
     probes = sum(event.probe is not None for event in first_steps(whole, step - 1))
     first_steps(run, step - 1)
     before = kept(run)
-    run.task.fails_at = 3 * (step - 1) + (probes + 1) * len(run.probes) + 2  # one before step 1
+    measured = (probes + 1) * len(run.fixed_noise.batches)  # once before step 1
+    run.task.fails_at = 3 * (step - 1) + measured + 2
     with pytest.raises(MemoryError):
         next(run.run())
     assert run.step == step - 1

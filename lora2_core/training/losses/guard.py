@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from .out_of_memory import is_out_of_memory
+from ..out_of_memory import is_out_of_memory
 
 _WINDOW = 20  # steps
 _EXPLODED = 5.0  # times the mean of the first window
