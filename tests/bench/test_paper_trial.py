@@ -147,6 +147,9 @@ def test_a_record_is_made_once_and_cuts_meet_their_size(
             "likeness": 2, "place": 2, "object": 2,
         }  # fmt: skip
     assert set(made["balanced"]["ranks"].values()) - {64}
+    learnt = made["balanced"]["learnt"]  # before the file was cut
+    assert learnt.keys() >= made["balanced"]["ranks"].keys()
+    assert sum(learnt.values()) > sum(made["balanced"]["ranks"].values())
     largest, work = works_of(study, "fixed-64", "balanced")
     bench.file(largest).with_suffix(".safetensors").unlink()
     bench.file(work).unlink()

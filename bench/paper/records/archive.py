@@ -15,6 +15,7 @@ from ....tools.tiny_sdxl.evaluation.figures import write_json
 
 Record = dict[str, Any]
 _OWN = ("subject", "method", "seed", "rate")  # settings that tell records apart
+_RANKS = ("ranks", "learnt")  # of the file, and before it was cut to its size: by component
 _ROUNDED = {"seconds": 2, "peak_megabytes": 1, "loss": 5, "mean_rank": 3, "megabytes": 6}
 
 
@@ -22,7 +23,7 @@ def write(folder: Path, file: Path) -> int:
     """Pack all records of a run's folder; returns how many there are."""
     records = [json.loads(one.read_text("utf-8")) for one in files(folder)]
     shared: list[Record] = []
-    names = sorted({key for record in records for key in record.get("ranks", {})})
+    names = sorted({key for record in records for kind in _RANKS for key in record.get(kind, {})})
     lines = [_packed(record, shared, names) for record in records]
     text = [_json({"shared": shared, "components": names}), *map(_json, lines)]
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -72,21 +73,21 @@ def _packed(record: Record, shared: list[Record], names: Iterable[str]) -> Recor
     if settings not in shared:
         shared.append(settings)
     line = {key: record["settings"][key] for key in _OWN} | {"shared": shared.index(settings)}
-    line |= {key: value for key, value in record.items() if key not in ("settings", "ranks")}
+    line |= {key: value for key, value in record.items() if key not in ("settings", *_RANKS)}
     for key, digits in _ROUNDED.items():
         if key in line:
             line[key] = round(line[key], digits)
-    if "ranks" in record:
-        line["ranks"] = [record["ranks"].get(name, 0) for name in names]
+    for kind in (kind for kind in _RANKS if kind in record):
+        line[kind] = [record[kind].get(name, 0) for name in names]
     return line
 
 
 def _unpacked(line: Record, about: Record) -> Record:
     settings = about["shared"][line.pop("shared")] | {key: line.pop(key) for key in _OWN}
     record = {"settings": settings, **line}
-    if "ranks" in record:
-        pairs = zip(about["components"], record["ranks"], strict=True)
-        record["ranks"] = {name: rank for name, rank in pairs if rank}
+    for kind in (kind for kind in _RANKS if kind in record):
+        pairs = zip(about["components"], record[kind], strict=True)
+        record[kind] = {name: rank for name, rank in pairs if rank}
     return record
 
 

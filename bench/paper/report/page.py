@@ -16,7 +16,11 @@ from . import plots, verdict
 
 _DIGITS = 3  # of a score
 _SIGNS = {"holds": "✔", "open": "≈", "fails": "✘"}
-_WORDS = {"holds": "holds", "open": "cannot be told", "fails": "does not hold"}
+_WORDS = {
+    "holds": "better in one score and worse in none",
+    "open": "cannot be told, or a trade of one score for the other",
+    "fails": "worse in one score and better in none",
+}
 _CSS = """
 :root { --ink: #1d232b; --muted: #66717d; --line: #e2e7ec; --best: #c8372d; --page: #fff; }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page);
@@ -33,8 +37,9 @@ th:first-child, td:first-child { text-align: left; position: sticky; left: 0;
 th { font-weight: 600; vertical-align: bottom; white-space: normal; max-width: 84px; }
 td.best { color: var(--best); font-weight: 700; }
 tr.mean td { border-top: 2px solid var(--line); font-weight: 600; }
-ul.verdict { list-style: none; padding: 0; } ul.verdict li { padding: 5px 0 5px 30px;
-  position: relative; } ul.verdict b { position: absolute; left: 2px; font-size: 17px; }
+table.verdict td, table.verdict th { white-space: normal; text-align: left;
+  vertical-align: top; max-width: none; }
+table.verdict td:first-child { max-width: 300px; } table.verdict b { font-size: 16px; }
 .holds b { color: #2b8a3e; } .open b { color: #b7791f; } .fails b { color: var(--best); }
 """
 
@@ -46,10 +51,10 @@ def write(found: Sequence[Result], methods: Mapping[str, Method], about: str, fo
     if not known:
         raise ValueError("there is no record yet: run the benchmark first.")
     folder.mkdir(parents=True, exist_ok=True)
-    said = verdict.claims(found, known)
+    said = verdict.rows(found, known)
     parts = [
         f"<h1>LoRA² against everything else</h1><p class=muted>{html.escape(about)}</p>",
-        _verdict(said),
+        _verdict(found, said),
         _picture(folder, "front.png", "Scores against bytes", _FRONT, found, known, plots.front),
     ]
     if OURS in run and len(known) > 1:
@@ -87,7 +92,7 @@ _FRONT = (
 )
 _PAIRS = (
     "The difference to every other method, subject by subject, and where its mean would lie with "
-    "other subjects of this kind (95 %, bootstrap over subjects). Right of the line LoRA² is ahead."
+    "other subjects of this kind (95 %, Student's t). Right of the line LoRA² is ahead."
 )
 _TERMS = "The paper's table 1, with the budget in ranks; one in bytes holds every file to its size."
 _JUDGES = (
@@ -105,27 +110,45 @@ _MEASURES: tuple[tuple[Value, str], ...] = (
 )
 
 
-def _verdict(said: Sequence[verdict.Claim]) -> str:
-    lines = "".join(
-        f"<li class={claim.verdict}><b title='{_WORDS[claim.verdict]}'>{_SIGNS[claim.verdict]}</b>"
-        f"{html.escape(claim.sentence)}</li>"
-        for claim in said
+def _verdict(found: Sequence[Result], said: Sequence[verdict.Row]) -> str:
+    if not said:
+        return ""
+
+    def cell(told: verdict.Cell | None) -> str:
+        if told is None:
+            return "<td>–</td>"
+        sign = f"<b title='{_WORDS[told.verdict]}'>{_SIGNS[told.verdict]}</b>"
+        return f"<td class={told.verdict}>{sign} {html.escape(told.text)}</td>"
+
+    top = "".join(f"<th>{html.escape(head)}</th>" for head in ("", *verdict.heads(found)))
+    body = "".join(
+        f"<tr><td>{html.escape(row.about)}</td>{''.join(map(cell, row.cells))}</tr>" for row in said
     )
     legend = ", ".join(f"{_SIGNS[one]} {_WORDS[one]}" for one in _SIGNS)
-    told = (
-        "<h2>Verdict</h2><p class=muted>Of LoRA² balanced, the default. "
-        f"{legend}; intervals are 95 % over subjects.</p>"
+    return (
+        f"<h2>Verdict</h2><p class=muted>LoRA² balanced beside others. {legend}; in brackets 95 % "
+        f"intervals over subjects.</p><div class=wide><table class=verdict><tr>{top}</tr>{body}"
+        "</table></div>"
     )
-    return f"{told}<ul class=verdict>{lines}</ul>" if said else ""
 
 
 def markdown(found: Sequence[Result], methods: Mapping[str, Method]) -> str:
     """The verdict as a table for a README."""
-    said = verdict.claims(found, methods)
+    said = verdict.rows(found, methods)
     if not said:
         return f"No verdict: that takes records of {OURS} and of a fixed rank.\n"
-    lines = [f"| {_SIGNS[claim.verdict]} | {claim.sentence} |" for claim in said]
-    return "\n".join([f"| | {verdict.extent(found)} |", "| --- | --- |", *lines]) + "\n"
+    top = " | ".join(["| balanced beside …", *verdict.heads(found)]) + " |"
+    lines = [
+        " | ".join([f"| {row.about}", *("–" if one is None else _told(one) for one in row.cells)])
+        + " |"
+        for row in said
+    ]
+    rule = "| --- " * (1 + len(verdict.heads(found))) + "|"
+    return "\n".join([top, rule, *lines]) + "\n"
+
+
+def _told(cell: verdict.Cell) -> str:
+    return f"{_SIGNS[cell.verdict]} {cell.text}"
 
 
 def _picture(

@@ -1,9 +1,11 @@
-"""What the numbers say, in plain sentences, also where we lose.
+"""What the numbers say, also where we lose: a row a comparison, drawings and photographs apart.
 
-Every sentence has a verdict by one rule, on the mean over subjects and its 95 % interval:
-"beats" holds when the interval is above zero; "no worse" when the mean is, or when the interval
-lies above a hair's breadth below zero. An interval wholly on the wrong side fails; all else is
-open. Beside another method likeness and prompt score both count: one won and one lost is open.
+Every gap is taken subject by subject, over the seeds that both methods have, and has a 95 %
+interval by Student's t over subjects. A score is *better* where the interval is above zero,
+*worse* where it is below, and else *level*. Of two scores one better and none worse holds, one
+worse and none better fails; one of each is a trade, and none of either cannot be told: both are
+open. Means of the two kinds of subjects are never taken together: how many there are of each is
+an accident.
 """
 
 from __future__ import annotations
@@ -18,79 +20,128 @@ from ..records import results
 from ..records.results import Interval, Point, Result, Value, likeness, prompt
 
 Verdict = Literal["holds", "open", "fails"]
-HAIR = 0.01  # of a score: closer is a tie
-SHARE_KEPT = 0.97  # of the largest rank's likeness, at a seventh of its bytes
+_RANK_MATTERS = "fixed-2"  # has to be worse than the largest, or ranks cannot be told apart here
 
 
 @dataclass(frozen=True)
-class Claim:
-    """A sentence with its numbers."""
+class Cell:
+    """One comparison on one kind of subjects."""
 
     verdict: Verdict
-    sentence: str
+    text: str
 
 
-def claims(found: Sequence[Result], methods: Mapping[str, Method]) -> list[Claim]:
+@dataclass(frozen=True)
+class Row:
+    """One comparison; a cell of each kind, None where it was not made."""
+
+    about: str
+    cells: tuple[Cell | None, ...]
+
+
+def kinds_of(found: Sequence[Result]) -> dict[str, list[Result]]:
+    """The results by kind of subject, in the order of columns; one where there is one."""
+    drawn = [one for one in found if one.thing is not None]
+    photographs = [one for one in found if one.thing is None]
+    if not drawn or not photographs:
+        return {"subjects": list(found)}
+    return {"drawn subjects": drawn, "photographs": photographs}
+
+
+def heads(found: Sequence[Result]) -> list[str]:
+    """Of the columns: what the numbers of each kind rest on."""
+    told: list[str] = []
+    for kind, group in kinds_of(found).items():
+        ours = [one for one in group if one.method == OURS]
+        subjects, seeds = len({one.subject for one in ours}), len({one.seed for one in ours})
+        told.append(f"{subjects} {kind}, {seeds} seed{'s' * (seeds != 1)} each")
+    return told
+
+
+def rows(found: Sequence[Result], methods: Mapping[str, Method]) -> list[Row]:
     """All that can be said of these results; what lacks a method is left out."""
     run = {one.method for one in found}
-    every = results.complete(found, methods, OURS)
-    fixed = [name for name in every if methods[name].mode == "fixed"]
+    fixed = [name for name in methods if name in run and methods[name].mode == "fixed"]
     if OURS not in run or not fixed:
         return []
-    said = [*_front(found, fixed), *_largest(found, fixed[-1], methods)]
+    groups = list(kinds_of(found).values())
+    said = [_front(groups, fixed), _against(found, groups, fixed[-1], OURS, methods)]
     for name, method in methods.items():
         if name in run and (method.rival or name == IN_RANKS):
-            said.append(_against(found, name, method, must_beat=name == "adalora"))
+            said.append(_against(found, groups, name, OURS, methods))
             if SMALLER in run and name == methods[SMALLER].to:
-                said.append(_at_its_bytes(found, name, method))
-                said += _by_kind(found, name, SMALLER, method.label)
-    return said + _ablation(found) + _ranks(found, methods)
+                said.append(_against(found, groups, name, SMALLER, methods))
+    said += [*_ablation(groups), _ranks_follow(groups)]
+    if _RANK_MATTERS in fixed[:-1]:
+        said.append(_ranks_matter(groups, fixed[-1], methods))
+    return [row for row in said if any(row.cells)]
 
 
-def beats(gap: Interval) -> Verdict:
-    return "holds" if gap.low > 0 else "fails" if gap.high < 0 else "open"
+def way(gap: Interval) -> Literal["better", "worse", "level"]:
+    return "better" if gap.low > 0 else "worse" if gap.high < 0 else "level"
 
 
-def no_worse(gap: Interval) -> Verdict:
-    if gap.mean >= 0 or gap.low > -HAIR:
-        return "holds"
-    return "fails" if gap.high < 0 else "open"
-
-
-def both(likeness: Verdict, prompt: Verdict) -> Verdict:
-    """Of two scores that a method may trade for each other."""
-    if {likeness, prompt} == {"holds", "fails"}:
+def judged(*gaps: Interval | None) -> Verdict:
+    """Of scores that a method may trade for each other; None of one that nobody took."""
+    ways = {way(gap) for gap in gaps if gap is not None}
+    if {"better", "worse"} <= ways:
         return "open"
-    return next(one for one in ("fails", "open", "holds") if one in (likeness, prompt))
+    return "fails" if "worse" in ways else "holds" if "better" in ways else "open"
 
 
-def extent(found: Sequence[Result]) -> str:
-    """What the sentences rest on."""
-    ours = [one for one in found if one.method == OURS]
-    subjects, seeds = ({one.subject for one in ours}, {one.seed for one in ours})
-    return f"{len(subjects)} subjects, seeds of each: {len(seeds)}"
+def _cell(liked: Interval | None, asked: Interval | None, more: str = "") -> Cell | None:
+    if liked is None:
+        return None
+    text = f"likeness {signed(liked)}"
+    if asked is not None:
+        text += f", prompt {signed(asked)}"
+    trade = {"better", "worse"} <= {way(gap) for gap in (liked, asked) if gap is not None}
+    return Cell(judged(liked, asked), text + "; a trade" * trade + more)
 
 
-def _front(found: Sequence[Result], fixed: Sequence[str]) -> list[Claim]:
-    said: list[Claim] = []
-    for value, what in ((likeness, "likeness"), (prompt, "prompt score")):
-        gap = above_front(found, fixed, value)
-        if gap is not None:
-            sentence = f"Beside fixed ranks of the same bytes its {what} is {signed(gap)}."
-            said.append(Claim(no_worse(gap), sentence))
-    ours, *others = results.points(found, [OURS, *fixed])
-    better = [one.method for one in others if _dominates(one, ours)]
-    sentence = (
-        f"No fixed rank is as small, as like and as obedient at once ({OURS}: {_of(ours)})."
-        if not better
-        else f"{', '.join(better)} is as small, as like and as obedient at once."
-    )
-    return [*said, Claim("fails" if better else "holds", sentence)]
+def _against(
+    found: Sequence[Result],
+    groups: Sequence[Sequence[Result]],
+    name: str,
+    ours: str,
+    methods: Mapping[str, Method],
+) -> Row:
+    """``ours`` beside another method."""
+    (point,) = results.points(found, [name])
+    cut = ", ours cut to its bytes" if ours == SMALLER else ""
+    about = f"{methods[name].label} ({point.nbytes / 1e6:.2f} MB{_memory(found, name)}{cut})"
+    cells: list[Cell | None] = []
+    for group in groups:
+        liked, asked = (results.paired(group, name, ours, one) for one in (likeness, prompt))
+        cells.append(_cell(liked, asked, _fewer(group, name, ours)))
+    return Row(about, tuple(cells))
 
 
-def _dominates(one: Point, other: Point) -> bool:
-    prompts = one.prompt is None or other.prompt is None or one.prompt >= other.prompt
-    return one.nbytes <= other.nbytes and one.likeness >= other.likeness and prompts
+def _fewer(group: Sequence[Result], name: str, ours: str) -> str:
+    """Said where fewer seeds or subjects are shared than there are of ours."""
+    shared = results.shared_runs(group, name, ours)
+    mine = {(one.subject, one.seed) for one in group if one.method == ours}
+    subjects = [len({subject for subject, _ in runs}) for runs in (shared, mine)]
+    seeds = [len({seed for _, seed in runs}) for runs in (shared, mine)]
+    told = f"; {subjects[0]} subjects" if subjects[0] < subjects[1] else ""
+    return told + (f"; {seeds[0]} seed{'s' * (seeds[0] != 1)}" if seeds[0] < seeds[1] else "")
+
+
+def _memory(found: Sequence[Result], name: str) -> str:
+    """How much more or less the training took than ours, where both were measured."""
+    sizes = [results.by_subject(found, one, lambda run: run.peak_megabytes) for one in (name, OURS)]
+    shared = [subject for subject in sizes[0] if sizes[1].get(subject, 0) > 0]
+    if not shared:
+        return ""
+    theirs, ours = (statistics.fmean(table[subject] for subject in shared) for table in sizes)
+    return f", {theirs / ours:.2f} × the memory to train"
+
+
+def _front(groups: Sequence[Sequence[Result]], fixed: Sequence[str]) -> Row:
+    cells = [
+        _cell(*(above_front(group, fixed, one) for one in (likeness, prompt))) for group in groups
+    ]
+    return Row("LoRA of one rank in the same bytes, between two ranks by proportion", tuple(cells))
 
 
 def above_front(found: Sequence[Result], fixed: Sequence[str], value: Value) -> Interval | None:
@@ -111,145 +162,64 @@ def above_front(found: Sequence[Result], fixed: Sequence[str], value: Value) -> 
         reached = results.front_at(front, mean(sizes[OURS]), lambda point: point.likeness)
         return mean(tables[OURS]) - reached
 
-    return results.bootstrap(subjects, gap)
+    return results.jackknife(subjects, gap)
 
 
-def _largest(found: Sequence[Result], largest: str, methods: Mapping[str, Method]) -> list[Claim]:
-    ours, other = results.points(found, [OURS, largest])
-    tables = [results.by_subject(found, name, likeness) for name in (OURS, largest)]
-    subjects = [one for one in tables[0] if one in tables[1]]
-    if not subjects:
-        return []
-
-    def share(chosen: Sequence[str]) -> float:
-        sums = [sum(table[subject] for subject in chosen) for table in tables]
-        return sums[0] / sums[1]
-
-    kept = results.bootstrap(subjects, share)
-    label = methods[largest].label
-    sentence = (
-        f"At 1/{other.nbytes / ours.nbytes:.1f} of the bytes of {label} it keeps "
-        f"{kept.mean:.1%} of its likeness ({kept.low:.1%} to {kept.high:.1%}; "
-        f"asked for: {SHARE_KEPT:.0%})."
-    )
-    ok = kept.mean >= SHARE_KEPT
-    said = [Claim("holds" if ok else "fails" if kept.high < SHARE_KEPT else "open", sentence)]
-    gap = results.paired(found, largest, OURS, prompt)
-    if gap is not None:
-        said.append(Claim(no_worse(gap), f"Its prompt score beside {label} is {signed(gap)}."))
-    return said + _by_kind(found, largest, OURS, label)
-
-
-def _by_kind(found: Sequence[Result], name: str, ours: str, label: str) -> list[Claim]:
-    """The same of drawn subjects and of photographs alone: a base of drawings knows one kind."""
-    kinds = {
-        "drawn subjects": [one for one in found if one.thing is not None],
-        "photographs": [one for one in found if one.thing is None],
-    }
-    shared = {
-        kind: results.by_subject(group, ours, likeness).keys()
-        & results.by_subject(group, name, likeness).keys()
-        for kind, group in kinds.items()
-    }
-    if not all(shared.values()):  # of one kind, or of the other not yet
-        return []
-    sized = ", cut to its bytes" if ours == SMALLER else ""
-    said: list[Claim] = []
-    for kind, group in kinds.items():
-        gap, asked, told = _gaps(group, name, ours)
-        sentence = f"On the {len(shared[kind])} {kind} alone, beside {label}{sized}, {told}."
-        said.append(Claim(both(no_worse(gap), asked), sentence))
-    return said
-
-
-def _against(found: Sequence[Result], name: str, method: Method, must_beat: bool) -> Claim:
-    gap, asked, told = _gaps(found, name, OURS)
-    about = _of(*results.points(found, [name])) + _memory(found, name)
-    told = f"Beside {method.label} ({about}) {told}"
-    if not results.complete(found, [name], OURS):
-        told += f"; on {len(results.by_subject(found, name, likeness))} subjects only"
-    told += _fewer_seeds(found, name)
-    return Claim(both(beats(gap) if must_beat else no_worse(gap), asked), f"{told}.")
-
-
-def _fewer_seeds(found: Sequence[Result], name: str) -> str:
-    """Said where a method was run with fewer seeds than ours."""
-    theirs, ours = (len({one.seed for one in found if one.method == who}) for who in (name, OURS))
-    return f"; seeds of it: {theirs}" if theirs < ours else ""
-
-
-def _memory(found: Sequence[Result], name: str) -> str:
-    """How much more or less the training took than ours, where both were measured."""
-    sizes = [results.by_subject(found, one, lambda run: run.peak_megabytes) for one in (name, OURS)]
-    shared = [subject for subject in sizes[0] if sizes[1].get(subject, 0) > 0]
-    if not shared:
-        return ""
-    theirs, ours = (statistics.fmean(table[subject] for subject in shared) for table in sizes)
-    return f", {theirs / ours:.2f} times the memory to train"
-
-
-def _at_its_bytes(found: Sequence[Result], name: str, method: Method) -> Claim:
-    gap, asked, told = _gaps(found, name, SMALLER)
-    (point,) = results.points(found, [SMALLER])
-    sentence = f"Cut to the bytes of {method.label} ({_of(point)}) {told}."
-    return Claim(both(beats(gap), asked), sentence)
-
-
-def _gaps(found: Sequence[Result], name: str, ours: str) -> tuple[Interval, Verdict, str]:
-    """By how much ``ours`` is above a method in likeness; whether its prompt score is no worse;
-    both in words."""
-    gap, asked = (results.paired(found, name, ours, value) for value in (likeness, prompt))
-    assert gap is not None, "both were run on the same subjects"
-    told = f"its likeness is {signed(gap)}"
-    if asked is None:
-        return gap, "holds", told
-    return gap, no_worse(asked), f"{told}, its prompt score {signed(asked)}"
-
-
-def _ablation(found: Sequence[Result]) -> list[Claim]:
+def _ablation(groups: Sequence[Sequence[Result]]) -> list[Row]:
     """Table 1, of the budget in ranks: one in bytes would hold the file where it is."""
-    said: list[Claim] = []
-    growth = results.paired(found, IN_RANKS, "balanced-no-rank", lambda one: one.nbytes)
-    if growth is not None:
-        sizes = [point.nbytes for point in results.points(found, [IN_RANKS, "balanced-no-rank"])]
-        sentence = (
-            f"Without the rank term the file takes {sizes[1] / sizes[0]:.2f} times the bytes "
-            f"(the paper: it grows{_fewer_seeds(found, 'balanced-no-rank')})."
-        )
-        said.append(Claim(beats(growth), sentence))
-    gap = results.paired(found, "balanced-no-entropy", IN_RANKS, prompt)
-    if gap is not None:
-        sentence = (
-            f"With the entropy term the prompt score is {signed(gap, 4)} beside without "
-            f"(the paper: higher{_fewer_seeds(found, 'balanced-no-entropy')})."
-        )
-        said.append(Claim(beats(gap), sentence))
-    return said
+    sized: list[Cell | None] = []
+    obeyed: list[Cell | None] = []
+    for group in groups:
+        grown = results.paired(group, IN_RANKS, "balanced-no-rank", lambda one: one.nbytes)
+        gap = results.paired(group, "balanced-no-entropy", IN_RANKS, prompt)
+        text = f"{grown.mean / 1e6:+.2f} MB ({_range(grown, 1e6, 2)})" if grown else ""
+        sized.append(Cell(judged(grown), text) if grown else None)
+        obeyed.append(Cell(judged(gap), f"prompt {signed(gap, 4)}") if gap else None)
+    return [
+        Row("Without the rank term files grow (the paper: they do)", tuple(sized)),
+        Row("With the entropy term prompts are obeyed better (the paper: they are)", tuple(obeyed)),
+    ]
 
 
-def _ranks(found: Sequence[Result], methods: Mapping[str, Method]) -> list[Claim]:
-    said: list[Claim] = []
-    for name in (OURS, IN_RANKS):
-        test = results.rank_test(found, name)
+def _ranks_follow(groups: Sequence[Sequence[Result]]) -> Row:
+    """Whether learnt ranks are those of a subject."""
+    cells: list[Cell | None] = []
+    for group in groups:
+        test = results.rank_test(group, OURS)
         if test is None:
+            cells.append(None)
             continue
-        whose = "" if name == OURS else f" of {methods[name].label}"
-        sentence = (
-            f"Learnt ranks{whose} of two subjects lie {test.between:.3f} octaves apart, those of "
-            f"two seeds of a subject {test.within:.3f} (chance: p = {test.chance:.3f})."
-        )
-        further = test.between > test.within
-        verdict = "holds" if further and test.chance < 0.05 else "open" if further else "fails"
-        said.append(Claim(verdict, sentence))
-    return said
+        far = test.between > test.within
+        told: Verdict = "holds" if far and test.chance < 0.05 else "open" if far else "fails"
+        text = f"{test.between:.3f} and {test.within:.3f} octaves (chance: p = {test.chance:.3f})"
+        cells.append(Cell(told, text))
+    about = "Learnt ranks of two subjects lie farther apart than those of two seeds of one"
+    return Row(about, tuple(cells))
 
 
-def _of(point: Point) -> str:
-    told = f"{point.nbytes / 1e6:.2f} MB, likeness {point.likeness:.3f}"
-    return told + (f", prompt {point.prompt:.3f}" if point.prompt is not None else "")
+def _ranks_matter(
+    groups: Sequence[Sequence[Result]], largest: str, methods: Mapping[str, Method]
+) -> Row:
+    """Whether the bench can tell ranks apart at all."""
+    cells: list[Cell | None] = []
+    for group in groups:
+        gap = results.paired(group, _RANK_MATTERS, largest, likeness)
+        if gap is None:
+            cells.append(None)
+            continue
+        told: Verdict = "holds" if way(gap) == "better" else "fails"
+        cells.append(Cell(told, f"likeness {signed(gap)}"))
+    names = methods[largest].label, methods[_RANK_MATTERS].label
+    return Row(
+        f"Ranks can be told apart: {names[0]} is nearer to the subject than {names[1]}",
+        tuple(cells),
+    )
 
 
 def signed(gap: Interval, digits: int = 3) -> str:
-    """``0.012 higher (-0.004 to 0.030)``."""
-    way = "higher" if gap.mean >= 0 else "lower"
-    return f"{abs(gap.mean):.{digits}f} {way} ({gap.low:+.{digits}f} to {gap.high:+.{digits}f})"
+    """``+0.012 (-0.004 to +0.030)``."""
+    return f"{gap.mean:+.{digits}f} ({_range(gap, 1, digits)})"
+
+
+def _range(gap: Interval, unit: float, digits: int) -> str:
+    return f"{gap.low / unit:+.{digits}f} to {gap.high / unit:+.{digits}f}"

@@ -5,18 +5,18 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ....lora2_core import lora_file
 from ....lora2_core.config.train import TrainConfig
+from ....lora2_core.files.encode import kohya_key
 from ....lora2_core.files.metadata import describe_run
 from ....lora2_core.training import trainer
 from ....tools.tiny_sdxl.evaluation.parts import Parts
 from ....tools.tiny_sdxl.world.subjects import View
 
 
-def train(
-    parts: Parts, photos: Sequence[View], config: TrainConfig, file: Path
-) -> dict[str, float]:
+def train(parts: Parts, photos: Sequence[View], config: TrainConfig, file: Path) -> dict[str, Any]:
     """Train on pictures and their captions, write the LoRA, and return what it took."""
     setup = parts.prepared(photos, config)
     events = list(trainer.train(setup.network, setup.task, setup.config, setup.entropy))
@@ -36,6 +36,8 @@ def train(
     return {
         "loss": statistics.fmean(event.loss for event in last),  # of the last fifth
         "mean_rank": events[-1].mean_rank,
+        # Before a decomposition cuts the file to its size: those are not what was learnt.
+        "learnt": {kohya_key(one.name, one.root): one.rank for one in components},
         "megabytes": file.stat().st_size / 1e6,
         "seconds": sum(event.seconds for event in events),
     }
