@@ -66,7 +66,7 @@ class RankConfig:
             "mode": "paper",
             "target_rank": 1.0,
             "start": "maximum",
-            "rank_weight": 1e-3,
+            "rank_weight": 1e-4,  # λ_r of section 4
             "controller_gain": 0.0,
             "freeze_fraction": 0.0,
             "growth": "random",
