@@ -253,6 +253,15 @@ def test_the_readme_says_what_the_records_say():
     )
 
 
+def test_the_page_on_the_method_has_the_table_of_strengths_as_measured():
+    known = sweep.variants(METHODS[methods.IN_RANKS])
+    told = sweep.table(results.read(RECORDS.with_name("strength.jsonl")), known)
+    assert told in (ROOT / "docs" / "method.md").read_text("utf-8")
+    rows = {row.split(" | ")[0].strip("| "): row.split(" | ") for row in told.splitlines()}
+    kept, whole = rows["gain kept 0.96"], rows["as it is"]
+    assert kept[2] == "-0.002" and round(float(kept[4]) - float(whole[4]), 3) in (0.052, 0.053)
+
+
 # --- by other code --------------------------------------------------------------------------------
 
 

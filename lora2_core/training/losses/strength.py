@@ -12,7 +12,6 @@ from collections.abc import Mapping
 
 # At which the loss is measured: none, all, and those between which the answer lies.
 STRENGTHS = (0.0, 0.4, 0.55, 0.7, 0.8, 0.9, 1.0)
-_STEP = 0.01  # of what is told and saved
 
 
 def least_strength(losses: Mapping[float, float], share: float) -> float:
@@ -32,5 +31,5 @@ def least_strength(losses: Mapping[float, float], share: float) -> float:
     for (low, less), (high, more) in itertools.pairwise(points):
         if more >= wanted:
             found = high if less >= wanted else low + (high - low) * (wanted - less) / (more - less)
-            return min(1.0, math.ceil(found / _STEP - 1e-9) * _STEP)
+            return min(1.0, round(math.ceil(100 * found - 1e-7) / 100, 2))
     return 1.0
