@@ -27,7 +27,14 @@ from ..files.header import (
 )
 from ..files.keys import counted
 from ..files.kohya_names import changed_twice
-from ..files.metadata import headline, is_ours, newer_version, scales_by_root, understood_metadata
+from ..files.metadata import (
+    STRENGTH,
+    headline,
+    is_ours,
+    newer_version,
+    scales_by_root,
+    understood_metadata,
+)
 from ..files.model_family import Family, guess_family
 from ..files.read import (
     Beside,
@@ -100,7 +107,11 @@ class FileReport:
     def alpha(self) -> str:
         """What the header tells of it; the numbers themselves are tensors."""
         if is_ours(self.metadata):
-            return "1 in every component, so that strength 1 is as trained"
+            told = "1 in every component, so that strength 1 is as "
+            kept = _strength(self.metadata.get(STRENGTH, ""))
+            if kept is None:
+                return f"{told}trained"
+            return f"{told}saved: {kept:g} of what was trained, all of which {1 / kept:.2f} is"
         if self.told_alphas:
             each = ", ".join(f"{alpha:.4g}" for alpha in self.told_alphas)
             if scales_by_root(self.metadata):
@@ -336,3 +347,12 @@ def side_by_side(reports: Sequence[FileReport]) -> str:
 
 def _one_line(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in text[:_LINE]).strip()
+
+
+def _strength(text: str) -> float | None:
+    """What a file says of the strength at which it was saved; None where it is all or no number."""
+    try:
+        number = float(text[:20])
+    except ValueError:
+        return None
+    return number if 0 < number < 1 else None

@@ -14,6 +14,8 @@ from lora2_pack.lora2_core import lora_file
 from lora2_pack.lora2_core.config.ranks import RankConfig
 from lora2_pack.lora2_core.config.train import OptimizerConfig, TrainConfig
 from lora2_pack.lora2_core.files.metadata import STRENGTH, deciding, headline
+from lora2_pack.lora2_core.files.model_family import guess_family
+from lora2_pack.lora2_core.reports.inspector import FileReport
 from lora2_pack.lora2_core.training.losses.fixed_noise import FixedNoise
 from lora2_pack.lora2_core.training.losses.strength import STRENGTHS, least_strength
 from lora2_pack.tests.core import toy, toy_job
@@ -198,3 +200,16 @@ def test_no_accident_there_costs_the_lora(
     job = _run(tmp_path / "run", kept_gain=0.8)
     assert job.progress.state == "finished" and STRENGTH not in lora_file.load(job.path).metadata
     assert any("saved at its full strength" in line for line in job.progress.log)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("0.8", "as saved: 0.8 of what was trained, all of which 1.25 is"),
+        *((text, "as trained") for text in ("", "1", "0", "-1", "nan", "inf", "x" * 9999)),
+    ],
+)
+def test_an_inspection_says_what_strength_1_is(text: str, told: str):
+    metadata = {"lora2.format_version": "1", STRENGTH: text}
+    report = FileReport("a.safetensors", 0, (), metadata, guess_family({}, metadata))
+    assert report.alpha == f"1 in every component, so that strength 1 is {told}"
