@@ -10,6 +10,7 @@ an accident.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -222,4 +223,6 @@ def signed(gap: Interval, digits: int = 3) -> str:
 
 
 def _range(gap: Interval, unit: float, digits: int) -> str:
+    if math.isinf(gap.low):
+        return "one subject"
     return f"{gap.low / unit:+.{digits}f} to {gap.high / unit:+.{digits}f}"
