@@ -19,7 +19,6 @@ from .common import CATEGORY
 from .widgets import options as widgets
 from .widgets.sockets import OptionsSocket
 
-_SWITCHES = ("gradient_checkpointing", "block_swap")
 _SWITCH = {AUTO: None, "on": True, "off": False}
 
 

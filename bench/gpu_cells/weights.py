@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...lora2_core.adapters.swapping import BlockSwap
 from ...lora2_core.comfy_host.checkpointing import blocks_of
-from ...lora2_core.comfy_host.models import DTYPES, keep_in_eight_bits
+from ...lora2_core.comfy_host.models import DTYPES, keep_in_eight_bits, put_in_place
 from ...lora2_core.config.train import TrainConfig
 from ...lora2_core.data.samples import Sample, Text
 from ...lora2_core.training.denoising import CachedTexts, DenoisingTask
@@ -71,13 +70,10 @@ class Frozen:
     def base_kept(self, config: TrainConfig) -> Any:
         """A BaseModel with weights of its own, kept as ``config`` says."""
         base = self.base(torch.device("cpu"))
-        unet = base.diffusion_model
         if config.frozen_weights == "fp8":
             keep_in_eight_bits(base)
-        if config.block_swap is True:
-            BlockSwap(blocks_of(unet), self.device).move(unet)
-        else:
-            unet.to(self.device)
+        waiting = blocks_of(base.diffusion_model) if config.block_swap is True else ()
+        put_in_place(base, self.device, waiting)
         return base
 
     def base(self, device: torch.device | None = None) -> Any:

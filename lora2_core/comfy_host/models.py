@@ -72,7 +72,7 @@ def private_copy(model: ModelPatcher, precision: str = "auto") -> comfy.model_ba
     """
     private = copy_in_ram(model, precision)
     make_room(model)
-    put_in_place(private, model)
+    put_in_place(private, model.load_device)
     return private
 
 
@@ -106,12 +106,12 @@ def make_room(model: ModelPatcher) -> None:
 
 def put_in_place(
     private: comfy.model_base.BaseModel,
-    model: ModelPatcher,
+    device: torch.device,
     in_ram: Sequence[nn.Module] = (),
 ) -> BlockSwap | None:
-    """Move a copy of ``model`` to where it is trained; what of the blocks ``in_ram`` does not learn
-    comes when it is used."""
-    unet, device = private.diffusion_model, model.load_device
+    """Move a copy to the ``device`` where it is trained; what of the blocks ``in_ram`` does not
+    learn comes when it is used."""
+    unet = private.diffusion_model
     if not in_ram:
         unet.to(device)
         return None

@@ -140,7 +140,7 @@ def _put_in_place(plan: TrainingPlan) -> BlockSwap | None:
     waiting = blocks_of(plan.private.diffusion_model) if _swaps(plan) else ()
     if plan.live is not None:  # there is room by now, and what is free has been looked at
         plan.live.move_to(plan.live.load_device)
-    return put_in_place(plan.private, plan.model, waiting)
+    return put_in_place(plan.private, plan.model.load_device, waiting)
 
 
 def _swaps(plan: TrainingPlan) -> bool:

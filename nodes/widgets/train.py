@@ -219,11 +219,12 @@ def _preset() -> io.WidgetInput:
         tooltip=(
             "Sets what it names, whatever the widgets say. paper: mode, steps, learning_rate, "
             "schedule, target_rank, target_megabytes, max_rank, batch_size, resolution, precision, "
-            "targets and entropy_weight, as published (SDXL in about 14 GB). 12 GB, 8 GB and 6 GB, "
-            "for SDXL on such a card: mode balanced, batch_size 1, resolution 1024 or 768, "
-            "precision and targets as they are by default; 6 GB keeps frozen weights in fp8, too. "
-            "All of them: gradient checkpointing, and 8-bit Adam (package bitsandbytes; without it "
-            "AdamW, in more memory)."
+            "targets and entropy_weight, as published (SDXL in about 14 GB). 12 GB, 8 GB, 6 GB and "
+            "4 GB, for SDXL on such a card: mode balanced, batch_size 1, resolution 1024 or 768, "
+            "precision and targets as they are by default; 6 GB and 4 GB keep frozen weights in "
+            "fp8, and 4 GB those of transformer blocks in RAM. All of them: "
+            "gradient checkpointing, and 8-bit Adam (package bitsandbytes; without it AdamW, in "
+            "more memory)."
         ),
     )
 
