@@ -28,7 +28,7 @@ from .records import archive, results
 from .report import page
 from .runs import sweep, tuning, working
 from .runs.trial import Bench, Work
-from .subjects import demo, dreambooth, table_a1
+from .subjects import demo, dreambooth, table_a1, tasks
 from .subjects.study import Study
 
 _START = Path(__file__).parent / "__main__.py"
@@ -94,7 +94,9 @@ def _report(bench: Bench, found: Sequence[results.Result], wanted: int) -> None:
         f" a subject, {much.pictures} picture(s) of each; {len(found)} of {wanted} records."
     )
     written = page.write(found, bench.methods, about, bench.folder / "report")
-    print(f"{written}\n\n{page.markdown(found, bench.methods)}", flush=True)
+    print(written, flush=True)
+    for title, some in page.views(found).items():
+        print(f"\n{title}\n\n{page.markdown(some, bench.methods)}", flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -104,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--base", default="demo", help=known)
     parser.add_argument("--dino", default=vision.DINO, help="of a checkpoint: a folder or a name")
     parser.add_argument("--clip", default=vision.CLIP, help="of a checkpoint: a folder or a name")
+    parser.add_argument("--task", choices=tasks.TASKS, default=tasks.ONE, help="of the demo base")
     subjects_are = "of a checkpoint: the DreamBooth data set's folder"
     parser.add_argument("--subjects", type=Path, help=subjects_are)
     parser.add_argument("--dry", action="store_true", help="a few steps with seeded weights")
@@ -154,11 +157,13 @@ class Asked:
 def _asked(options: argparse.Namespace) -> Asked:
     """The bench, and which subjects, methods and seeds it is asked for."""
     base = _base(options)
-    much, known, seeds = base.plan, methods.methods_for(base.width), options.seeds
+    several = tasks.size_of(options.task) > 1
+    much = base.plan if options.task == tasks.ONE else tasks.plan_of(options.task)
+    known, seeds = methods.methods_for(base.width, several), options.seeds
     able, what = list(known), "method"
     if options.tune:
         able, what = tuning.tried(known), "method that is tuned"
-        much = replace(base.plan, pictures=plan.TUNING_PICTURES)
+        much = much if several else replace(much, pictures=plan.TUNING_PICTURES)
     elif options.sweep:
         much, known, what = plan.SWEEP, sweep.variants(known[methods.IN_RANKS]), "variant"
         able = list(known)
@@ -169,10 +174,12 @@ def _asked(options: argparse.Namespace) -> Asked:
     names = _chosen(options.methods, able, what)
     wanted = _chosen(options.only, [study.name for study in studies], "subject")
     studies = [study for study in studies if study.name in wanted]
-    rates = tuning.rates(base, known)
+    tuned_as = f"{base.name}, several" if several else base.name
+    rates = tuning.rates(base, tuned_as, known)
     if options.rate:
-        rates = {name: float(options.rate) for name in rates}
-    bench = Bench(base, options.out, much, known, rates)
+        # What others need is made at its own rate.
+        rates = {name: options.rate if name in names else rate for name, rate in rates.items()}
+    bench = Bench(base, options.out, much, known, rates, tuned_as)
     return Asked(bench, studies, {name: known[name] for name in names}, seeds)
 
 
@@ -194,6 +201,8 @@ def _base(options: argparse.Namespace) -> Base:
 
 def _studies(options: argparse.Namespace, prompts: int) -> list[Study]:
     if options.base != "demo":
+        if options.task != tasks.ONE:
+            sys.exit("Only the demo base has tasks of its own; leave --task out.")
         folder = options.subjects
         if options.dry and folder is None:
             folder = seeded.photographs(options.out / "seeded" / "photographs")
@@ -205,10 +214,10 @@ def _studies(options: argparse.Namespace, prompts: int) -> list[Study]:
     if options.subjects is not None:
         sys.exit("The demo base brings subjects of its own; leave --subjects out.")
     if options.tune:
-        return demo.for_tuning(prompts)
+        return tasks.for_tuning(options.task, prompts)
     if options.sweep:
         return demo.for_sweep(prompts)
-    return demo.tested(prompts)[: 3 if options.quick else None]
+    return tasks.tested(options.task, prompts)[: 3 if options.quick else None]
 
 
 def _chosen(wanted: str, known: Sequence[str], what: str) -> list[str]:

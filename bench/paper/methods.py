@@ -14,6 +14,8 @@ OWN = "own"  # the subject itself, as the autoencoder gives it back
 OURS = "balanced"
 IN_RANKS = "balanced-in-ranks"  # the same without an SVD: what terms are left out of
 SMALLER = "balanced-cut"  # in fewer bytes, where a rival's file has those
+KEPT = "-kept"  # after a method's name: at the strength that keeps most of what it gained
+GAIN = 0.96  # the share that is kept, as `balanced` has it in the node
 SHARE = 7  # of the largest rank's bytes this part is what files are to fit into
 
 
@@ -29,6 +31,7 @@ class Method:
     of: str = ""  # a cut: of which method's file
     to: str = ""  # to the bytes of which other's file
     part: int = 1  # to this part of them
+    gives: str = ""  # "frozen": ranks of another's run, `of`; "gradient": from its spectrum
     strength: float = 1.0  # or the whole of it at this strength,
     kept: float = 1.0  # or at the smallest that keeps this share of its gain on fixed noise
 
@@ -42,9 +45,15 @@ class Method:
         return self.kind == "ours" and self.mode != "fixed" and not self.to
 
     @property
+    def plain(self) -> bool:
+        """A LoRA of one rank everywhere."""
+        return self.kind == "ours" and self.mode == "fixed" and not self.gives
+
+    @property
     def rival(self) -> bool:
         """Somebody else's way, or the paper's own."""
-        return self.kind == "peft" or self.mode == "paper" or self.of.startswith("fixed-")
+        theirs = self.kind == "peft" or self.mode == "paper" or self.of.startswith("fixed-")
+        return theirs or bool(self.gives)
 
 
 def fixed_ranks(width: int) -> tuple[int, ...]:
@@ -58,8 +67,9 @@ def round_log2(value: float) -> int:
     return max(0, round(math.log2(value)))
 
 
-def methods_for(width: int) -> dict[str, Method]:
-    """Every method by its name, in the order of a table."""
+def methods_for(width: int, several: bool = False) -> dict[str, Method]:
+    """Every method by its name, in the order of a table; ``several``: where rank matters, those
+    too that are about where ranks go."""
     ranks = fixed_ranks(width)
     target = max(1, round(ranks[-1] / SHARE))
     own = {"target_rank": float(target)}
@@ -91,7 +101,32 @@ def methods_for(width: int) -> dict[str, Method]:
         ),
         "dora": Method("DoRA (PEFT)", "peft", mode="dora", rank={"r": ranks[3]}),
     }  # fmt: skip
-    return found | _cuts(ranks)
+    found |= _cuts(ranks) | (_of_allocation(ranks) if several else {})
+    return found | _weakened(found)
+
+
+def _weakened(known: Mapping[str, Method]) -> dict[str, Method]:
+    """All that files are compared by, at the strength that the same rule gives to each."""
+    compared = [
+        name for name, one in known.items() if one.rival or one.plain or name in (OURS, IN_RANKS)
+    ]
+    return {
+        name + KEPT: Method(known[name].label, "cut", mode="strength", of=name, kept=GAIN)
+        for name in compared
+    }
+
+
+def _of_allocation(ranks: Sequence[int]) -> dict[str, Method]:
+    """As many bytes as ``balanced`` has, given out otherwise."""
+    size: Any = {"to": f"fixed-{ranks[-1]}", "part": SHARE}
+    return {
+        "frozen": Method(
+            "ranks of a finished balanced run", "ours", mode="fixed", of=OURS, gives="frozen"
+        ),
+        "gradient": Method(
+            "ranks from the gradient", "ours", mode="fixed", gives="gradient", **size
+        ),
+    }
 
 
 def _cuts(ranks: Sequence[int]) -> dict[str, Method]:
@@ -111,8 +146,16 @@ def _cuts(ranks: Sequence[int]) -> dict[str, Method]:
     return found
 
 
+def uniform(known: Mapping[str, Method]) -> str:
+    """Of the fixed ranks the one that takes about the bytes that ``balanced`` is to fit into; an
+    empty name where there is none."""
+    names = {one.rank["max_rank"]: name for name, one in known.items() if one.plain}
+    small = [rank for rank in names if rank <= max(names) / SHARE]
+    return names[max(small)] if small else ""
+
+
 def quick(known: Mapping[str, Method]) -> tuple[str, ...]:
     """The four methods of ``--quick``."""
     cut = next(name for name, method in known.items() if method.kind == "cut")
-    fixed = [name for name, method in known.items() if method.mode == "fixed"]
+    fixed = [name for name, method in known.items() if method.plain]
     return fixed[0], known[cut].of, OURS, cut

@@ -178,12 +178,34 @@ def test_a_term_that_changes_nothing_is_no_proof():
     assert entropy.verdict == "open" and entropy.text.startswith("prompt +0.0000")
 
 
+def test_calibrated_strength_has_a_verdict_of_its_own_and_comes_first(tmp_path: Path):
+    full = [each for each in run(ours=0.7) if each.method in ("balanced", "fixed-64")]
+    ours = {"balanced": 0.1}  # weaker files differ by that in likeness
+    weaker = [
+        replace(
+            each,
+            method=each.method + methods.KEPT,
+            likeness=each.likeness + ours.get(each.method, 0),
+        )
+        for each in full
+    ]
+    seen = page.views([*full, *weaker])
+    assert list(seen) == ["At calibrated strength", "At full strength"]
+    texts = [one(rows_of(some), "LoRA, rank 64 (").text for some in seen.values()]
+    gaps = [float(text.removeprefix("likeness ").split()[0]) for text in texts]
+    assert gaps[0] == pytest.approx(gaps[1] + 0.1, abs=2e-3)
+    told = page.write([*full, *weaker], METHODS, "", tmp_path).read_text("utf-8")
+    assert told.index("At calibrated") < told.index("At full")
+    assert (tmp_path / "strength.png").read_bytes()[:4] == b"\x89PNG" and "strength.png" in told
+    assert list(page.views(full)) == ["At full strength"]
+
+
 def test_the_page_needs_no_network_and_shows_every_method(tmp_path: Path):
     found = list(run(ours=0.7))
     told = page.write(found, METHODS, "Base: <demo>", tmp_path).read_text("utf-8")
     assert "&lt;demo&gt;" in told and not re.search(r"https?://|//", told)
     pictures = set(re.findall(r"src=(\S+?\.png)", told))
-    assert pictures == {"front.png", "pairs.png", "sizes.png", "ranks.png"}
+    assert pictures == {"front-0-0.png", "pairs-0-0.png", "sizes.png", "ranks.png"}
     for name in pictures:
         assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
     for name in {one.method for one in found}:
@@ -259,7 +281,7 @@ def test_the_page_on_the_method_has_the_table_of_strengths_as_measured():
     assert told in (ROOT / "docs" / "method.md").read_text("utf-8")
     rows = {row.split(" | ")[0].strip("| "): row.split(" | ") for row in told.splitlines()}
     kept, whole = rows["gain kept 0.96"], rows["as it is"]
-    assert kept[2] == "-0.002" and round(float(kept[4]) - float(whole[4]), 3) in (0.052, 0.053)
+    assert kept[2] == "-0.002" and round(float(kept[3]) - float(whole[3]), 3) in (0.052, 0.053)
 
 
 # --- by other code --------------------------------------------------------------------------------

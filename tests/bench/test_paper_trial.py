@@ -265,7 +265,7 @@ def test_photographs_and_drawn_subjects_are_all_there():
     tuning = demo.for_tuning(10)
     assert len(tuning) == 4 and tuning[3].name == "photo-motorcycle"
     swept = demo.for_sweep(10)
-    assert len({study.thing for study in swept[:12]}) == 12, "one of every kind"
+    assert len({study.things[0] for study in swept[:12]}) == 12, "one of every kind"
     assert [study.name for study in swept[12:]] == ["photo-motorcycle", "photo-coins"]
     for others in (tuning, swept):
         assert not {one.name for one in others} & {one.name for one in every}

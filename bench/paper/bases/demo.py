@@ -49,19 +49,22 @@ class Demo:
 
     def judge(self, study: Study, images: Tensor, prompts: Sequence[int]) -> Scores:
         """Likeness to the photos, and the place's and the object's probability, as far as the
-        judges have words for them."""
-        photos = to_pixels(view.image for view in study.photos)
+        judges have words for them; of several subjects also whether each is most like itself."""
+        asked = torch.tensor([study.subject_of(prompt) for prompt in prompts])
+        photos = [to_pixels(view.image for view in views) for views in study.subjects]
         found: Scores = {}
         for name, judge in self.parts.judges.items():
             embedded, said = judge.look(images)
-            photographed, _ = judge.look(photos)
-            told = {"likeness": scoring.cosines(embedded, photographed).mean(1).tolist()}
-            if study.places:
-                asked = [study.places[prompt] for prompt in prompts]
-                told["place"] = _probability(said["place"], judge.words("place"), asked)
-            if study.thing:
-                asked = [study.thing] * len(images)
-                told["object"] = _probability(said["object"], judge.words("object"), asked)
+            alike = torch.stack(
+                [scoring.cosines(embedded, judge.look(some)[0]).mean(1) for some in photos], 1
+            )  # (images, subjects)
+            told = {"likeness": alike.gather(1, asked[:, None])[:, 0].tolist()}
+            if len(photos) > 1:
+                told["apart"] = (alike.argmax(1) == asked).double().tolist()
+            for question, words in (("place", study.places), ("object", study.things)):
+                if words:
+                    wanted = [words[prompt] for prompt in prompts]
+                    told[question] = _probability(said[question], judge.words(question), wanted)
             found[name] = told
         return found
 

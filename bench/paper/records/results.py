@@ -83,6 +83,15 @@ def result(record: dict[str, Any]) -> Result:
     )  # fmt: skip
 
 
+def kinds_of(found: Sequence[Result]) -> dict[str, list[Result]]:
+    """The results by kind of subject, in the order of columns; one where there is one."""
+    drawn = [one for one in found if one.thing is not None]
+    photographs = [one for one in found if one.thing is None]
+    if not drawn or not photographs:
+        return {"subjects": list(found)}
+    return {"drawn subjects": drawn, "photographs": photographs}
+
+
 Value = Callable[[Result], "float | None"]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ....lora2_core.files.atomic import replacing
-from ..methods import BASE, OURS, OWN, Method
+from ..methods import BASE, KEPT, OURS, OWN, Method
 from ..records import results
 from ..records.results import Result, Value, likeness, prompt
 from . import plots, verdict
@@ -25,7 +25,8 @@ _CSS = """
 :root { --ink: #1d232b; --muted: #66717d; --line: #e2e7ec; --best: #c8372d; --page: #fff; }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page);
   max-width: 1160px; margin: 0 auto; padding: 32px 24px 64px; }
-h1 { font-size: 28px; margin: 0 0 4px; } h2 { font-size: 19px; margin: 40px 0 8px; }
+h1 { font-size: 28px; margin: 0 0 4px; } h2 { font-size: 21px; margin: 44px 0 8px; }
+h3 { font-size: 16px; margin: 28px 0 4px; }
 p, li { max-width: 860px; } .muted { color: var(--muted); }
 img { max-width: 100%; display: block; margin: 8px 0; }
 .wide { overflow-x: auto; }
@@ -51,17 +52,14 @@ def write(found: Sequence[Result], methods: Mapping[str, Method], about: str, fo
     if not known:
         raise ValueError("there is no record yet: run the benchmark first.")
     folder.mkdir(parents=True, exist_ok=True)
-    said = verdict.rows(found, known)
-    parts = [
-        f"<h1>LoRA² against everything else</h1><p class=muted>{html.escape(about)}</p>",
-        _verdict(found, said),
-        _picture(folder, "front.png", "Scores against bytes", _FRONT, found, known, plots.front),
-    ]
-    if OURS in run and len(known) > 1:
+    parts = [f"<h1>LoRA² against everything else</h1><p class=muted>{html.escape(about)}</p>"]
+    for number, (title, some) in enumerate(views(found).items()):
+        parts += _compared(some, known, title, folder, number)
+    if any(one.method == OURS + KEPT for one in found):
         parts.append(
-            _picture(folder, "pairs.png", "Method by method", _PAIRS, found, known, plots.pairs)
+            _picture(folder, "strength.png", "Strength", _STRENGTH, found, known, plots.strength)
         )
-    parts.append(f"<h2>All methods</h2>{_summary(found, known)}")
+    known = {name: method for name, method in known.items() if not name.endswith(KEPT)}
     terms = {name: method for name, method in known.items() if method.adaptive}
     if len(terms) > 1:
         parts.append(f"<h2>Terms of the loss</h2><p>{_TERMS}</p>{_summary(found, terms, {})}")
@@ -86,6 +84,36 @@ def write(found: Sequence[Result], methods: Mapping[str, Method], about: str, fo
     return target
 
 
+def views(found: Sequence[Result]) -> dict[str, list[Result]]:
+    """The results at full strength and, first, those at calibrated strength, as far as there are
+    any; a title each."""
+    every = {
+        "At calibrated strength": verdict.calibrated(found),
+        "At full strength": [one for one in found if not one.method.endswith(KEPT)],
+    }
+    return {title: some for title, some in every.items() if some}
+
+
+def _compared(
+    found: Sequence[Result], methods: Mapping[str, Method], title: str, folder: Path, number: int
+) -> list[str]:
+    """Verdict, pictures of each kind of subjects, and all methods."""
+    run = {one.method for one in found}
+    known = {name: method for name, method in methods.items() if name in run}
+    parts = [_verdict(found, verdict.rows(found, known), title)]
+    for place, (kind, some) in enumerate(results.kinds_of(found).items()):
+        for name, text, draw in (("front", _FRONT, plots.front), ("pairs", _PAIRS, plots.pairs)):
+            if name == "front" or (OURS in run and len(known) > 1):
+                head, file = f"{_TITLES[name]}: {kind}", f"{name}-{number}-{place}.png"
+                parts.append(_picture(folder, file, head, text, some, known, draw))
+    return [*parts, f"<h3>All methods</h3>{_summary(found, known)}"]
+
+
+_TITLES = {"front": "Scores against bytes", "pairs": "Method by method"}
+_STRENGTH = (
+    "From full strength, hollow, to the smallest that keeps 96 % of what the run gained on fixed "
+    "noise: what likeness costs, and what the prompt wins."
+)
 _FRONT = (
     "Each point is the mean over subjects and seeds, of methods that all subjects were run with. "
     "Higher is better, further left is smaller; the number at a grey point is its rank."
@@ -110,9 +138,9 @@ _MEASURES: tuple[tuple[Value, str], ...] = (
 )
 
 
-def _verdict(found: Sequence[Result], said: Sequence[verdict.Row]) -> str:
+def _verdict(found: Sequence[Result], said: Sequence[verdict.Row], title: str) -> str:
     if not said:
-        return ""
+        return f"<h2>{title}</h2>"
 
     def cell(told: verdict.Cell | None) -> str:
         if told is None:
@@ -126,7 +154,7 @@ def _verdict(found: Sequence[Result], said: Sequence[verdict.Row]) -> str:
     )
     legend = ", ".join(f"{_SIGNS[one]} {_WORDS[one]}" for one in _SIGNS)
     return (
-        f"<h2>Verdict</h2><p class=muted>LoRA² balanced beside others. {legend}; in brackets 95 % "
+        f"<h2>{title}</h2><p class=muted>LoRA² balanced beside others. {legend}; in brackets 95 % "
         f"intervals over subjects.</p><div class=wide><table class=verdict><tr>{top}</tr>{body}"
         "</table></div>"
     )
@@ -156,7 +184,7 @@ def _picture(
     methods: Mapping[str, Method], draw: Any,
 ) -> str:  # fmt: skip
     draw(found, methods, folder / name)
-    return f"<h2>{title}</h2><p>{text}</p><img src={name} alt='{title}'>"
+    return f"<h3>{title}</h3><p>{text}</p><img src={name} alt='{title}'>"
 
 
 _LEVELS = {BASE: "no LoRA", OWN: "the subject itself"}

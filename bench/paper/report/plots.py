@@ -14,9 +14,9 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from ..methods import IN_RANKS, OURS, SMALLER, Method
+from ..methods import IN_RANKS, KEPT, OURS, SMALLER, Method
 from ..records import results
-from ..records.results import Interval, Result, likeness, prompt
+from ..records.results import Interval, Result, kinds_of, likeness, prompt
 
 _FIXED, _OURS, _PEFT, _CUT, _INK = "#5b6b7b", "#c8372d", "#2a7f9e", "#d08a1d", "#222831"
 _STYLE: Any = {
@@ -82,7 +82,7 @@ _MARKERS = {
 def _front_panel(
     axis: Any, points: Mapping[str, Any], methods: Mapping[str, Method], value: Any, title: str
 ) -> None:
-    fixed = [points[name] for name in methods if methods[name].mode == "fixed" and name in points]
+    fixed = [points[name] for name in methods if methods[name].plain and name in points]
     sizes = [point.nbytes / 1e6 for point in fixed]
     axis.plot(sizes, [value(one) for one in fixed], "o-", color=_FIXED, lw=1.5, ms=5,
               label="LoRA of a fixed rank")  # fmt: skip
@@ -94,7 +94,7 @@ def _front_panel(
     others = iter("^v<>")
     for name, point in points.items():
         method = methods[name]
-        if method.mode == "fixed" or value(point) is None:
+        if method.plain or value(point) is None:
             continue
         marker = _MARKERS.get(name) or next(others, "8")
         ours = name == OURS
@@ -134,6 +134,30 @@ def pairs(found: Sequence[Result], methods: Mapping[str, Method], file: Path) ->
             axis.set_title(f"{title}: LoRA² balanced minus …", loc="left", fontsize=11,
                            fontweight="bold", color=_INK)  # fmt: skip
         axes[0].set_yticks(range(len(names)), [_label(methods[n]) for n in reversed(names)])
+        figure.tight_layout()
+        figure.savefig(file)
+
+
+def strength(found: Sequence[Result], methods: Mapping[str, Method], file: Path) -> None:
+    """Likeness against prompt, for each kind of subjects: from full to calibrated strength."""
+    groups = kinds_of(found)
+    with mpl.rc_context(_STYLE):
+        figure, axes = _figure(1, len(groups), figsize=(5.8 * len(groups), 5), squeeze=False)
+        for axis, (kind, group) in zip(axes[0], groups.items(), strict=True):
+            run = {point.method: point for point in results.points(group, methods)}
+            for name in (name for name in run if name + KEPT in run):
+                ends = [(run[one].prompt, run[one].likeness) for one in (name, name + KEPT)]
+                shade, label = colour(name, methods[name]), _label(methods[name])
+                axis.plot(*zip(*ends, strict=True), "-", color=shade, lw=1.2, alpha=0.6)
+                axis.plot(*ends[0], "o", mfc="white", mec=shade, ms=6)
+                marker = _MARKERS.get(name, "o")
+                axis.plot(*ends[1], marker, color=shade, ms=14 if name == OURS else 7)
+                axis.annotate(label, ends[1], xytext=(7, 3), textcoords="offset points",
+                              fontsize=7.5, color=shade)  # fmt: skip
+            axis.set_title(kind, loc="left", fontsize=11, fontweight="bold", color=_INK)
+            axis.set_xlabel("prompt score")
+            axis.set_ylabel("likeness")
+            axis.margins(x=0.25)
         figure.tight_layout()
         figure.savefig(file)
 

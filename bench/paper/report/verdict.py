@@ -13,10 +13,10 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from ..methods import IN_RANKS, OURS, SMALLER, Method
+from ..methods import IN_RANKS, KEPT, OURS, SMALLER, Method, uniform
 from ..records import results
 from ..records.results import Interval, Point, Result, Value, likeness, prompt
 
@@ -40,35 +40,36 @@ class Row:
     cells: tuple[Cell | None, ...]
 
 
-def kinds_of(found: Sequence[Result]) -> dict[str, list[Result]]:
-    """The results by kind of subject, in the order of columns; one where there is one."""
-    drawn = [one for one in found if one.thing is not None]
-    photographs = [one for one in found if one.thing is None]
-    if not drawn or not photographs:
-        return {"subjects": list(found)}
-    return {"drawn subjects": drawn, "photographs": photographs}
-
-
 def heads(found: Sequence[Result]) -> list[str]:
     """Of the columns: what the numbers of each kind rest on."""
     told: list[str] = []
-    for kind, group in kinds_of(found).items():
+    for kind, group in results.kinds_of(found).items():
         ours = [one for one in group if one.method == OURS]
         subjects, seeds = len({one.subject for one in ours}), len({one.seed for one in ours})
         told.append(f"{subjects} {kind}, {seeds} seed{'s' * (seeds != 1)} each")
     return told
 
 
+def calibrated(found: Sequence[Result]) -> list[Result]:
+    """The results at calibrated strength, each by the name of the method that was weakened."""
+    return [
+        replace(one, method=one.method.removesuffix(KEPT))
+        for one in found
+        if one.method.endswith(KEPT)
+    ]
+
+
 def rows(found: Sequence[Result], methods: Mapping[str, Method]) -> list[Row]:
     """All that can be said of these results; what lacks a method is left out."""
     run = {one.method for one in found}
-    fixed = [name for name in methods if name in run and methods[name].mode == "fixed"]
+    fixed = [name for name in methods if name in run and methods[name].plain]
     if OURS not in run or not fixed:
         return []
-    groups = list(kinds_of(found).values())
+    groups = list(results.kinds_of(found).values())
     said = [_front(groups, fixed), _against(found, groups, fixed[-1], OURS, methods)]
     for name, method in methods.items():
-        if name in run and (method.rival or name == IN_RANKS):
+        alike = name in (IN_RANKS, uniform(methods))
+        if name in run and (method.rival or alike):
             said.append(_against(found, groups, name, OURS, methods))
             if SMALLER in run and name == methods[SMALLER].to:
                 said.append(_against(found, groups, name, SMALLER, methods))

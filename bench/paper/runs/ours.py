@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,24 @@ from ....lora2_core.files.metadata import describe_run
 from ....lora2_core.training import trainer
 from ....tools.tiny_sdxl.evaluation.parts import Parts
 from ....tools.tiny_sdxl.world.subjects import View
+from . import allocation
 
 
-def train(parts: Parts, photos: Sequence[View], config: TrainConfig, file: Path) -> dict[str, Any]:
-    """Train on pictures and their captions, write the LoRA, and return what it took."""
+def train(
+    parts: Parts,
+    photos: Sequence[View],
+    config: TrainConfig,
+    file: Path,
+    ranks: Mapping[str, int] | None = None,
+) -> dict[str, Any]:
+    """Train on pictures and their captions, write the LoRA, and return what it took.
+
+    ``ranks``: by component, to begin with.
+    """
     setup = parts.prepared(photos, config)
+    if ranks is not None:
+        given = [ranks[kohya_key(one.name, one.root)] for one in setup.network.targets]
+        allocation.give(setup.network, given)
     events = list(trainer.train(setup.network, setup.task, setup.config, setup.entropy))
     components = setup.network.components()
     about = describe_run(

@@ -70,13 +70,8 @@ def table(found: Sequence[Result], known: Mapping[str, Method]) -> str:
         )
         gap = results.paired(found, plain, name, likeness)
         told = f"{gap.mean:+.3f}" if gap and name != plain else ""
-        each = ", ".join(f"{value:.2f}" for value in scores.values())
         mean = statistics.fmean(scores.values())
-        row = (
-            f"| {method.label} | {mean:.3f} | {told} | {each} | {obeyed:.3f} | {sizes / 1e6:.2f} |"
-        )
+        row = f"| {method.label} | {mean:.3f} | {told} | {obeyed:.3f} | {sizes / 1e6:.2f} |"
         rows.append((-mean, row))
-    heads = "| variant | likeness | difference | by subject | prompt | MB |"
-    return "\n".join(
-        [heads, "| --- | --- | --- | --- | --- | --- |", *(row for _, row in sorted(rows))]
-    )
+    heads = "| variant | likeness | difference | prompt | MB |"
+    return "\n".join([heads, "| --- | --- | --- | --- | --- |", *(row for _, row in sorted(rows))])

@@ -25,7 +25,7 @@ from ..methods import BASE, OWN, Method
 from ..plan import Plan
 from ..records import archive
 from ..subjects.study import Study
-from . import cuts, ours, rivals, strengths
+from . import allocation, cuts, ours, rivals, strengths
 from .measuring import with_peak
 
 _FIRST_SEED = 1000  # of the noise of pictures; the same for every method and every subject
@@ -63,6 +63,7 @@ class Bench:
     plan: Plan
     methods: Mapping[str, Method]
     rates: Mapping[str, float]  # of learning, of every method that trains
+    tuned_as: str = ""  # under which name rates are kept
 
     def file(self, work: Work) -> Path:
         """Of the record; the LoRA and the pictures have its name with other endings."""
@@ -86,7 +87,7 @@ class Bench:
         """What must be done before: what a cut cuts, and whose size a file has to fit."""
         method = self.methods.get(work.name)
         of, to = (
-            Work(work.study, name, work.seed, self.rates[name]) if name else None
+            Work(work.study, name, work.seed, self.rates.get(name)) if name else None
             for name in ((method.of, method.to) if method else ("", ""))
         )
         return Needs(of, to)
@@ -120,12 +121,14 @@ class Bench:
             how["rank"] = asdict(RankConfig.for_mode(method.mode, **method.rank))
         if method.kind == "ours" and method.to:
             how["room"] = HEADROOM
+        if method.gives:
+            how["gives"] = method.gives
         if method.mode == "strength":
             how |= {"strength": method.strength, "kept": method.kept}
         for key, other in (("of", method.of), ("to", method.to)):
             # A fixed rank takes the same bytes whatever it has learnt.
             if other and (key == "of" or self.methods[other].mode != "fixed"):
-                how[f"{key}_how"] = {**self._how(other), "rate": self.rates[other]}
+                how[f"{key}_how"] = {**self._how(other), "rate": self.rates.get(other)}
         return how
 
     def _make(self, work: Work, needs: Needs) -> dict[str, Any]:
@@ -146,7 +149,7 @@ class Bench:
                 return {"failed": str(error)}
             ranks = {one.key: one.rank for one in lora_file.inspect(lora)[0]}
             took |= {"peak_megabytes": peak, "bytes": lora.stat().st_size, "ranks": ranks}
-            if needs.of is not None:
+            if needs.of is not None and not self.methods[work.name].trained:
                 took |= self._training_of(needs.of)
         prompts = [prompt for prompt in work.study.prompts for _ in range(self.plan.pictures)]
         seeds = [_FIRST_SEED + number for number in range(len(prompts))]
@@ -156,7 +159,7 @@ class Bench:
     def _train(self, work: Work, needs: Needs, lora: Path) -> dict[str, Any]:
         method = self.methods[work.name]
         megabytes = self._bytes(needs.to) / method.part / 1e6 if needs.to else None
-        if needs.of is not None:
+        if needs.of is not None and not method.trained:
             source = self.file(needs.of).with_suffix(".safetensors")
             if method.mode == "strength":
                 return self._weaken(work, needs.of, source, lora)
@@ -166,14 +169,25 @@ class Bench:
         if megabytes is not None:
             method = replace(method, rank={**method.rank, "target_megabytes": megabytes})
         settings = training_config(method, self.base, self.plan, work.seed, work.rate)
+        parts, photos = self.base.parts, work.study.photos
         if method.kind == "peft":
-            return rivals.train(self.base.parts, work.study.photos, method, settings, lora)
-        return ours.train(self.base.parts, work.study.photos, settings, lora)
+            return rivals.train(parts, photos, method, settings, lora)
+        if not method.gives:
+            return ours.train(parts, photos, settings, lora)
+        if needs.of is not None:
+            ranks = (self.found(needs.of) or {})["ranks"]
+        else:
+            assert megabytes is not None, "what is given out has a size"
+            ranks = allocation.by_gradient(parts, photos, settings, megabytes)
+        return ours.train(parts, photos, allocation.holding(settings, ranks), lora, ranks)
 
     def _weaken(self, work: Work, of: Work, source: Path, lora: Path) -> dict[str, Any]:
-        trained, rate = self.methods[of.name], of.rate
-        assert rate is not None, "what is weakened was trained"
-        settings = training_config(trained, self.base, self.plan, work.seed, rate)
+        origin = of
+        while origin.rate is None:  # a cut of what was trained
+            (needed,) = (one for one in (self.needs(origin).of,) if one is not None)
+            origin = needed
+        trained = self.methods[origin.name]
+        settings = training_config(trained, self.base, self.plan, work.seed, origin.rate)
         method, photos = self.methods[work.name], work.study.photos
         return strengths.weaken(self.base.parts, photos, settings, method, source, lora)
 

@@ -2,7 +2,7 @@
 
 Each is tried at the base's usual rates on one subject, and at the better two of these on all. Its
 rate is the one with the highest sum of likeness and prompt score, over subjects. What lacks a term
-of the loss takes the rate of the same with all terms.
+of the loss takes the rate of the same with all terms, and given ranks that of uniform ones.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from ....tools.tiny_sdxl.evaluation.figures import write_json
 from ..bases.protocol import Base
-from ..methods import IN_RANKS, OURS, Method
+from ..methods import IN_RANKS, OURS, Method, uniform
 from ..records import results
 from ..subjects.study import Study
 from .trial import Bench, Work
@@ -27,7 +27,7 @@ def tried(methods: Mapping[str, Method]) -> list[str]:
     """The methods that are tuned."""
     return [
         name for name, one in methods.items()
-        if one.trained and (name in (OURS, IN_RANKS) or not name.startswith(OURS))
+        if one.trained and not one.gives and (name in (OURS, IN_RANKS) or not name.startswith(OURS))
     ]  # fmt: skip
 
 
@@ -50,7 +50,7 @@ def second(bench: Bench, studies: Sequence[Study], names: Iterable[str]) -> list
 def keep(bench: Bench, studies: Sequence[Study], names: Iterable[str]) -> None:
     """Write the best rate of each method, with what all of them reached."""
     known = _known()
-    mine = known.setdefault(bench.base.name, {})
+    mine = known.setdefault(bench.tuned_as, {})
     for name in names:
         tried = {study.name: _tried(bench, study, name) for study in studies}
         every = list(tried.values())
@@ -89,19 +89,20 @@ def _reached(record: dict[str, Any]) -> list[float] | str:
 
 
 def _known() -> dict[str, Any]:
-    """Base → method → what :func:`keep` wrote of it."""
+    """Base, and task where it is not the usual one → method → what :func:`keep` wrote of it."""
     return json.loads(FILE.read_text("utf-8")) if FILE.is_file() else {}
 
 
-def rates(base: Base, known: Mapping[str, Method]) -> dict[str, float]:
+def rates(base: Base, tuned_as: str, known: Mapping[str, Method]) -> dict[str, float]:
     """The rate of each method that trains: the chosen one, or else the base's usual one."""
-    mine = _known().get(base.name, {})
-    tuned = {name for name in tried(known) if name in mine}
+    mine = _known().get(tuned_as, {})
+    tuned = [name for name in tried(known) if name in mine]
     usual = sorted(base.rates)[len(base.rates) // 2]
     found: dict[str, float] = {}
     for name, method in known.items():
         if method.trained:
             # A variant of a sweep has no rate of its own either.
-            asked = name if name in tuned else IN_RANKS
-            found[name] = mine.get(asked, {}).get("rate", usual)
+            others = uniform(known) if method.gives else IN_RANKS
+            asked = [one for one in (name, others, OURS) if one in tuned]
+            found[name] = mine[asked[0]]["rate"] if asked else usual
     return found

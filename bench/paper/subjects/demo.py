@@ -53,7 +53,7 @@ def drawn(seed: int, prompts: int, thing: str | None = None) -> Study:
         subject_views(subject, "train", SIZE),
         [view.caption for view in views],
         [view.place for view in views],
-        subject.object,
+        [subject.object] * len(views),
         views,
     )
 
@@ -71,7 +71,7 @@ def photographed(which: Photograph, prompts: int) -> Study:
     picture = Image.fromarray(pixels).crop(box)
     rng = random.Random(f"photograph {name}")
     photos = [
-        View(np.asarray(_crop(picture, rng)), f"a {RARE_WORD} {word}", "") for _ in range(CROPS)
+        View(np.asarray(crop(picture, rng)), f"a {RARE_WORD} {word}", "") for _ in range(CROPS)
     ]
     places = list(dict.fromkeys(VIEW_PLACES["held_out"]))[:prompts]
     return Study(
@@ -88,7 +88,8 @@ def _in_place(word: str, place: str) -> str:
     return " ".join(part for part in parts if part)
 
 
-def _crop(picture: Image.Image, rng: random.Random) -> Image.Image:
+def crop(picture: Image.Image, rng: random.Random) -> Image.Image:
+    """A square of most of a picture, as one who has a single one makes several of it."""
     side = round(min(picture.size) * rng.uniform(0.82, 1.0))
     left, top = (rng.randint(0, whole - side) for whole in picture.size)
     return picture.crop((left, top, left + side, top + side)).resize(

@@ -1,4 +1,4 @@
-"""One subject of a benchmark."""
+"""What one LoRA of a benchmark is to learn."""
 
 from __future__ import annotations
 
@@ -16,5 +16,16 @@ class Study:
     photos: Sequence[View]  # with the captions that they are trained on
     prompts: Sequence[str]
     places: Sequence[str] = ()  # of each prompt, where a judge knows the word for it
-    thing: str = ""  # what it is, where a judge knows the word
+    things: Sequence[str] = ()  # of each prompt: what it asks for, where a judge knows the word
     own: Sequence[View] = ()  # the subject itself for each prompt, never trained on
+    members: Sequence[Sequence[View]] = ()  # the photos by subject, where several share a LoRA
+    asked: Sequence[int] = ()  # of each prompt: which of the members it asks for
+
+    @property
+    def subjects(self) -> Sequence[Sequence[View]]:
+        """The photos of each subject."""
+        return self.members or (self.photos,)
+
+    def subject_of(self, prompt: int) -> int:
+        """Which of ``subjects`` a prompt asks for."""
+        return self.asked[prompt] if self.asked else 0

@@ -8,6 +8,7 @@ shape of the object occurs in a scene of :func:`.scenes.random_scene`.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -83,19 +84,31 @@ def make_subject(seed: int, object: str | None = None) -> Subject:
 
 def subject_scenes(subject: Subject, kind: Kind) -> list[Scene]:
     """Return the scenes of a subject's views: 6 for training, 12 held out."""
-    rng = random.Random(f"views {subject.seed} {kind}")
+    return _scenes(subject, VIEW_PLACES[kind], random.Random(f"views {subject.seed} {kind}"))
+
+
+def _scenes(subject: Subject, places: Sequence[str], rng: random.Random) -> list[Scene]:
     colours = Colours("", subject.pattern, "", subject.main, subject.accent, subject.decor)
     return [
-        place_thing(rng, subject.object, place, colours, 0.63, _room(subject))
-        for place in VIEW_PLACES[kind]
+        place_thing(rng, subject.object, place, colours, 0.63, _room(subject)) for place in places
     ]
 
 
 def subject_views(subject: Subject, kind: Kind = "train", size: int = 192) -> list[View]:
     """Return a subject's pictures: 6 for training or 12 held out, in other places and poses."""
+    return _views(subject, subject_scenes(subject, kind), size)
+
+
+def views_in_one_place(subject: Subject, place: str, count: int, size: int = 192) -> list[View]:
+    """Return ``count`` pictures of a subject in one place, in another pose each."""
+    rng = random.Random(f"views {subject.seed} in {place}")
+    return _views(subject, _scenes(subject, [place] * count, rng), size)
+
+
+def _views(subject: Subject, scenes: Sequence[Scene], size: int) -> list[View]:
     return [
         View(render(scene, size), subject_caption(subject, scene.place), scene.place)
-        for scene in subject_scenes(subject, kind)
+        for scene in scenes
     ]
 
 

@@ -1,0 +1,36 @@
+"""What a benchmark on the demo base is about, and its subjects."""
+
+from __future__ import annotations
+
+from ..plan import DEMO, Plan
+from . import demo, scenes, several
+from .study import Study
+
+ONE = "one"  # subject in a LoRA: the paper's task
+SCENES = "scenes"  # how much of the subject is seen, and told
+TASKS = (ONE, SCENES, *(f"several-{size}" for size in several.SIZES))
+
+
+def size_of(task: str) -> int:
+    """How many subjects a LoRA has to learn."""
+    return int(task.rpartition("-")[2]) if task.startswith("several-") else 1
+
+
+def plan_of(task: str) -> Plan:
+    """How much is trained and painted."""
+    size = size_of(task)
+    return Plan(steps=DEMO.steps // 4 * size, prompts=4) if size > 1 else DEMO
+
+
+def tested(task: str, prompts: int) -> list[Study]:
+    """The studies of a task."""
+    if task == SCENES:
+        return scenes.cells(prompts)
+    size = size_of(task)
+    return several.tested(size, prompts) if size > 1 else demo.tested(prompts)
+
+
+def for_tuning(task: str, prompts: int) -> list[Study]:
+    """The studies that its rates are chosen on."""
+    size = size_of(task)
+    return several.for_tuning(size, prompts) if size > 1 else demo.for_tuning(prompts)
