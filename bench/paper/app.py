@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ...lora2_core.reports import vision
-from . import methods, plan
+from . import methods, painted, plan
 from .bases import seeded
 from .bases.checkpoint import Checkpoint
 from .bases.demo import Demo
@@ -84,17 +84,19 @@ def _conclude(options: argparse.Namespace, asked: Asked, works: Sequence[Work]) 
     if options.sweep:
         print(sweep.table(found, asked.bench.methods), flush=True)
     else:
-        _report(asked.bench, found, len(works))
+        _report(asked, found, len(works))
 
 
-def _report(bench: Bench, found: Sequence[results.Result], wanted: int) -> None:
+def _report(asked: Asked, found: Sequence[results.Result], wanted: int) -> None:
+    bench = asked.bench
     much = bench.plan
     about = (
         f"Base: {bench.base.name}. {much.steps} steps of batch {much.batch}; {much.prompts} prompts"
         f" a subject, {much.pictures} picture(s) of each; {len(found)} of {wanted} records."
     )
-    written = page.write(found, bench.methods, about, bench.folder / "report")
-    print(written, flush=True)
+    folder = bench.folder / "report"
+    shown = painted.draw(bench, asked.studies, folder)
+    print(page.write(found, bench.methods, about, folder, shown), flush=True)
     for title, some in page.views(found).items():
         print(f"\n{title}\n\n{page.markdown(some, bench.methods)}", flush=True)
 
@@ -106,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--base", default="demo", help=known)
     parser.add_argument("--dino", default=vision.DINO, help="of a checkpoint: a folder or a name")
     parser.add_argument("--clip", default=vision.CLIP, help="of a checkpoint: a folder or a name")
-    parser.add_argument("--task", choices=tasks.TASKS, default=tasks.ONE, help="of the demo base")
+    parser.add_argument("--task", choices=tasks.TASKS, default=tasks.ONE, help="what is learnt")
     subjects_are = "of a checkpoint: the DreamBooth data set's folder"
     parser.add_argument("--subjects", type=Path, help=subjects_are)
     parser.add_argument("--dry", action="store_true", help="a few steps with seeded weights")
@@ -158,7 +160,7 @@ def _asked(options: argparse.Namespace) -> Asked:
     """The bench, and which subjects, methods and seeds it is asked for."""
     base = _base(options)
     several = tasks.size_of(options.task) > 1
-    much = base.plan if options.task == tasks.ONE else tasks.plan_of(options.task)
+    much = tasks.plan_of(options.task) if options.task in tasks.OF_THE_DEMO else base.plan
     known, seeds = methods.methods_for(base.width, several), options.seeds
     able, what = list(known), "method"
     if options.tune:
@@ -201,16 +203,20 @@ def _base(options: argparse.Namespace) -> Base:
 
 def _studies(options: argparse.Namespace, prompts: int) -> list[Study]:
     if options.base != "demo":
-        if options.task != tasks.ONE:
-            sys.exit("Only the demo base has tasks of its own; leave --task out.")
+        if options.task in tasks.OF_THE_DEMO:
+            sys.exit(f"Only the demo base can be asked for {options.task}; leave --task out.")
         folder = options.subjects
         if options.dry and folder is None:
             folder = seeded.photographs(options.out / "seeded" / "photographs")
         if folder is None:
             sys.exit("A checkpoint needs --subjects: the folder of the DreamBooth data set.")
+        if options.task == tasks.COMPLEX:
+            return dreambooth.complex_scenes(folder)
         found = dreambooth.read(folder, prompts)
         tuned = table_a1.TUNING
         return [study for study in found if (study.name == tuned) == bool(options.tune)]
+    if options.task == tasks.COMPLEX:
+        sys.exit("The demo base knows nothing of these scenes; give a checkpoint by --base.")
     if options.subjects is not None:
         sys.exit("The demo base brings subjects of its own; leave --subjects out.")
     if options.tune:

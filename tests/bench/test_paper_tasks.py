@@ -6,19 +6,22 @@ import gc
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from lora2_pack.bench.paper import methods
+from lora2_pack.bench.paper import methods, painted, plan
 from lora2_pack.bench.paper.bases.demo import Demo
 from lora2_pack.bench.paper.plan import Plan
+from lora2_pack.bench.paper.report import grids
 from lora2_pack.bench.paper.runs import allocation, trial, tuning
 from lora2_pack.bench.paper.runs.trial import Work
-from lora2_pack.bench.paper.subjects import demo, scenes, several, tasks
+from lora2_pack.bench.paper.subjects import demo, dreambooth, scenes, several, table_a1, tasks
 from lora2_pack.lora2_core.config.ranks import RankConfig
 from lora2_pack.tools.tiny_sdxl.pictures import to_pixels
+from PIL import Image
 
 torch.set_num_threads(1)
 
@@ -102,9 +105,57 @@ def test_a_subject_is_seen_in_six_ways_which_differ_in_one_thing_each():
 
 
 def test_a_task_says_how_much_is_trained():
-    assert [tasks.plan_of(task).steps for task in tasks.TASKS] == [300, 300, 300, 600, 1200]
+    assert [tasks.plan_of(task).steps for task in tasks.OF_THE_DEMO] == [300, 300, 600, 1200]
     assert len(tasks.tested("several-8", 4)) == several.TESTED
     assert tasks.for_tuning("several-8", 4)[0].name == "8-subjects-tuning"
+
+
+def test_complex_scenes_are_those_of_the_papers_figures(tmp_path: Path):
+    for name in ("dog8", "fancy_boot", "can"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (90, 60)).save(tmp_path / name / "00.jpg")
+    found = dreambooth.complex_scenes(tmp_path)
+    assert [study.name for study in found] == ["dog8-complex", "fancy_boot-complex"]
+    assert all(len(study.prompts) == 6 for study in found)
+    assert found[1].prompts[5] == "a cat inside a sks boot, soft natural light, cozy home"
+    with pytest.raises(ValueError, match="neither dog8 nor fancy_boot"):
+        dreambooth.complex_scenes(_only(tmp_path / "can"))
+
+
+def _only(folder: Path) -> Path:
+    whole = folder.parent / "other"
+    whole.mkdir()
+    folder.rename(whole / folder.name)
+    return whole
+
+
+def test_figures_show_the_papers_prompts():
+    for subject in table_a1.FIGURES:
+        chosen = table_a1.shown(subject, table_a1.PROMPTS[subject])
+        assert len(set(chosen)) == 5, "each of them is one of table A1's"
+    assert table_a1.shown("mug-23", [""] * 64) == [0, 12, 24, 36, 48]
+
+
+def test_the_protocol_of_real_weights_is_the_papers():
+    any_base: Any = SimpleNamespace(settings={})
+    config = {
+        name: trial.training_config(METHODS[name], any_base, plan.SDXL, 0, 5e-5).steps
+        for name in ("fixed-64", "balanced", "paper", "adalora")
+    }
+    assert config == {"fixed-64": 1000, "balanced": 500, "paper": 500, "adalora": 500}
+    assert (plan.KOALA.steps, plan.KOALA.plain_steps) == (800, 1000)
+    with pytest.raises(ValueError, match="plain_steps=-1"):
+        plan.changed(plan.SDXL, "plain_steps=-1")
+
+
+def test_a_grid_has_a_row_a_method_and_a_column_a_prompt(tmp_path: Path):
+    picture = np.zeros((8, 8, 3), np.uint8)
+    file = tmp_path / "grid.png"
+    grids.draw(picture, ["a mug", "a cat"], {"rank 8": [picture] * 2}, file)
+    with Image.open(file) as drawn:
+        assert drawn.width > drawn.height
+    with pytest.raises(ValueError, match="rank 8 has 1 pictures of 2 prompts"):
+        grids.draw(picture, ["a mug", "a cat"], {"rank 8": [picture]}, file)
 
 
 @pytest.fixture
@@ -128,6 +179,11 @@ def test_ranks_that_are_given_are_those_of_the_file(bench: trial.Bench):
     assert methods.uniform(METHODS) == "fixed-8"
     assert done("fixed-8")["bytes"] == pytest.approx(limit, rel=5e-3)
     assert frozen["settings"]["how"]["of_how"]["mode"] == "balanced"
+    kept = bench.record(Work(study, "balanced-kept", 0))
+    assert 0 < kept["strength"] <= 1 and kept["ranks"] == balanced["ranks"]
+    shown = painted.draw(bench, [study], bench.folder / "report")
+    with Image.open(shown[study.name]) as grid:
+        assert grid.height > 3 * 100, "two fixed ranks, ours, and ours as it is saved"
 
 
 def test_ranks_from_the_gradient_go_where_it_is_large(base: Demo):

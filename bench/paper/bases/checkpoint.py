@@ -23,6 +23,7 @@ from .. import plan
 from ..subjects.study import Study
 from .protocol import Scores
 
+_SDXL_STEPS, _KOALA_STEPS = 50, 25  # of sampling, section 4
 _MEASURES = {"DINO": "likeness", "CLIP-I": "CLIP-I", "CLIP-T": "text"}
 
 
@@ -58,7 +59,8 @@ class Checkpoint:
         comfy_host.check_model(model)
         kind = type(model.model.model_config).__name__
         found = find_targets(model.model.diffusion_model)
-        parts = Parts(model, clip_model, vae, {}, Sampling(steps=30, guidance=5.0))
+        steps = _KOALA_STEPS if "KOALA" in kind else _SDXL_STEPS
+        parts = Parts(model, clip_model, vae, {}, Sampling(steps=steps, guidance=5.0))
         return cls(
             parts,
             parts.fingerprint(),

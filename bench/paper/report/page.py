@@ -45,8 +45,17 @@ table.verdict td:first-child { max-width: 300px; } table.verdict b { font-size: 
 """
 
 
-def write(found: Sequence[Result], methods: Mapping[str, Method], about: str, folder: Path) -> Path:
-    """Write ``index.html`` and its PNGs; returns the page. Raises ValueError without results."""
+def write(
+    found: Sequence[Result],
+    methods: Mapping[str, Method],
+    about: str,
+    folder: Path,
+    shown: Mapping[str, Path] | None = None,
+) -> Path:
+    """Write ``index.html`` and its PNGs; returns the page. Raises ValueError without results.
+
+    ``shown``: pictures that lie in ``folder`` already, by subject.
+    """
     run = {one.method for one in found}
     known = {name: method for name, method in methods.items() if name in run}
     if not known:
@@ -60,6 +69,14 @@ def write(found: Sequence[Result], methods: Mapping[str, Method], about: str, fo
             _picture(folder, "strength.png", "Strength", _STRENGTH, found, known, plots.strength)
         )
     known = {name: method for name, method in known.items() if not name.endswith(KEPT)}
+    for subject, file in (shown or {}).items():
+        name = html.escape(subject)
+        parts.append(f"<h3>Painted: {name}</h3><img src={html.escape(file.name)} alt='{name}'>")
+    if OURS in run and any(method.plain for method in known.values()):
+        draw = plots.by_subject
+        parts.append(
+            _picture(folder, "subjects.png", "By subject", _BY_SUBJECT, found, known, draw)
+        )
     terms = {name: method for name, method in known.items() if method.adaptive}
     if len(terms) > 1:
         parts.append(f"<h2>Terms of the loss</h2><p>{_TERMS}</p>{_summary(found, terms, {})}")
@@ -116,11 +133,16 @@ _STRENGTH = (
 )
 _FRONT = (
     "Each point is the mean over subjects and seeds, of methods that all subjects were run with. "
-    "Higher is better, further left is smaller; the number at a grey point is its rank."
+    "Higher is better, further left is smaller; the number at a grey point is its rank. Files are "
+    "in fp16: the paper's sizes (2.8 GB for rank 512 on SDXL) are of fp32, twice as large."
 )
 _PAIRS = (
     "The difference to every other method, subject by subject, and where its mean would lie with "
     "other subjects of this kind (95 %, Student's t). Right of the line LoRA² is ahead."
+)
+_BY_SUBJECT = (
+    "A line a subject, its best in red; the fixed rank whose file is as large as LoRA²'s may be "
+    "lies on grey. The paper's figure 7."
 )
 _TERMS = "The paper's table 1, with the budget in ranks; one in bytes holds every file to its size."
 _JUDGES = (

@@ -14,7 +14,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from ..methods import IN_RANKS, KEPT, OURS, SMALLER, Method
+from ..methods import IN_RANKS, KEPT, OURS, SMALLER, Method, uniform
 from ..records import results
 from ..records.results import Interval, Result, kinds_of, likeness, prompt
 
@@ -165,6 +165,35 @@ def strength(found: Sequence[Result], methods: Mapping[str, Method], file: Path)
 def _bar(axis: Any, row: int, gap: Interval, shade: str) -> None:
     axis.plot([gap.low, gap.high], [row, row], color=shade, lw=3, solid_capstyle="round", alpha=0.5)
     axis.plot(gap.mean, row, "o", color=shade, ms=6)
+
+
+def by_subject(found: Sequence[Result], methods: Mapping[str, Method], file: Path) -> None:
+    """Figure 7: every subject's score by rank, its best in red, the usual rank on a grey band."""
+    plain = [name for name in methods if methods[name].plain]
+    names = [name for name in (*plain, OURS) if any(one.method == name for one in found)]
+    with mpl.rc_context(_STYLE):
+        figure, axes = _figure(1, 2, figsize=(11, 4.6))
+        for axis, (value, title) in zip(
+            axes, ((likeness, "Likeness"), (prompt, "Prompt score")), strict=True
+        ):
+            tables = [results.by_subject(found, name, value) for name in names]
+            for subject in tables[-1]:
+                told = [table.get(subject, math.nan) for table in tables]
+                axis.plot(range(len(names)), told, "-", color=_FIXED, lw=0.9, alpha=0.45)
+                best = max(
+                    range(len(names)),
+                    key=lambda place: -math.inf if math.isnan(told[place]) else told[place],
+                )
+                axis.plot(range(len(names)), told, "o", color=_FIXED, ms=3)
+                axis.plot(best, told[best], "o", color=_OURS, ms=6)
+            if (usual := uniform(methods)) in names:
+                axis.axvspan(names.index(usual) - 0.4, names.index(usual) + 0.4, color="#eceff2")
+            labels = [_label(methods[name]).removeprefix("LoRA, ") for name in names]
+            axis.set_xticks(range(len(names)), labels, rotation=25, ha="right")
+            axis.set_title(title, loc="left", fontsize=11, fontweight="bold", color=_INK)
+            axis.grid(axis="x", visible=False)
+        figure.tight_layout()
+        figure.savefig(file)
 
 
 def sizes(found: Sequence[Result], methods: Mapping[str, Method], file: Path) -> None:

@@ -106,7 +106,8 @@ class Bench:
         how = self._how(work.name) if work.name in self.methods else {}
         given = {
             "base": self.base.weights, "subject": work.study.name, "method": work.name,
-            "how": how, "seed": work.seed, "rate": work.rate, "plan": asdict(self.plan),
+            "how": how, "seed": work.seed, "rate": work.rate,
+            "plan": {name: value for name, value in asdict(self.plan).items() if value},
             "sampling": asdict(self.base.parts.sampling),
         }  # fmt: skip
         return json.loads(json.dumps(given))
@@ -215,7 +216,7 @@ def training_config(method: Method, base: Base, plan: Plan, seed: int, rate: flo
     """The ``TrainConfig`` of a method; of a rival only what is not about ranks counts."""
     mode, ranks = ("fixed", {}) if method.kind == "peft" else (method.mode, method.rank)
     return TrainConfig(
-        steps=plan.steps,
+        steps=plan.plain_steps if method.plain and plan.plain_steps else plan.steps,
         learning_rate=rate,
         batch_size=plan.batch,
         seed=seed,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,24 @@ def read(folder: Path, prompts: int, word: str = RARE_WORD) -> list[Study]:
             "backpack/ and dog6/ with their photos."
         )
     return found
+
+
+def complex_scenes(folder: Path, word: str = RARE_WORD) -> list[Study]:
+    """The subjects of the paper's figures A6 to A9, by the prompts of these.
+
+    Raises ValueError for a folder that holds neither.
+    """
+    found = [study for study in read(folder, 1, word) if study.name in table_a1.COMPLEX]
+    if not found:
+        raise ValueError(f"{folder} holds neither {' nor '.join(table_a1.COMPLEX)}.")
+    return [
+        replace(
+            study,
+            name=f"{study.name}-complex",
+            prompts=table_a1.complex_prompts_of(study.name, word),
+        )
+        for study in found
+    ]
 
 
 def _study(folder: Path, prompts: int, word: str) -> Study:

@@ -1,14 +1,26 @@
-"""Table A1 of the paper: ten prompts for each of the 30 DreamBooth subjects."""
+"""The paper's prompts: table A1, ten for each of the 30 DreamBooth subjects, and its figures'."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 PROMPTS: dict[str, list[str]] = json.loads(
     (Path(__file__).parent / "prompts.json").read_text("utf-8")
 )
+# Figures A6 to A9: scenes that ask for more, of two subjects.
+COMPLEX: dict[str, list[str]] = json.loads(
+    (Path(__file__).parent / "complex.json").read_text("utf-8")
+)
+# Figures 3, 4, A4 and A5: a subject, and words of the prompts that are shown.
+FIGURES: dict[str, tuple[str, ...]] = {
+    "clock": ("kitchen counter", "pink silk", "mossy rock", "city skyline", "in the snow"),
+    "backpack_dog": ("cobblestone", "glass table", "mountains and mist", "crystal clear", "neon"),
+    "can": ("mossy rock", "mountains and mist", "pink silk", "in the snow", "sandy beach"),
+    "teapot": ("minimalistic", "in the dark", "crystal clear", "antique table", "glass table"),
+}
 TUNING = "vase"  # the subject that the paper chose its settings on, and did not test
 _CLASS = re.compile(r"<c> (stuffed animal|\w+)")
 
@@ -22,4 +34,24 @@ def class_of(subject: str) -> str:
 
 def prompts_of(subject: str, word: str) -> list[str]:
     """The prompts of a subject that goes by a rare word."""
-    return [prompt.replace("<c>", word) for prompt in PROMPTS[subject]]
+    return _named(PROMPTS[subject], word)
+
+
+def complex_prompts_of(subject: str, word: str) -> list[str]:
+    """The prompts of figures A6 to A9 for a subject that goes by a rare word."""
+    return _named(COMPLEX[subject], word)
+
+
+def shown(subject: str, prompts: Sequence[str], many: int = 5) -> list[int]:
+    """Which prompts of a subject a figure shows: the paper's, or some from all over the list."""
+    if subject in FIGURES:
+        found = [
+            next((place for place, prompt in enumerate(prompts) if words in prompt), None)
+            for words in FIGURES[subject]
+        ]
+        return [place for place in found if place is not None]
+    return list(range(0, len(prompts), max(1, len(prompts) // many)))[:many]
+
+
+def _named(prompts: Sequence[str], word: str) -> list[str]:
+    return [prompt.replace("<c>", word) for prompt in prompts]

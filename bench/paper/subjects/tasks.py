@@ -8,7 +8,9 @@ from .study import Study
 
 ONE = "one"  # subject in a LoRA: the paper's task
 SCENES = "scenes"  # how much of the subject is seen, and told
-TASKS = (ONE, SCENES, *(f"several-{size}" for size in several.SIZES))
+COMPLEX = "complex"  # scenes of the paper's figures A6 to A9, of a checkpoint
+OF_THE_DEMO = (SCENES, *(f"several-{size}" for size in several.SIZES))
+TASKS = (ONE, COMPLEX, *OF_THE_DEMO)
 
 
 def size_of(task: str) -> int:
