@@ -28,7 +28,7 @@ from .records import archive, results
 from .report import page
 from .runs import sweep, tuning, working
 from .runs.trial import Bench, Work
-from .subjects import demo, dreambooth, table_a1, tasks
+from .subjects import dreambooth, table_a1, tasks
 from .subjects.study import Study
 
 _START = Path(__file__).parent / "__main__.py"
@@ -167,7 +167,8 @@ def _asked(options: argparse.Namespace) -> Asked:
         able, what = tuning.tried(known), "method that is tuned"
         much = much if several else replace(much, pictures=plan.TUNING_PICTURES)
     elif options.sweep:
-        much, known, what = plan.SWEEP, sweep.variants(known[methods.IN_RANKS]), "variant"
+        much = much if several else plan.SWEEP
+        known, what = sweep.variants(known[methods.IN_RANKS]), "variant"
         able = list(known)
     elif options.quick:
         much, able, seeds = plan.QUICK, list(methods.quick(known)), 1
@@ -222,7 +223,7 @@ def _studies(options: argparse.Namespace, prompts: int) -> list[Study]:
     if options.tune:
         return tasks.for_tuning(options.task, prompts)
     if options.sweep:
-        return demo.for_sweep(prompts)
+        return tasks.for_sweep(options.task, prompts)
     return tasks.tested(options.task, prompts)[: 3 if options.quick else None]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lora2_pack.bench.paper import methods, painted, plan
+from lora2_pack.bench.paper import floor, methods, painted, plan
+from lora2_pack.bench.paper.bases import outside
 from lora2_pack.bench.paper.bases.demo import Demo
 from lora2_pack.bench.paper.plan import Plan
 from lora2_pack.bench.paper.report import grids
@@ -25,6 +27,7 @@ from PIL import Image
 
 torch.set_num_threads(1)
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 FEW = Plan(steps=2, prompts=1)
 METHODS = methods.methods_for(64, several=True)
 SIDE = 64  # px
@@ -57,7 +60,7 @@ def test_every_subject_of_a_group_has_a_word_and_photos_of_its_own(size: int):
 
 def test_no_two_groups_share_a_subject():
     groups = [one for size in several.SIZES for one in several.tested(size, 1)]
-    groups += [one for size in several.SIZES for one in several.for_tuning(size, 1)]
+    groups += [one for size in several.SIZES for one in several.for_sweep(size, 1)]
     first = [
         one.subjects[who][0].image.tobytes() for one in groups for who in range(len(one.members))
     ]
@@ -81,12 +84,14 @@ def test_a_picture_is_compared_with_whom_it_was_asked_for(base: Demo):
     prompts = range(len(study.prompts))
     right = base.judge(study, pictures, prompts)
     wrong = base.judge(study, pictures.roll(2, 0), prompts)  # each the next subject's
-    for judge in right:
+    for judge in base.parts.judges:
         assert np.mean(right[judge]["likeness"]) > np.mean(wrong[judge]["likeness"]) + 0.3
         assert np.mean(right[judge]["apart"]) >= 0.9 and np.mean(wrong[judge]["apart"]) <= 0.1
     alone = demo.drawn(203, 2, "backpack")
     told = base.judge(alone, to_pixels(view.image for view in alone.own), [0, 1])
-    assert all(set(one) == {"likeness", "place", "object"} for one in told.values())
+    for judge in base.parts.judges:
+        assert set(told[judge]) == {"likeness", "place", "object"}
+    assert set(told[outside.NAME]) == {"outside"}, "which is in no mean"
 
 
 def test_a_subject_is_seen_in_six_ways_which_differ_in_one_thing_each():
@@ -108,6 +113,8 @@ def test_a_task_says_how_much_is_trained():
     assert [tasks.plan_of(task).steps for task in tasks.OF_THE_DEMO] == [300, 300, 600, 1200]
     assert len(tasks.tested("several-8", 4)) == several.TESTED
     assert tasks.for_tuning("several-8", 4)[0].name == "8-subjects-tuning"
+    swept = [one.name for one in tasks.for_sweep("several-8", 4)]
+    assert swept == ["8-subjects-tuning", "8-subjects-tuning-2"]
 
 
 def test_complex_scenes_are_those_of_the_papers_figures(tmp_path: Path):
@@ -156,6 +163,39 @@ def test_a_grid_has_a_row_a_method_and_a_column_a_prompt(tmp_path: Path):
         assert drawn.width > drawn.height
     with pytest.raises(ValueError, match="rank 8 has 1 pictures of 2 prompts"):
         grids.draw(picture, ["a mug", "a cat"], {"rank 8": [picture]}, file)
+
+
+def test_the_judge_from_outside_knows_a_cat_from_a_cup():
+    """As ImageNet has them: the conversion and the pictures' scale are right."""
+    import skimage.data
+
+    judge = outside.find()
+    assert judge is not None, "its packages are in requirements-dev.txt"
+    network: Any = judge.network
+    for name, wanted in (("chelsea", range(281, 286)), ("coffee", (504, 967, 968))):
+        pixels = getattr(skimage.data, name)()
+        side = min(pixels.shape[:2])
+        photo = to_pixels([pixels[:side, :side]])
+        sized = torch.nn.functional.interpolate(photo, (224, 224), mode="bilinear", antialias=True)
+        assert int(network((sized - 127 / 255) / (128 / 255)).argmax()) in wanted
+        assert float(judge.alike(photo, photo)[0]) == pytest.approx(1, abs=1e-5)
+
+
+def test_without_its_packages_there_is_no_judge_from_outside(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(outside, "_CODE", "no_such_package")
+    assert outside.find() is None
+
+
+def test_our_judges_see_nothing_of_a_subject_that_is_painted_over(base: Demo):
+    study = demo.drawn(203, 4, "backpack")
+    told = floor.measured(base, [study], demo.greyed)
+    for judge in base.parts.judges:
+        assert told[judge]["itself"] > told[judge]["greyed"] + 0.3
+    assert told["patches"]["greyed"] == told["patches"]["most"] < 0.2
+    kept = json.loads(floor.FILE.read_text("utf-8"))
+    text = " ".join((ROOT / "docs" / "benchmark.md").read_text("utf-8").split())
+    for judge, figures in kept.items():
+        assert f"{judge} {figures['itself']} and {figures['greyed']} ({figures['most']}" in text
 
 
 @pytest.fixture

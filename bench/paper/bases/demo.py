@@ -17,6 +17,8 @@ from ....tools.tiny_sdxl.evaluation.parts import DEMO_SETTINGS, Parts, load_part
 from ....tools.tiny_sdxl.pictures import to_pixels
 from ..plan import DEMO, Plan
 from ..subjects.study import Study
+from . import outside
+from .outside import Outside
 from .protocol import Scores
 
 
@@ -31,11 +33,12 @@ class Demo:
     rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3, 8e-3)
     plan: Plan = DEMO
     resolution: int = SIZE  # px
+    outside: Outside | None = None  # a judge that does not count, where it is installed
 
     @classmethod
     def load(cls) -> Demo:
         parts = load_parts()
-        return cls(parts, parts.fingerprint())
+        return cls(parts, parts.fingerprint(), outside=outside.find())
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -66,7 +69,19 @@ class Demo:
                     wanted = [words[prompt] for prompt in prompts]
                     told[question] = _probability(said[question], judge.words(question), wanted)
             found[name] = told
+        if self.outside is not None:
+            found[outside.NAME] = {"outside": self._from_outside(images, photos, asked)}
         return found
+
+    def _from_outside(self, images: Tensor, photos: Sequence[Tensor], asked: Tensor) -> list[float]:
+        """Likeness to the photos of whom each picture was asked for."""
+        assert self.outside is not None, "asked only where it is there"
+        alike = torch.empty(len(images))
+        for who, some in enumerate(photos):
+            mine = asked == who
+            if mine.any():
+                alike[mine] = self.outside.alike(images[mine], some)
+        return alike.tolist()
 
 
 def _probability(said: Tensor, words: Sequence[str], asked: Sequence[str]) -> list[float]:

@@ -8,13 +8,14 @@ import numpy as np
 from PIL import Image
 
 from ....lora2_core.tiny_sdxl.model import SIZE
-from ....tools.tiny_sdxl.world.scenes import PLACE_WORDS
+from ....tools.tiny_sdxl.world.scenes import PLACE_WORDS, object_mask
 from ....tools.tiny_sdxl.world.subjects import (
     RARE_WORD,
     SUBJECT_SEEDS,
     VIEW_PLACES,
     View,
     make_subject,
+    subject_scenes,
     subject_views,
 )
 from .study import Study
@@ -56,6 +57,23 @@ def drawn(seed: int, prompts: int, thing: str | None = None) -> Study:
         [subject.object] * len(views),
         views,
     )
+
+
+def greyed(study: Study, grey: int = 128) -> list[View]:
+    """The subject itself in each place that is asked for, painted over in grey."""
+    thing, _, seed = study.name.rpartition("-")
+    scenes = {
+        one.place: one
+        for one in reversed(subject_scenes(make_subject(int(seed), thing), "held_out"))
+    }
+    return [
+        view._replace(
+            image=np.where(
+                object_mask(scenes[view.place], SIZE)[..., None], grey, view.image
+            ).astype(np.uint8)
+        )
+        for view in study.own
+    ]
 
 
 def photographed(which: Photograph, prompts: int) -> Study:

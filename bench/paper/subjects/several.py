@@ -19,7 +19,7 @@ WORDS = (
     "npt", "bnp", "spp", "nrf", "bsf", "hns", "scd", "szn",
 )  # fmt: skip
 SIZES = (4, 8, 16)
-TESTED = 5  # groups of each size
+TESTED, SWEPT = 5, 2  # groups of each size
 _FIRST_SEED = 3000  # of the subjects; no other part of the benchmark draws these
 _TUNING_SEED = 5000
 
@@ -38,8 +38,9 @@ def group(size: int, number: int, prompts: int, first: int = _FIRST_SEED) -> Stu
         for who in range(size)
         for turn in range(prompts)
     ]
+    held = f"{number + 1}" if first == _FIRST_SEED else "tuning" + f"-{number + 1}" * bool(number)
     return Study(
-        f"{size}-subjects-{number + 1}" if first == _FIRST_SEED else f"{size}-subjects-tuning",
+        f"{size}-subjects-{held}",
         [view for one in members for view in one.photos],
         [members[who].prompts[which] for who, which in asked],
         [members[who].places[which] for who, which in asked],
@@ -71,4 +72,9 @@ def tested(size: int, prompts: int) -> list[Study]:
 
 def for_tuning(size: int, prompts: int) -> list[Study]:
     """The group that rates are chosen on."""
-    return [group(size, 0, prompts, _TUNING_SEED)]
+    return for_sweep(size, prompts)[:1]
+
+
+def for_sweep(size: int, prompts: int) -> list[Study]:
+    """The groups that the default is chosen on."""
+    return [group(size, number, prompts, _TUNING_SEED) for number in range(SWEPT)]

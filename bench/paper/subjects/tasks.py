@@ -36,3 +36,9 @@ def for_tuning(task: str, prompts: int) -> list[Study]:
     """The studies that its rates are chosen on."""
     size = size_of(task)
     return several.for_tuning(size, prompts) if size > 1 else demo.for_tuning(prompts)
+
+
+def for_sweep(task: str, prompts: int) -> list[Study]:
+    """The studies that the default is chosen on."""
+    size = size_of(task)
+    return several.for_sweep(size, prompts) if size > 1 else demo.for_sweep(prompts)
