@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import random
+import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from scipy.stats import t as student_t
 
 from . import archive
 
+_GROUP = re.compile(r"\d+-subjects-")  # that share a LoRA
 _DRAWS = 1000  # of a permutation test
 T = TypeVar("T")
 
@@ -85,6 +87,12 @@ def result(record: dict[str, Any]) -> Result:
 
 def kinds_of(found: Sequence[Result]) -> dict[str, list[Result]]:
     """The results by kind of subject, in the order of columns; one where there is one."""
+    if found and all(_GROUP.match(one.subject) for one in found):
+        sizes = sorted({int(one.subject.partition("-")[0]) for one in found})
+        return {
+            f"groups of {size}": [one for one in found if one.subject.startswith(f"{size}-")]
+            for size in sizes
+        }
     drawn = [one for one in found if one.thing is not None]
     photographs = [one for one in found if one.thing is None]
     if not drawn or not photographs:

@@ -40,8 +40,9 @@ def _done(bench: Bench, work: Work, told: Told, with_lora: bool = False) -> bool
         told(work, found, 0.0)
         return True
     needs = bench.needs(work)
+    cut = work.rate is None  # of a file; a training asks for no more than a record
     for one in (needs.of, needs.to):
-        if one is not None and not _done(bench, one, told, with_lora=one is needs.of):
+        if one is not None and not _done(bench, one, told, with_lora=cut and one is needs.of):
             return False
     file = bench.file(work).with_suffix(".lock")
     file.parent.mkdir(parents=True, exist_ok=True)
