@@ -65,6 +65,7 @@ _SEVERAL = {
     "LoRA, rank 64 (": ("fixed-64", "balanced"),
     "LoRA, rank 8 (": ("fixed-8", "balanced"),
     "LoRA, rank 64, then SVD": ("svd-64", "balanced"),
+    "ranks of a finished": ("frozen", "balanced"),
     "Ranks can be told apart": ("fixed-2", "fixed-64"),
 }
 
@@ -113,6 +114,9 @@ def test_every_figure_of_several_subjects_comes_out_again():
     assert checked == len(_SEVERAL) == len(lines) - 1, "all but the front between two ranks"
     low = _gap(table, "fixed-2", "fixed-64", "likeness", True)[1]
     assert low > 0, "the gate: ranks can be told apart"
+    frozen = _gap(table, "fixed-8", "frozen", "likeness", True)
+    told = "{:+.3f} ({:+.3f} to {:+.3f})".format(*frozen).replace("0.", ".")
+    assert f"is {told}" in " ".join(text.split())
 
 
 def test_the_front_of_fixed_ranks_comes_out_again():

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from lora2_pack.bench.paper import methods
+from lora2_pack.bench.paper.bases import outside
 from lora2_pack.bench.paper.bases.demo import Demo
 from lora2_pack.bench.paper.plan import Plan
 from lora2_pack.bench.paper.runs import cuts, rivals, strengths, sweep, trial, working
@@ -132,7 +133,8 @@ def test_a_record_is_made_once_and_cuts_meet_their_size(
 
     assert working.do_all(bench, works, float("inf"), tell)
     assert sorted(told) == sorted(work.name for work in works)
-    assert made[methods.BASE]["scores"].keys() == bench.base.parts.judges.keys()
+    judges = {*bench.base.parts.judges, outside.NAME}
+    assert made[methods.BASE]["scores"].keys() == judges
     for name in sized:
         assert 0.8 < made[name]["bytes"] / (made["fixed-64"]["bytes"] / methods.SHARE) <= 1
     assert made["svd-16"]["seconds"] == made["fixed-16"]["seconds"], "cutting costs nothing more"
@@ -142,10 +144,9 @@ def test_a_record_is_made_once_and_cuts_meet_their_size(
     assert files == {
         file: file.stat().st_mtime_ns for file in (tmp_path / "records").rglob("*.*[!k]")
     }
-    for scores in made[methods.OWN]["scores"].values():
-        assert {key: len(values) for key, values in scores.items()} == {
-            "likeness": 2, "place": 2, "object": 2,
-        }  # fmt: skip
+    for judge, scores in made[methods.OWN]["scores"].items():
+        measures = {"outside"} if judge == outside.NAME else {"likeness", "place", "object"}
+        assert {key: len(values) for key, values in scores.items()} == dict.fromkeys(measures, 2)
     assert set(made["balanced"]["ranks"].values()) - {64}
     learnt = made["balanced"]["learnt"]  # before the file was cut
     assert learnt.keys() >= made["balanced"]["ranks"].keys()

@@ -69,7 +69,28 @@ def write(
             _picture(folder, "strength.png", "Strength", _STRENGTH, found, known, plots.strength)
         )
     known = {name: method for name, method in known.items() if not name.endswith(KEPT)}
-    for subject, file in (shown or {}).items():
+    parts += _in_detail(found, known, folder, shown or {})
+    body = "\n".join(parts)
+    page = (
+        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport "
+        f"content='width=device-width'><title>LoRA² benchmark</title><style>{_CSS}</style>{body}"
+    )
+    target = folder / "index.html"
+    with replacing(target) as out:
+        out.write(page.encode())
+    return target
+
+
+def _in_detail(
+    found: Sequence[Result],
+    known: Mapping[str, Method],
+    folder: Path,
+    shown: Mapping[str, Path],
+) -> list[str]:
+    """What was painted, subject by subject and judge by judge, terms of the loss, and ranks."""
+    run = {one.method for one in found}
+    parts: list[str] = []
+    for subject, file in shown.items():
         name = html.escape(subject)
         parts.append(f"<h3>Painted: {name}</h3><img src={html.escape(file.name)} alt='{name}'>")
     if OURS in run and any(method.plain for method in known.values()):
@@ -90,15 +111,7 @@ def write(
         )
     if OURS in run and plots.heat(found, OURS, folder / "ranks.png"):
         parts.append(f"<h2>Learnt ranks</h2><p>{_RANKS}</p><img src=ranks.png alt=''>")
-    body = "\n".join(parts)
-    page = (
-        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport "
-        f"content='width=device-width'><title>LoRA² benchmark</title><style>{_CSS}</style>{body}"
-    )
-    target = folder / "index.html"
-    with replacing(target) as out:
-        out.write(page.encode())
-    return target
+    return parts
 
 
 def views(found: Sequence[Result]) -> dict[str, list[Result]]:
