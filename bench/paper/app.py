@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from ...lora2_core.reports import vision
-from . import methods, painted, plan
+from ...tools.tiny_sdxl.evaluation.figures import write_json
+from . import floor, methods, painted, plan
 from .bases import seeded
 from .bases.checkpoint import Checkpoint
 from .bases.demo import Demo
@@ -42,7 +43,7 @@ def main() -> int:
     if options.archive and options.archive.is_file() and not options.worker:
         archive.unpack(options.archive, options.out)
     try:
-        several = options.processes > 1 and not options.report
+        several = options.processes > 1 and not (options.report or options.floor)
         code = _in_processes(options) if several else _alone(options)
     finally:
         if options.archive and not options.worker:
@@ -53,6 +54,8 @@ def main() -> int:
 def _alone(options: argparse.Namespace) -> int:
     """Do the work in this process; 3 when the time was over before the end."""
     torch.set_num_threads(options.threads)
+    if options.floor:
+        return _floor(options.out / "floor.json")
     until = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
     asked = _asked(options)
     bench = asked.bench
@@ -72,6 +75,17 @@ def _alone(options: argparse.Namespace) -> int:
     if not options.worker:
         _conclude(options, asked, works)
     return 0 if done else 3
+
+
+def _floor(file: Path) -> int:
+    base = Demo.load()
+    studies = tasks.tested(tasks.ONE, base.plan.prompts)
+    found = floor.measured(base, [study for study in studies if study.things])
+    write_json(file, found)
+    for judge, told in found.items():
+        left = f"{told['greyed']} without the subject, {told['most']} at most"
+        print(f"{judge}: {told['itself']} as it is, {left}")
+    return 0
 
 
 def _conclude(options: argparse.Namespace, asked: Asked, works: Sequence[Work]) -> None:
@@ -120,6 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--plan", default="", help=much)
     parser.add_argument("--tune", action="store_true", help="try learning rates")
     parser.add_argument("--sweep", action="store_true", help="try what the paper leaves open")
+    parser.add_argument("--floor", action="store_true", help="only what judges see without it")
     parser.add_argument("--rate", type=float, help="of learning, in place of the tuned ones")
     parser.add_argument("--report", action="store_true", help="only write it, of what is there")
     parser.add_argument("--minutes", type=float, help="begin nothing new after that long")

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ...lora2_core.config.train import TrainConfig
+
 PAPERS_RANKS = (8, 16, 32, 64, 128, 256, 512)  # on layers 640 and 1280 wide
 PAPERS_WIDTH = 640
 BASE = "base"  # in a method's place: no LoRA at all
@@ -15,7 +17,7 @@ OURS = "balanced"
 IN_RANKS = "balanced-in-ranks"  # the same without an SVD: what terms are left out of
 SMALLER = "balanced-cut"  # in fewer bytes, where a rival's file has those
 KEPT = "-kept"  # after a method's name: at the strength that keeps most of what it gained
-GAIN = 0.96  # the share that is kept, as `balanced` has it in the node
+GAIN = TrainConfig().gain_to_keep  # the share that is kept, as `balanced` keeps it by itself
 SHARE = 7  # of the largest rank's bytes this part is what files are to fit into
 
 

@@ -12,7 +12,8 @@ from lora2_pack.bench.paper.records import archive
 from scipy import stats
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-RECORDS = ROOT / "bench" / "paper" / "results" / "demo.jsonl"
+RESULTS = ROOT / "bench" / "paper" / "results"
+RECORDS = RESULTS / "demo.jsonl"
 
 
 def _table(file: Path = RECORDS) -> dict[tuple[str, str, int], dict[str, float]]:
@@ -70,22 +71,33 @@ _SEVERAL = {
 }
 
 
+def _check(cell: str, wanted: list[tuple[float, float, float]]) -> None:
+    """A cell's numbers, and its sign: likeness, then the prompt where it has that."""
+    told = _NUMBERS.findall(cell)
+    assert told, cell
+    for numbers, each in zip(told, wanted, strict=False):
+        assert [float(one) for one in numbers] == pytest.approx(each, abs=6e-4), cell
+    ways = {(low > 0) - (high < 0) for _, low, high in wanted[: len(told)]}
+    sign = "≈" if ways in ({0}, {-1, 1}, {-1, 0, 1}) else "✘" if -1 in ways else "✔"
+    assert cell.startswith(sign), cell
+
+
+def _rows(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("| ") and "likeness" in line]
+
+
+def _gaps(table: Any, rival: str, ours: str, drawn: bool) -> list[tuple[float, float, float]]:
+    return [_gap(table, rival, ours, key, drawn) for key in ("likeness", "prompt")]
+
+
 def test_every_figure_and_sign_of_the_readme_comes_out_again():
     """By NumPy and SciPy from the records, with none of the report's arithmetic."""
-    readme, table, checked = (ROOT / "README.md").read_text("utf-8"), _table(), 0
-    lines = [line for line in readme.splitlines() if line.startswith("| ") and "likeness" in line]
+    lines, table = _rows((ROOT / "README.md").read_text("utf-8")), _table()
     for part, (rival, ours) in _COMPARED.items():
         (line,) = [line for line in lines if part in line]
         for drawn, cell in zip((True, False), line.strip("| ").split(" | ")[1:], strict=True):
-            ways = set()
-            for key, told in zip(("likeness", "prompt"), _NUMBERS.findall(cell), strict=True):
-                wanted = _gap(table, rival, ours, key, drawn)
-                assert [float(one) for one in told] == pytest.approx(wanted, abs=6e-4), (part, key)
-                ways.add((wanted[1] > 0) - (wanted[2] < 0))
-                checked += 1
-            sign = "≈" if ways in ({0}, {-1, 1}, {-1, 0, 1}) else "✘" if -1 in ways else "✔"
-            assert cell.startswith(sign), (part, cell)
-    assert checked == 4 * len(_COMPARED)
+            assert len(_NUMBERS.findall(cell)) == 2, "likeness and prompt"
+            _check(cell, _gaps(table, rival, ours, drawn))
     (gate,) = [line for line in lines if "Ranks can be told apart" in line]
     for drawn, cell in zip((True, False), gate.strip("| ").split(" | ")[1:], strict=True):
         wanted = _gap(table, "fixed-2", "fixed-64", "likeness", drawn)
@@ -95,28 +107,60 @@ def test_every_figure_and_sign_of_the_readme_comes_out_again():
 
 def test_every_figure_of_several_subjects_comes_out_again():
     """Those of docs/benchmark.md, a group the unit."""
-    docs = (ROOT / "docs" / "benchmark.md").read_text("utf-8")
-    table, checked = _table(RECORDS.with_name("several.jsonl")), 0
-    text = docs[docs.index("## Several subjects") :]
-    lines = [line for line in text.splitlines() if line.startswith("| ") and "likeness" in line]
+    text, table = _docs("## Several subjects"), _table(RESULTS / "several.jsonl")
+    lines = _rows(text)
     for part, (rival, ours) in _SEVERAL.items():
-        for line in (line for line in lines if line.startswith(f"| {part}")):
-            cell = line.strip("| ").split(" | ")[1]
-            told = _NUMBERS.findall(cell)
-            wanted = [_gap(table, rival, ours, key, True) for key in ("likeness", "prompt")]
-            assert told, line
-            for numbers, each in zip(told, wanted, strict=False):
-                assert [float(one) for one in numbers] == pytest.approx(each, abs=6e-4), line
-            ways = {(low > 0) - (high < 0) for _, low, high in wanted[: len(told)]}
-            sign = "≈" if ways in ({0}, {-1, 1}, {-1, 0, 1}) else "✘" if -1 in ways else "✔"
-            assert cell.startswith(sign), line
-            checked += 1
-    assert checked == len(_SEVERAL) == len(lines) - 1, "all but the front between two ranks"
+        (line,) = [line for line in lines if line.startswith(f"| {part}")]
+        _check(line.strip("| ").split(" | ")[1], _gaps(table, rival, ours, True))
+    assert len(_SEVERAL) == len(lines) - 1, "all but the front between two ranks"
     low = _gap(table, "fixed-2", "fixed-64", "likeness", True)[1]
     assert low > 0, "the gate: ranks can be told apart"
-    frozen = _gap(table, "fixed-8", "frozen", "likeness", True)
-    told = "{:+.3f} ({:+.3f} to {:+.3f})".format(*frozen).replace("0.", ".")
-    assert f"is {told}" in " ".join(text.split())
+    flowing = " ".join(text.split())
+    for one, other in (("fixed-8", "frozen"), ("fixed-8", "svd-64")):
+        told = "{:+.3f} ({:+.3f} to {:+.3f})".format(*_gap(table, one, other, "likeness", True))
+        assert f"is {told} from rank 8" in flowing, told
+
+
+def test_what_the_tuning_groups_reached_comes_out_again():
+    text = " ".join(_docs("## Several subjects").split())
+    found = {
+        (own["method"], own["rate"], own["how"].get("room")): float(
+            np.mean([np.mean(judge["likeness"]) for judge in record["scores"].values()
+                     if "likeness" in judge])
+        )
+        for name in ("several-tune", "several-sweep")
+        for record in archive.read(RESULTS / f"{name}.jsonl")
+        if "failed" not in record
+        for own in [record["settings"]]
+        if own["subject"] == "16-subjects-tuning"
+    }  # fmt: skip
+    for key, words in (
+        (("balanced", 0.004, 1.25), "at {} with room for a quarter"),
+        (("balanced", 0.002, 4.0), "at {} with four times"),
+        (("balanced", 0.002, 8.0), "at {} with eight times"),
+        (("quantile-0.5", 0.004, None), "at {} with q = 0.5"),
+        (("adalora", 0.016, None), "AdaLoRA but for tuning ({} there)"),
+    ):
+        assert words.format(f"{found[key]:.3f}") in text, (key, found[key])
+
+
+def test_the_ceiling_of_the_prompt_score_comes_out_again():
+    own = [
+        {
+            key: np.mean([np.mean(judge[key]) for judge in record["scores"].values()])
+            for key in ("place", "object")
+        }
+        for record in archive.read(RECORDS)
+        if record["settings"]["method"] == "own"
+    ]
+    place, thing = (np.array([one[key] for one in own]) for key in ("place", "object"))
+    told = f"place {place.mean():.3f}, object {thing.mean():.3f} (from {thing.min():.3f} of the can"
+    assert f"{told} to {thing.max():.3f})" in " ".join(_docs("## Subjects and judges").split())
+
+
+def _docs(start: str) -> str:
+    text = (ROOT / "docs" / "benchmark.md").read_text("utf-8")
+    return text[text.index(start) :]
 
 
 def test_the_front_of_fixed_ranks_comes_out_again():

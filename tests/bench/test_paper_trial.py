@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,18 +26,8 @@ torch.set_num_threads(1)
 
 FEW = Plan(steps=2, batch=1, prompts=2, pictures=1)
 METHODS = methods.methods_for(64)
-SIDE = 64  # px
 RATE = 4e-3
 RATES = {name: RATE for name, method in METHODS.items() if method.trained}
-
-
-@pytest.fixture(scope="module")
-def base(runtime: Any) -> Iterator[Demo]:
-    found = Demo.load()
-    sampling = replace(found.parts.sampling, steps=2)
-    gc.freeze()  # every record collects garbage, but not among all that the session holds
-    yield replace(found, parts=replace(found.parts, sampling=sampling), resolution=SIDE)
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

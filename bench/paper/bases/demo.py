@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,35 +53,29 @@ class Demo:
     def judge(self, study: Study, images: Tensor, prompts: Sequence[int]) -> Scores:
         """Likeness to the photos, and the place's and the object's probability, as far as the
         judges have words for them; of several subjects also whether each is most like itself."""
-        asked = torch.tensor([study.subject_of(prompt) for prompt in prompts])
+        asked = torch.tensor([[study.subject_of(prompt)] for prompt in prompts])  # (images, 1)
         photos = [to_pixels(view.image for view in views) for views in study.subjects]
         found: Scores = {}
         for name, judge in self.parts.judges.items():
             embedded, said = judge.look(images)
-            alike = torch.stack(
-                [scoring.cosines(embedded, judge.look(some)[0]).mean(1) for some in photos], 1
-            )  # (images, subjects)
-            told = {"likeness": alike.gather(1, asked[:, None])[:, 0].tolist()}
+            alike = _alike(embedded, photos, judge.embed)  # (images, subjects)
+            told = {"likeness": alike.gather(1, asked)[:, 0].tolist()}
             if len(photos) > 1:
-                told["apart"] = (alike.argmax(1) == asked).double().tolist()
+                told["apart"] = (alike.argmax(1) == asked[:, 0]).double().tolist()
             for question, words in (("place", study.places), ("object", study.things)):
                 if words:
                     wanted = [words[prompt] for prompt in prompts]
                     told[question] = _probability(said[question], judge.words(question), wanted)
             found[name] = told
         if self.outside is not None:
-            found[outside.NAME] = {"outside": self._from_outside(images, photos, asked)}
+            alike = _alike(self.outside.embed(images), photos, self.outside.embed)
+            found[outside.NAME] = {"outside": alike.gather(1, asked)[:, 0].tolist()}
         return found
 
-    def _from_outside(self, images: Tensor, photos: Sequence[Tensor], asked: Tensor) -> list[float]:
-        """Likeness to the photos of whom each picture was asked for."""
-        assert self.outside is not None, "asked only where it is there"
-        alike = torch.empty(len(images))
-        for who, some in enumerate(photos):
-            mine = asked == who
-            if mine.any():
-                alike[mine] = self.outside.alike(images[mine], some)
-        return alike.tolist()
+
+def _alike(embedded: Tensor, photos: Sequence[Tensor], embed: Callable[[Tensor], Tensor]) -> Tensor:
+    """The mean cosine of each picture to the photos of each subject; (pictures, subjects)."""
+    return torch.stack([scoring.cosines(embedded, embed(some)).mean(1) for some in photos], 1)
 
 
 def _probability(said: Tensor, words: Sequence[str], asked: Sequence[str]) -> list[float]:

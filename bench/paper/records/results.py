@@ -20,7 +20,10 @@ from scipy.stats import t as student_t
 
 from . import archive
 
-_GROUP = re.compile(r"\d+-subjects-")  # that share a LoRA
+_GROUP = re.compile(r"(\d+)-subjects-")  # that share a LoRA
+_WAY = re.compile(r"-(many|one|picture)-(told|untold)$")  # of seeing a subject
+_SEEN = {"many": "many scenes", "one": "one scene", "picture": "one picture"}
+_DRAWN, _PHOTOGRAPHS = "drawn subjects", "photographs"
 _DRAWS = 1000  # of a permutation test
 T = TypeVar("T")
 
@@ -86,18 +89,21 @@ def result(record: dict[str, Any]) -> Result:
 
 
 def kinds_of(found: Sequence[Result]) -> dict[str, list[Result]]:
-    """The results by kind of subject, in the order of columns; one where there is one."""
-    if found and all(_GROUP.match(one.subject) for one in found):
-        sizes = sorted({int(one.subject.partition("-")[0]) for one in found})
-        return {
-            f"groups of {size}": [one for one in found if one.subject.startswith(f"{size}-")]
-            for size in sizes
-        }
-    drawn = [one for one in found if one.thing is not None]
-    photographs = [one for one in found if one.thing is None]
-    if not drawn or not photographs:
+    """The results by kind of subject, in the order of columns."""
+    kinds: dict[str, list[Result]] = {}
+    for one in sorted(found, key=lambda one: one.thing is None):  # photographs are the last
+        kinds.setdefault(_kind_of(one), []).append(one)
+    if kinds.keys() < {_DRAWN, _PHOTOGRAPHS}:  # no need to tell one from the other
         return {"subjects": list(found)}
-    return {"drawn subjects": drawn, "photographs": photographs}
+    return kinds
+
+
+def _kind_of(one: Result) -> str:
+    if group := _GROUP.match(one.subject):
+        return f"groups of {group[1]}"
+    if way := _WAY.search(one.subject):
+        return f"subjects, {_SEEN[way[1]]}, place {way[2]}"
+    return _PHOTOGRAPHS if one.thing is None else _DRAWN
 
 
 Value = Callable[[Result], "float | None"]
@@ -109,6 +115,9 @@ def likeness(one: Result) -> float | None:
 
 def prompt(one: Result) -> float | None:
     return one.prompt
+
+
+MEASURES: tuple[tuple[Value, str], ...] = ((likeness, "Likeness"), (prompt, "Prompt score"))
 
 
 def by_subject(results: Iterable[Result], method: str, value: Value) -> dict[str, float]:

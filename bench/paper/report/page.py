@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ....lora2_core.files.atomic import replacing
-from ..methods import BASE, KEPT, OURS, OWN, Method
+from ..methods import BASE, GAIN, KEPT, OURS, OWN, Method
 from ..records import results
 from ..records.results import Result, Value, likeness, prompt
 from . import plots, verdict
@@ -102,7 +102,7 @@ def _in_detail(
     if len(terms) > 1:
         parts.append(f"<h2>Terms of the loss</h2><p>{_TERMS}</p>{_summary(found, terms, {})}")
     parts.append(f"<h2>By judge</h2><p>{_JUDGES}</p>{_by_judge(found, known)}")
-    for value, title in _MEASURES:
+    for value, title in results.MEASURES:
         table = _by_subject(found, known, value)
         parts.append(f"<h2>{title}, by subject</h2>{table}" if table else "")
     if terms:
@@ -141,8 +141,8 @@ def _compared(
 
 _TITLES = {"front": "Scores against bytes", "pairs": "Method by method"}
 _STRENGTH = (
-    "From full strength, hollow, to the smallest that keeps 96 % of what the run gained on fixed "
-    "noise: what likeness costs, and what the prompt wins."
+    f"From full strength, hollow, to the smallest that keeps {GAIN:.0%} of what the run gained on "
+    "fixed noise: what likeness costs, and what the prompt wins."
 )
 _FRONT = (
     "Each point is the mean over subjects and seeds, of methods that all subjects were run with. "
@@ -166,10 +166,6 @@ _SIZES = "With and without the terms of the loss; the paper's figure 9."
 _RANKS = (
     "The mean over seeds, for some subjects: rows are the transformer blocks in the order in which "
     "they run, columns the projections of self- and cross-attention; the paper's figure 8."
-)
-_MEASURES: tuple[tuple[Value, str], ...] = (
-    (likeness, "Likeness"),
-    (prompt, "Prompt score"),
 )
 
 

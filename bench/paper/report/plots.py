@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from ..methods import IN_RANKS, KEPT, OURS, SMALLER, Method, uniform
 from ..records import results
-from ..records.results import Interval, Result, kinds_of, likeness, prompt
+from ..records.results import Interval, Result, kinds_of
 
 _FIXED, _OURS, _PEFT, _CUT, _INK = "#5b6b7b", "#c8372d", "#2a7f9e", "#d08a1d", "#222831"
 _STYLE: Any = {
@@ -123,9 +124,7 @@ def pairs(found: Sequence[Result], methods: Mapping[str, Method], file: Path) ->
     names = [name for name in methods if name in run and name != OURS]
     with mpl.rc_context(_STYLE):
         figure, axes = _figure(1, 2, figsize=(11, 0.36 * len(names) + 1.4), sharey=True)
-        for axis, (value, title) in zip(
-            axes, ((likeness, "Likeness"), (prompt, "Prompt score")), strict=True
-        ):
+        for axis, (value, title) in zip(axes, results.MEASURES, strict=True):
             for row, name in enumerate(reversed(names)):
                 gap = results.paired(found, name, OURS, value)
                 if gap is not None:
@@ -173,17 +172,12 @@ def by_subject(found: Sequence[Result], methods: Mapping[str, Method], file: Pat
     names = [name for name in (*plain, OURS) if any(one.method == name for one in found)]
     with mpl.rc_context(_STYLE):
         figure, axes = _figure(1, 2, figsize=(11, 4.6))
-        for axis, (value, title) in zip(
-            axes, ((likeness, "Likeness"), (prompt, "Prompt score")), strict=True
-        ):
+        for axis, (value, title) in zip(axes, results.MEASURES, strict=True):
             tables = [results.by_subject(found, name, value) for name in names]
             for subject in tables[-1]:
                 told = [table.get(subject, math.nan) for table in tables]
                 axis.plot(range(len(names)), told, "-", color=_FIXED, lw=0.9, alpha=0.45)
-                best = max(
-                    range(len(names)),
-                    key=lambda place: -math.inf if math.isnan(told[place]) else told[place],
-                )
+                best = int(np.nanargmax(told))
                 axis.plot(range(len(names)), told, "o", color=_FIXED, ms=3)
                 axis.plot(best, told[best], "o", color=_OURS, ms=6)
             if (usual := uniform(methods)) in names:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ....lora2_core.adapters.budget import file_bytes
 from ....lora2_core.adapters.network import AdaptiveRankNetwork
-from ....lora2_core.adapters.targets import Target
+from ....lora2_core.adapters.targets import Target, find_targets
 from ....lora2_core.adaptive_rank import denoising_loss, nu_for_rank
 from ....lora2_core.config.ranks import RankConfig
 from ....lora2_core.config.train import TrainConfig
@@ -21,7 +21,6 @@ from ....tools.tiny_sdxl.world.subjects import View
 from .rivals import clean_task
 
 DRAWS = 64  # passes whose mean gradient is looked at
-_ROUNDS = 60  # of halving the interval that the threshold lies in
 
 
 def holding(config: TrainConfig, ranks: Mapping[str, int]) -> TrainConfig:
@@ -52,9 +51,9 @@ def by_gradient(
     The largest squared singular values, each over the bytes that its rank costs, as many as fit
     into ``megabytes``; at least one of each.
     """
-    targets = parts.prepared(photos, config).network.targets
     task, unet = clean_task(parts, photos, config)
-    weights: list[Tensor] = [unet.get_submodule(one.name).weight for one in targets]  # type: ignore[misc]
+    targets = find_targets(unet)
+    weights: list[Any] = [unet.get_submodule(one.name).weight for one in targets]
     for weight in weights:
         weight.requires_grad_(True)
     for batch in task.spread(torch.Generator().manual_seed(config.seed), DRAWS, config.batch_size):
@@ -63,21 +62,23 @@ def by_gradient(
     worth = [
         torch.linalg.svdvals(weight.grad.float()).square() / one.parameters_per_rank
         for weight, one in zip(weights, targets, strict=True)
-        if weight.grad is not None
     ]
     ranks = _fitting(worth, targets, megabytes)
     return {kohya_key(one.name): rank for one, rank in zip(targets, ranks, strict=True)}
 
 
 def _fitting(worth: Sequence[Tensor], targets: Sequence[Target], megabytes: float) -> list[int]:
-    every = torch.cat(list(worth)).log()
-    low, high = float(every.min()), float(every.max())
-    found: list[int] = [1] * len(targets)
-    for _ in range(_ROUNDS):
-        middle = (low + high) / 2
-        ranks = [max(1, int((one > math.exp(middle)).sum())) for one in worth]
-        if file_bytes(targets, ranks) <= megabytes * 1e6:
-            high, found = middle, ranks
-        else:
+    """How many of each layer's are among the most valuable, of as many as the file has room for."""
+    every = torch.cat(list(worth)).sort(descending=True).values
+
+    def ranks(count: int) -> list[int]:
+        return [max(1, int((one >= every[count - 1]).sum())) for one in worth]
+
+    low, high = 1, len(every)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if file_bytes(targets, ranks(middle)) <= megabytes * 1e6:
             low = middle
-    return found
+        else:
+            high = middle - 1
+    return ranks(low)

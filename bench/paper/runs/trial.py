@@ -185,8 +185,9 @@ class Bench:
     def _weaken(self, work: Work, of: Work, source: Path, lora: Path) -> dict[str, Any]:
         origin = of
         while origin.rate is None:  # a cut of what was trained
-            (needed,) = (one for one in (self.needs(origin).of,) if one is not None)
-            origin = needed
+            source_of = self.needs(origin).of
+            assert source_of is not None, "a cut is of something"
+            origin = source_of
         trained = self.methods[origin.name]
         settings = training_config(trained, self.base, self.plan, work.seed, origin.rate)
         method, photos = self.methods[work.name], work.study.photos

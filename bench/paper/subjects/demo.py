@@ -28,6 +28,7 @@ SWEEP_SUBJECTS = (
     (207, "can"), (208, "dog"), (209, "bowl"), (210, "vase"), (211, "candle"),
 )  # fmt: skip
 CROPS = 5
+_GREY = 128
 # That scikit-image carries: its name, what it shows, where in the picture that is.
 Photograph = tuple[str, str, tuple[int, int, int, int]]
 PHOTOGRAPHS: tuple[Photograph, ...] = (
@@ -59,21 +60,16 @@ def drawn(seed: int, prompts: int, thing: str | None = None) -> Study:
     )
 
 
-def greyed(study: Study, grey: int = 128) -> list[View]:
+def greyed(study: Study) -> list[View]:
     """The subject itself in each place that is asked for, painted over in grey."""
     thing, _, seed = study.name.rpartition("-")
-    scenes = {
-        one.place: one
-        for one in reversed(subject_scenes(make_subject(int(seed), thing), "held_out"))
-    }
-    return [
-        view._replace(
-            image=np.where(
-                object_mask(scenes[view.place], SIZE)[..., None], grey, view.image
-            ).astype(np.uint8)
-        )
-        for view in study.own
-    ]
+    scenes = subject_scenes(make_subject(int(seed), thing), "held_out")
+    first = {scene.place: scene for scene in reversed(scenes)}  # as `drawn` takes them
+    found: list[View] = []
+    for view in study.own:
+        covered = object_mask(first[view.place], SIZE)[..., None]  # (size, size, 1)
+        found.append(view._replace(image=np.where(covered, np.uint8(_GREY), view.image)))
+    return found
 
 
 def photographed(which: Photograph, prompts: int) -> Study:

@@ -47,7 +47,7 @@ def complex_scenes(folder: Path, word: str = RARE_WORD) -> list[Study]:
         replace(
             study,
             name=f"{study.name}-complex",
-            prompts=table_a1.complex_prompts_of(study.name, word),
+            prompts=table_a1.prompts_of(study.name, word, table_a1.COMPLEX),
         )
         for study in found
     ]

@@ -40,12 +40,6 @@ def cells(prompts: int) -> list[Study]:
     ]
 
 
-def way_of(name: str) -> tuple[str, str, str]:
-    """A study's subject, how it was seen, and whether its place was told."""
-    subject, seen, told = name.rsplit("-", 2)
-    return subject, seen, told
-
-
 def _seen(study: Study, seed: int, thing: str, how: str) -> Study:
     """The same number of photos, by the subject's own lot in one of the usual places."""
     rng = random.Random(f"scenes {seed}")

@@ -72,7 +72,7 @@ def tested(size: int, prompts: int) -> list[Study]:
 
 def for_tuning(size: int, prompts: int) -> list[Study]:
     """The group that rates are chosen on."""
-    return for_sweep(size, prompts)[:1]
+    return [group(size, 0, prompts, _TUNING_SEED)]
 
 
 def for_sweep(size: int, prompts: int) -> list[Study]:

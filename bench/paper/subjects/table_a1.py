@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 PROMPTS: dict[str, list[str]] = json.loads(
@@ -32,26 +32,18 @@ def class_of(subject: str) -> str:
     return found[1]
 
 
-def prompts_of(subject: str, word: str) -> list[str]:
+def prompts_of(subject: str, word: str, among: Mapping[str, Sequence[str]] = PROMPTS) -> list[str]:
     """The prompts of a subject that goes by a rare word."""
-    return _named(PROMPTS[subject], word)
-
-
-def complex_prompts_of(subject: str, word: str) -> list[str]:
-    """The prompts of figures A6 to A9 for a subject that goes by a rare word."""
-    return _named(COMPLEX[subject], word)
+    return [prompt.replace("<c>", word) for prompt in among[subject]]
 
 
 def shown(subject: str, prompts: Sequence[str], many: int = 5) -> list[int]:
     """Which prompts of a subject a figure shows: the paper's, or some from all over the list."""
     if subject in FIGURES:
-        found = [
-            next((place for place, prompt in enumerate(prompts) if words in prompt), None)
+        return [
+            place
             for words in FIGURES[subject]
+            for place, prompt in enumerate(prompts)
+            if words in prompt
         ]
-        return [place for place in found if place is not None]
     return list(range(0, len(prompts), max(1, len(prompts) // many)))[:many]
-
-
-def _named(prompts: Sequence[str], word: str) -> list[str]:
-    return [prompt.replace("<c>", word) for prompt in prompts]
